@@ -1,0 +1,77 @@
+// react_fast._core: the hot paths on raw memory. Pointers are integers (torch.Tensor.data_ptr(), or
+// ndarray.ctypes.data), 0 for an absent array; strides count elements; dtypes are the tags of dtype.h. Nothing
+// is checked here: react_fast.ops refuses bad input before it calls. Every call releases the GIL.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include "isa.h"
+
+namespace py = pybind11;
+using namespace pybind11::literals;
+
+namespace {
+
+using Address = std::uintptr_t;
+
+template <class T = void>
+T* at(Address address) {
+  return reinterpret_cast<T*>(address);
+}
+
+// ---- logprob -----------------------------------------------------------------------------------------------
+
+void bind_logprob(py::module_&) {}
+
+// ---- advantage ---------------------------------------------------------------------------------------------
+
+void bind_advantage(py::module_&) {}
+
+// ---- policy_loss -------------------------------------------------------------------------------------------
+
+void bind_policy_loss(py::module_&) {}
+
+// ---- attribution -------------------------------------------------------------------------------------------
+
+void attribution_scores(Address grad, Address activation, int dtype, int reduction, int64_t rows, int64_t dim,
+                        int64_t grad_stride, int64_t activation_stride, Address out, int threads) {
+  py::gil_scoped_release release;
+  rf::kernels().attribution->scores({at(grad), at(activation), rf::DType(dtype), rf::Reduction(reduction), rows, dim,
+                                     grad_stride, activation_stride, at(out), threads});
+}
+
+void attribution_scores_backward(Address grad, Address activation, Address upstream, Address scores, int dtype,
+                                 int reduction, int64_t rows, int64_t dim, int64_t grad_stride,
+                                 int64_t activation_stride, Address d_grad, Address d_activation, int threads) {
+  py::gil_scoped_release release;
+  rf::kernels().attribution->scores_backward({at(grad), at(activation), at(upstream), at(scores), rf::DType(dtype),
+                                              rf::Reduction(reduction), rows, dim, grad_stride, activation_stride,
+                                              at(d_grad), at(d_activation), threads});
+}
+
+void bind_attribution(py::module_& m) {
+  m.def("attribution_scores", &attribution_scores, "grad"_a, "activation"_a, "dtype"_a, "reduction"_a, "rows"_a,
+        "dim"_a, "grad_stride"_a, "activation_stride"_a, "out"_a, "threads"_a);
+  m.def("attribution_scores_backward", &attribution_scores_backward, "grad"_a, "activation"_a, "upstream"_a,
+        "scores"_a, "dtype"_a, "reduction"_a, "rows"_a, "dim"_a, "grad_stride"_a, "activation_stride"_a, "d_grad"_a,
+        "d_activation"_a, "threads"_a);
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_core, m) {
+  m.doc() = "Compiled hot paths of react_fast on raw memory; use react_fast.ops.";
+  m.def("isa", [] { return std::string(rf::kernels().isa); });
+  m.def("compiled_isas", &rf::compiled_isas);
+  m.def("supported_isas", &rf::supported_isas);
+  m.def("set_isa", &rf::set_isa, "name"_a);
+#ifdef _OPENMP
+  m.attr("openmp") = true;
+#else
+  m.attr("openmp") = false;
+#endif
+  rf::kernels();  // a wrong REACT_FAST_ISA fails at import, in one line
+  bind_logprob(m);
+  bind_advantage(m);
+  bind_policy_loss(m);
+  bind_attribution(m);
+}

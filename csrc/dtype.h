@@ -1,0 +1,17 @@
+// The element types the core reads. The tags are part of the Python side (react_fast/ops/backend.py).
+#pragma once
+
+#include <cstdint>
+
+namespace rf {
+
+enum class DType : int { float32 = 0, float64 = 1, float16 = 2, bfloat16 = 3, int32 = 4, int64 = 5 };
+
+struct f16 {
+  uint16_t bits;
+};
+struct bf16 {
+  uint16_t bits;
+};
+
+}  // namespace rf

@@ -1,0 +1,201 @@
+// Vectors of the instruction set this file is compiled for, on the compiler's vector extension: one source
+// serves SSE2, AVX2, AVX-512 and NEON. Reductions run in a fixed order. Included by sources that are compiled
+// per instruction set, so everything lives in that namespace.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#if defined(__F16C__) || defined(__AVX512BF16__)
+#include <immintrin.h>
+#endif
+
+#include "dtype.h"
+
+namespace rf {
+namespace RF_ISA {
+
+#if defined(__AVX512F__)
+#define RF_VECTOR_BYTES 64
+#elif defined(__AVX2__)
+#define RF_VECTOR_BYTES 32
+#else
+#define RF_VECTOR_BYTES 16
+#endif
+
+constexpr int kLanes = RF_VECTOR_BYTES / 4;  // float lanes in a vector
+
+typedef float f32v __attribute__((vector_size(RF_VECTOR_BYTES)));
+typedef int32_t i32v __attribute__((vector_size(RF_VECTOR_BYTES)));
+typedef uint32_t u32v __attribute__((vector_size(RF_VECTOR_BYTES)));
+typedef uint16_t u16v __attribute__((vector_size(RF_VECTOR_BYTES / 2)));  // kLanes half-width integers
+
+inline f32v splat(float x) { return f32v{} + x; }
+inline f32v select(i32v condition, f32v yes, f32v no) { return condition ? yes : no; }
+// The first operand when either is NaN, as the x86 instruction does it: keep the running value second.
+inline f32v max(f32v x, f32v running) { return x > running ? x : running; }
+inline f32v min(f32v x, f32v running) { return x < running ? x : running; }
+inline f32v abs(f32v x) { return reinterpret_cast<f32v>(reinterpret_cast<u32v>(x) & 0x7fffffffu); }
+
+// ---- loads and stores: memory type to float lanes and back -------------------------------------------------
+
+inline float to_float(float x) { return x; }
+inline float to_float(bf16 x) {
+  const uint32_t bits = static_cast<uint32_t>(x.bits) << 16;
+  float out;
+  std::memcpy(&out, &bits, 4);
+  return out;
+}
+inline float to_float(f16 x) {
+  const uint32_t sign = static_cast<uint32_t>(x.bits & 0x8000u) << 16;
+  const uint32_t exponent = (x.bits >> 10) & 31u, fraction = x.bits & 0x3ffu;
+  float magnitude;
+  if (exponent == 0) {  // zero and subnormals: fraction * 2^-24
+    magnitude = static_cast<float>(fraction) * 5.9604644775390625e-8f;
+    uint32_t bits;
+    std::memcpy(&bits, &magnitude, 4);
+    bits |= sign;
+    std::memcpy(&magnitude, &bits, 4);
+    return magnitude;
+  }
+  const uint32_t bits = sign | (exponent == 31 ? 0x7f800000u : (exponent + 112u) << 23) | (fraction << 13);
+  std::memcpy(&magnitude, &bits, 4);
+  return magnitude;
+}
+
+// Round to nearest, ties to even; NaN stays NaN.
+inline void from_float(float x, float& out) { out = x; }
+inline void from_float(float x, bf16& out) {
+  uint32_t bits;
+  std::memcpy(&bits, &x, 4);
+  const uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+  out.bits = static_cast<uint16_t>(x != x ? 0x7fc0u : rounded);
+}
+inline void from_float(float x, f16& out) {
+#if defined(__F16C__)
+  out.bits = static_cast<uint16_t>(_cvtss_sh(x, 0));
+#else
+  uint32_t bits;
+  std::memcpy(&bits, &x, 4);
+  const uint32_t sign = (bits >> 16) & 0x8000u;
+  const uint32_t magnitude = bits & 0x7fffffffu;
+  uint32_t half;
+  if (magnitude > 0x7f800000u) {
+    half = 0x7e00u;
+  } else if (magnitude >= 0x477ff000u) {  // rounds to 65536 or more
+    half = 0x7c00u;
+  } else if (magnitude < 0x38800000u) {  // subnormal: one addition of 0.5 rounds to a multiple of 2^-24
+    float value;
+    std::memcpy(&value, &magnitude, 4);
+    value += 0.5f;
+    uint32_t shifted;
+    std::memcpy(&shifted, &value, 4);
+    half = shifted - 0x3f000000u;
+  } else {
+    half = (magnitude - 0x38000000u + 0xfffu + ((magnitude >> 13) & 1u)) >> 13;
+  }
+  out.bits = static_cast<uint16_t>(sign | half);
+#endif
+}
+
+inline f32v load(const float* p) {
+  f32v out;
+  std::memcpy(&out, p, sizeof(out));
+  return out;
+}
+inline f32v load(const bf16* p) {
+  u16v half;
+  std::memcpy(&half, p, sizeof(half));
+  return reinterpret_cast<f32v>(__builtin_convertvector(half, u32v) << 16);
+}
+inline f32v load(const f16* p) {
+#if defined(__AVX512F__)
+  return reinterpret_cast<f32v>(_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))));
+#elif defined(__F16C__)
+  return reinterpret_cast<f32v>(_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
+#else
+  f32v out{};
+  for (int i = 0; i < kLanes; ++i) out[i] = to_float(p[i]);
+  return out;
+#endif
+}
+
+inline void store(float* p, f32v x) { std::memcpy(p, &x, sizeof(x)); }
+inline void store(bf16* p, f32v x) {
+#if defined(__AVX512BF16__)
+  const __m256bh half = _mm512_cvtneps_pbh(reinterpret_cast<__m512>(x));
+  std::memcpy(p, &half, sizeof(half));
+#else
+  const u32v bits = reinterpret_cast<u32v>(x);
+  const u32v rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+  const u32v kept = reinterpret_cast<u32v>(x != x) ? (u32v{} + 0x7fc0u) : rounded;
+  const u16v half = __builtin_convertvector(kept, u16v);
+  std::memcpy(p, &half, sizeof(half));
+#endif
+}
+inline void store(f16* p, f32v x) {
+#if defined(__AVX512F__)
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph(reinterpret_cast<__m512>(x), 0));
+#elif defined(__F16C__)
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph(reinterpret_cast<__m256>(x), 0));
+#else
+  for (int i = 0; i < kLanes; ++i) from_float(x[i], p[i]);
+#endif
+}
+
+// The last `count` < kLanes elements of a row; missing lanes read as `fill`.
+template <class T>
+inline f32v load_tail(const T* p, int64_t count, float fill) {
+  f32v out = splat(fill);
+  for (int64_t i = 0; i < count; ++i) out[i] = to_float(p[i]);
+  return out;
+}
+template <class T>
+inline void store_tail(T* p, int64_t count, f32v x) {
+  for (int64_t i = 0; i < count; ++i) from_float(x[i], p[i]);
+}
+
+// ---- reductions over the lanes, by halves: the order depends on the vector width alone ---------------------
+
+inline float sum_lanes(f32v x) {
+  for (int width = kLanes / 2; width > 0; width /= 2) {
+    for (int i = 0; i < width; ++i) x[i] += x[i + width];
+  }
+  return x[0];
+}
+inline float max_lanes(f32v x) {
+  for (int width = kLanes / 2; width > 0; width /= 2) {
+    for (int i = 0; i < width; ++i) x[i] = x[i + width] > x[i] ? x[i + width] : x[i];
+  }
+  return x[0];
+}
+
+// ---- exp ---------------------------------------------------------------------------------------------------
+
+// exp(x), relative error below 1.3e-7 (one unit in the last place). x = n ln2 + r with |r| <= ln2 / 2 and
+// exp(r) = 1 + r + r^2 p(r), p a degree-4 polynomial fitted to a relative error of 3e-9. Below -87.3 the
+// result is 0, above 88.7 it is inf, NaN stays NaN.
+inline f32v exp(f32v x) {
+  const f32v low = splat(-87.33654f), high = splat(88.72283f);
+  const f32v clamped = x < low ? low : (x > high ? high : x);
+  const f32v shifter = splat(12582912.0f);  // 1.5 * 2^23: adding it leaves the rounded integer in the low bits
+  const f32v shifted = clamped * splat(1.44269504f) + shifter;
+  const f32v n = shifted - shifter;
+  const f32v r = (clamped - n * splat(0.693359375f)) + n * splat(2.12194440e-4f);
+  f32v p = splat(0.00138146f);
+  p = p * r + splat(0.00836872f);
+  p = p * r + splat(0.04166839f);
+  p = p * r + splat(0.16666521f);
+  p = p * r + splat(0.49999993f);
+  const f32v y = (p * (r * r) + r) + splat(1.0f);
+  // Two factors, since 2^128 is no float.
+  const i32v exponent = reinterpret_cast<i32v>(shifted) - 0x4b400000;
+  const i32v half = exponent >> 1;
+  const f32v scale = reinterpret_cast<f32v>((half + 127) << 23) * y;
+  const f32v result = scale * reinterpret_cast<f32v>((exponent - half + 127) << 23);
+  const f32v bounded = x > high ? splat(__builtin_inff()) : result;
+  return x < low ? splat(0.0f) : bounded;
+}
+
+}  // namespace RF_ISA
+}  // namespace rf

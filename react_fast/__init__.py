@@ -1,0 +1,34 @@
+"""react_fast: reinforcement learning for action and causality tracking, on a compiled core."""
+
+import importlib as _importlib
+from typing import Any as _Any
+
+from . import reference
+from .ops.attribution import attribution_scores
+from .ops.backend import get_backend, set_backend, use_backend
+
+__version__ = "0.1.0"
+
+# Names that need the `train` extra are imported when first used, so that `import react_fast` needs torch and
+# numpy only.
+_LAZY: dict[str, str] = {}
+
+__all__ = [
+    "__version__",
+    "attribution_scores",
+    "get_backend",
+    "reference",
+    "set_backend",
+    "use_backend",
+    *_LAZY,
+]
+
+
+def __getattr__(name: str) -> _Any:
+    if name not in _LAZY:
+        raise AttributeError(f"module 'react_fast' has no attribute {name!r}")
+    return getattr(_importlib.import_module(_LAZY[name], __name__), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,25 @@
+"""Compiled hot paths on raw memory: addresses, element strides and dtype tags (csrc/dtype.h)."""
+
+openmp: bool
+
+def isa() -> str: ...
+def compiled_isas() -> list[str]: ...
+def supported_isas() -> list[str]: ...
+def set_isa(name: str) -> None: ...
+
+# ---- logprob
+
+# ---- advantage
+
+# ---- policy_loss
+
+# ---- attribution
+
+def attribution_scores(
+    grad: int, activation: int, dtype: int, reduction: int, rows: int, dim: int,
+    grad_stride: int, activation_stride: int, out: int, threads: int,
+) -> None: ...
+def attribution_scores_backward(
+    grad: int, activation: int, upstream: int, scores: int, dtype: int, reduction: int, rows: int, dim: int,
+    grad_stride: int, activation_stride: int, d_grad: int, d_activation: int, threads: int,
+) -> None: ...

@@ -1,0 +1,1 @@
+"""Thin operators: check, dispatch, done."""

@@ -1,0 +1,140 @@
+"""Per-token attribution: row-wise products of a gradient and an activation, and their accumulation."""
+
+from typing import Any
+
+import torch
+
+from .. import _core, reference
+from . import _check
+from .backend import DTYPE, accumulation_dtype, address, register, use_reference
+
+REDUCTIONS = ("dot", "abs", "l2")
+
+
+def attribution_scores(
+    grad: torch.Tensor, activation: torch.Tensor, *, reduction: str = "dot"
+) -> torch.Tensor:
+    """Score of every row from its gradient and its activation, p_d = grad_d * activation_d.
+
+        dot: sum_d p_d        abs: sum_d |p_d|        l2: sqrt(sum_d p_d^2)
+
+    `dot` at an embedding output is gradient x input: the first-order change of the outcome when the row's
+    activation goes to zero. One pass; nothing of the inputs' size is written.
+
+    Args:
+        grad: [..., D] float32, bfloat16, float16 or float64. Gradient of the outcome at the activation.
+        activation: [..., D], dtype and device of `grad`.
+        reduction: "dot" | "abs" | "l2".
+    Returns: [...] float32 (float64 for float64). Differentiable in both inputs; the slope of `abs` is 0 where
+        p_d = 0 and that of `l2` is 0 where the score is 0.
+    Raises: TypeError for another dtype, ValueError if shapes or devices differ or the reduction is unknown.
+    Source: Shrikumar et al. 2016 (arXiv:1605.01713), gradient x input.
+    """
+    _check.floating("grad", grad)
+    _check.tensor("activation", activation)
+    _check.dtype("activation", activation, grad.dtype, "grad")
+    if grad.dim() == 0:
+        raise ValueError("grad must be [..., D], got a scalar")
+    _check.shape("activation", activation, grad.shape, "grad")
+    _check.device("activation", activation, grad.device, "grad")
+    _check.choice("reduction", reduction, REDUCTIONS)
+    if use_reference():
+        return reference.attribution_scores(grad, activation, reduction=reduction)
+    return _scores(grad, activation, REDUCTIONS.index(reduction))
+
+
+def _rows(x: torch.Tensor) -> torch.Tensor:
+    """[..., D] as [rows, D] with unit stride inside a row; a view whenever the strides allow one."""
+    rows = x.reshape(-1, x.shape[-1]) if x.shape[-1] else x.new_empty(x.shape[:-1].numel(), 0)
+    return rows if rows.stride(1) == 1 or rows.shape[1] <= 1 else rows.contiguous()
+
+
+def _scores_cpu(grad: torch.Tensor, activation: torch.Tensor, reduction: int) -> torch.Tensor:
+    g, a = _rows(grad), _rows(activation)
+    out = torch.empty(grad.shape[:-1], dtype=accumulation_dtype(grad.dtype))
+    _core.attribution_scores(
+        g.data_ptr(), a.data_ptr(), DTYPE[grad.dtype], reduction, *g.shape, g.stride(0), a.stride(0),
+        out.data_ptr(), torch.get_num_threads(),
+    )  # fmt: skip
+    return out
+
+
+def _scores_triton(grad: torch.Tensor, activation: torch.Tensor, reduction: int) -> torch.Tensor:
+    from ..kernels import attribution as kernels
+
+    return kernels.scores(_rows(grad), _rows(activation), reduction).view(grad.shape[:-1])
+
+
+def _scores_fake(grad: torch.Tensor, activation: torch.Tensor, reduction: int) -> torch.Tensor:
+    return grad.new_empty(grad.shape[:-1], dtype=accumulation_dtype(grad.dtype))
+
+
+def _scores_setup(ctx: Any, inputs: tuple, output: torch.Tensor) -> None:
+    grad, activation, ctx.reduction = inputs
+    ctx.save_for_backward(grad, activation, output)
+
+
+def _scores_grad(ctx: Any, upstream: torch.Tensor) -> tuple:
+    wanted = ctx.needs_input_grad[:2]
+    d_grad, d_activation = _scores_backward(*ctx.saved_tensors[:2], upstream, ctx.saved_tensors[2], ctx.reduction, *wanted)
+    return d_grad if wanted[0] else None, d_activation if wanted[1] else None, None
+
+
+def _empty_like_rows(x: torch.Tensor, wanted: bool) -> torch.Tensor:
+    """A contiguous result of x's shape; an unwanted one is empty, since an operator returns no None."""
+    return x.new_empty(x.shape if wanted else (0,))
+
+
+def _scores_backward_cpu(
+    grad: torch.Tensor, activation: torch.Tensor, upstream: torch.Tensor, scores: torch.Tensor,
+    reduction: int, want_grad: bool, want_activation: bool,
+) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+    g, a = _rows(grad), _rows(activation)
+    d_grad, d_activation = _empty_like_rows(grad, want_grad), _empty_like_rows(activation, want_activation)
+    upstream = upstream.contiguous()
+    _core.attribution_scores_backward(
+        g.data_ptr(), a.data_ptr(), upstream.data_ptr(), scores.data_ptr(), DTYPE[grad.dtype], reduction,
+        *g.shape, g.stride(0), a.stride(0), address(d_grad if want_grad else None),
+        address(d_activation if want_activation else None), torch.get_num_threads(),
+    )  # fmt: skip
+    return d_grad, d_activation
+
+
+def _scores_backward_triton(
+    grad: torch.Tensor, activation: torch.Tensor, upstream: torch.Tensor, scores: torch.Tensor,
+    reduction: int, want_grad: bool, want_activation: bool,
+) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+    from ..kernels import attribution as kernels
+
+    d_grad, d_activation = _empty_like_rows(grad, want_grad), _empty_like_rows(activation, want_activation)
+    kernels.scores_backward(
+        _rows(grad), _rows(activation), upstream.reshape(-1).contiguous(), scores.reshape(-1), reduction,
+        d_grad if want_grad else None, d_activation if want_activation else None,
+    )  # fmt: skip
+    return d_grad, d_activation
+
+
+def _scores_backward_fake(
+    grad: torch.Tensor, activation: torch.Tensor, upstream: torch.Tensor, scores: torch.Tensor,
+    reduction: int, want_grad: bool, want_activation: bool,
+) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+    return _empty_like_rows(grad, want_grad), _empty_like_rows(activation, want_activation)
+
+
+_scores = register(
+    "attribution_scores",
+    "(Tensor grad, Tensor activation, int reduction) -> Tensor",
+    cpu=_scores_cpu,
+    triton=_scores_triton,
+    fake=_scores_fake,
+    setup_context=_scores_setup,
+    backward=_scores_grad,
+)
+_scores_backward = register(
+    "attribution_scores_backward",
+    "(Tensor grad, Tensor activation, Tensor upstream, Tensor scores, int reduction, bool want_grad, "
+    "bool want_activation) -> (Tensor, Tensor)",
+    cpu=_scores_backward_cpu,
+    triton=_scores_backward_triton,
+    fake=_scores_backward_fake,
+)

@@ -1,0 +1,8 @@
+"""The specification: every op, the trainer and the tracker in plain loops over plain torch.
+
+Written for reading and for checking the fast paths; same names and signatures, no speed.
+"""
+
+from .attribution import attribution_scores
+
+__all__ = ["attribution_scores"]

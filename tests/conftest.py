@@ -1,0 +1,42 @@
+"""Shared by all tests: Triton kernels run in the interpreter, torch runs on two threads."""
+
+import os
+
+os.environ.setdefault("TRITON_INTERPRET", "1")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+import react_fast
+from react_fast import _core
+
+THREADS = 2
+
+
+@pytest.fixture(autouse=True)
+def _fixed_threads() -> Iterator[None]:
+    """On a loaded machine four threads were seen to be 50 times slower than one; two keep it honest."""
+    torch.set_num_threads(THREADS)
+    torch.manual_seed(0)
+    yield
+    torch.set_num_threads(THREADS)
+
+
+@pytest.fixture(params=["cpu", "triton"])
+def backend(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Every compiled backend in turn."""
+    with react_fast.use_backend(request.param):
+        yield request.param
+
+
+@pytest.fixture(params=_core.supported_isas())
+def isa(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Every instruction set this machine can run, in turn."""
+    previous = _core.isa()
+    _core.set_isa(request.param)
+    yield request.param
+    _core.set_isa(previous)
