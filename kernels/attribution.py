@@ -10,6 +10,8 @@ import torch
 import triton
 import triton.language as tl
 
+from .aot import Variant
+
 # 2048 elements a step: 16 bytes a thread and load for bf16 at 4 warps and two loads in flight.
 MAX_BLOCK = 2048
 
@@ -103,3 +105,34 @@ def scores_backward(
         REDUCTION=reduction, WIDE=_wide(grad.dtype), WANT_GRAD=d_grad is not None,
         WANT_ACTIVATION=d_activation is not None, ROWS=ROWS, BLOCK=BLOCK,
     )  # fmt: skip
+
+
+def _variants() -> list[Variant]:
+    found = []
+    for pointer in ("*fp32", "*bf16"):
+        inputs = {"grad": pointer, "activation": pointer}
+        sizes = {"rows": "i32", "dim": "i32", "grad_stride": "i32", "activation_stride": "i32"}
+        even = ("dim", "grad_stride", "activation_stride")
+        for dim in (128, 4096):
+            ROWS, BLOCK = _tile(dim)
+            shape = {"WIDE": tl.float32, "ROWS": ROWS, "BLOCK": BLOCK}
+            forward = {**inputs, "out": "*fp32", **sizes}
+            found += [
+                Variant(scores_kernel, forward, {"REDUCTION": kind, **shape}, divisible=even)
+                for kind in range(3)
+            ]
+            backward = {
+                **inputs, "upstream": "*fp32", "scores": "*fp32", "d_grad": pointer, "d_activation": pointer,
+                **sizes,
+            }  # fmt: skip
+            both = {"WANT_GRAD": True, "WANT_ACTIVATION": True}
+            found += [
+                Variant(
+                    scores_backward_kernel, backward, {"REDUCTION": kind, **both, **shape}, divisible=even
+                )
+                for kind in range(3)
+            ]
+    return found
+
+
+VARIANTS = _variants()

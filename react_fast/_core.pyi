@@ -16,10 +16,29 @@ def set_isa(name: str) -> None: ...
 # ---- attribution
 
 def attribution_scores(
-    grad: int, activation: int, dtype: int, reduction: int, rows: int, dim: int,
-    grad_stride: int, activation_stride: int, out: int, threads: int,
+    grad: int,
+    activation: int,
+    dtype: int,
+    reduction: int,
+    rows: int,
+    dim: int,
+    grad_stride: int,
+    activation_stride: int,
+    out: int,
+    threads: int,
 ) -> None: ...
 def attribution_scores_backward(
-    grad: int, activation: int, upstream: int, scores: int, dtype: int, reduction: int, rows: int, dim: int,
-    grad_stride: int, activation_stride: int, d_grad: int, d_activation: int, threads: int,
+    grad: int,
+    activation: int,
+    upstream: int,
+    scores: int,
+    dtype: int,
+    reduction: int,
+    rows: int,
+    dim: int,
+    grad_stride: int,
+    activation_stride: int,
+    d_grad: int,
+    d_activation: int,
+    threads: int,
 ) -> None: ...

@@ -86,7 +86,9 @@ def test_row_does_not_depend_on_the_batch(backend):
     grad, activation = _pair((50, 300))
     whole = rf.attribution_scores(grad, activation)
     for i in (0, 17, 49):
-        contract.assert_bitwise(rf.attribution_scores(grad[i : i + 1], activation[i : i + 1]), whole[i : i + 1])
+        contract.assert_bitwise(
+            rf.attribution_scores(grad[i : i + 1], activation[i : i + 1]), whole[i : i + 1]
+        )
 
 
 def test_threads_agree():
@@ -147,8 +149,20 @@ def test_inference_mode_and_meta(backend):
         (torch.ones(2, 3), torch.ones(2, 3).double(), {}, TypeError, "activation must be float32 like grad"),
         (torch.ones(2, 3).int(), torch.ones(2, 3).int(), {}, TypeError, "grad must be float32, bfloat16"),
         (torch.ones(()), torch.ones(()), {}, ValueError, r"grad must be \[..., D\], got a scalar"),
-        (torch.ones(2, 3), torch.ones(2, 3, device="meta"), {}, ValueError, "activation must be on cpu like grad"),
-        (torch.ones(2, 3), torch.ones(2, 3), {"reduction": "max"}, ValueError, "reduction must be one of 'dot'"),
+        (
+            torch.ones(2, 3),
+            torch.ones(2, 3, device="meta"),
+            {},
+            ValueError,
+            "activation must be on cpu like grad",
+        ),
+        (
+            torch.ones(2, 3),
+            torch.ones(2, 3),
+            {"reduction": "max"},
+            ValueError,
+            "reduction must be one of 'dot'",
+        ),
         (torch.ones(2, 3), [[1.0]], {}, TypeError, "activation must be a torch.Tensor, got list"),
     ],
 )

@@ -53,8 +53,8 @@ def _scores_cpu(grad: torch.Tensor, activation: torch.Tensor, reduction: int) ->
     g, a = _rows(grad), _rows(activation)
     out = torch.empty(grad.shape[:-1], dtype=accumulation_dtype(grad.dtype))
     _core.attribution_scores(
-        g.data_ptr(), a.data_ptr(), DTYPE[grad.dtype], reduction, *g.shape, g.stride(0), a.stride(0),
-        out.data_ptr(), torch.get_num_threads(),
+        g.data_ptr(), a.data_ptr(), DTYPE[grad.dtype], reduction, g.shape[0], g.shape[1],
+        g.stride(0), a.stride(0), out.data_ptr(), torch.get_num_threads(),
     )  # fmt: skip
     return out
 
@@ -76,7 +76,9 @@ def _scores_setup(ctx: Any, inputs: tuple, output: torch.Tensor) -> None:
 
 def _scores_grad(ctx: Any, upstream: torch.Tensor) -> tuple:
     wanted = ctx.needs_input_grad[:2]
-    d_grad, d_activation = _scores_backward(*ctx.saved_tensors[:2], upstream, ctx.saved_tensors[2], ctx.reduction, *wanted)
+    d_grad, d_activation = _scores_backward(
+        *ctx.saved_tensors[:2], upstream, ctx.saved_tensors[2], ctx.reduction, *wanted
+    )
     return d_grad if wanted[0] else None, d_activation if wanted[1] else None, None
 
 
@@ -94,7 +96,7 @@ def _scores_backward_cpu(
     upstream = upstream.contiguous()
     _core.attribution_scores_backward(
         g.data_ptr(), a.data_ptr(), upstream.data_ptr(), scores.data_ptr(), DTYPE[grad.dtype], reduction,
-        *g.shape, g.stride(0), a.stride(0), address(d_grad if want_grad else None),
+        g.shape[0], g.shape[1], g.stride(0), a.stride(0), address(d_grad if want_grad else None),
         address(d_activation if want_activation else None), torch.get_num_threads(),
     )  # fmt: skip
     return d_grad, d_activation

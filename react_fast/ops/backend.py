@@ -80,7 +80,7 @@ def interpreting() -> bool:
 
 
 def resolve(device_type: str) -> str:
-    """"cpu" or "triton": what runs an op on tensors of this device under the current backend."""
+    """ "cpu" or "triton": what runs an op on tensors of this device under the current backend."""
     if _current == "triton":
         if device_type == "cpu" and not interpreting():
             raise RuntimeError(
@@ -114,8 +114,8 @@ def register(
 ) -> Any:
     """Define torch.ops.react_fast.<name> and return its overload.
 
-    The low-level registration (define, impl, fake, autograd) costs 6 us a call without gradient and 13 us with
-    one; torch.library.custom_op costs 93 us.
+    The low-level registration (define, impl, fake, autograd) costs 6 us a call without gradient and 13 us
+    with one; torch.library.custom_op costs 93 us.
 
     Args:
         name: operator name.

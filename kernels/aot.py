@@ -1,0 +1,189 @@
+"""Ahead-of-time build of every kernel variant, without a GPU: `python -m react_fast.kernels.aot`.
+
+Compiles for sm_80, sm_90 and sm_100, prints registers, shared memory, spills, global loads of 16 bytes and an
+occupancy estimate, and exits with 1 if a kernel spills. Needs triton alone: the kernels are loaded as source,
+never launched.
+"""
+
+import argparse
+import importlib
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+PATHS = sorted(p.stem for p in Path(__file__).parent.glob("*.py") if p.stem not in ("__init__", "aot"))
+TARGETS = (80, 90, 100)
+
+# Per multiprocessor, from the CUDA C++ programming guide, table "Technical specifications per compute
+# capability": 65,536 registers, and resident warps and shared memory as below.
+REGISTERS = 65536
+WARPS = {80: 64, 90: 64, 100: 64}
+SHARED_KIB = {80: 164, 90: 228, 100: 228}
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One specialisation that a launcher really uses.
+
+    Attributes:
+        kernel: the @triton.jit function.
+        signature: type of every runtime argument, in order: "*fp32", "*bf16", "i32", "i64", "fp32", ...
+        constants: value of every tl.constexpr argument.
+        num_warps: as the launcher passes it (Triton's default is 4).
+        divisible: integer arguments that are multiples of 16 in the common case; pointers always are.
+    """
+
+    kernel: Any
+    signature: Mapping[str, str]
+    constants: Mapping[str, Any] = field(default_factory=dict)
+    num_warps: int = 4
+    divisible: tuple[str, ...] = ()
+
+    @property
+    def name(self) -> str:
+        types = "/".join(sorted({t[1:] for t in self.signature.values() if t in ("*fp32", "*bf16", "*fp16")}))
+        constants = ",".join(f"{k}={v}" for k, v in self.constants.items())
+        return f"{self.kernel.__name__}[{types}; {constants}]"
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What the compiler made of one variant on one target.
+
+    Registers and spilled bytes count a thread, shared bytes a block.
+    """
+
+    path: str
+    variant: str
+    target: str
+    registers: int
+    shared: int
+    spilled: int
+    wide_loads: int
+    loads: int
+    occupancy: float
+
+
+def variants() -> Iterable[tuple[str, Variant]]:
+    for path in PATHS:
+        for variant in importlib.import_module(f"{__package__}.{path}").VARIANTS:
+            yield path, variant
+
+
+def _compile(variant: Variant, capability: int) -> Any:
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    names = variant.kernel.arg_names
+    signature = {n: "constexpr" if n in variant.constants else variant.signature[n] for n in names}
+    aligned = [
+        n
+        for n in names
+        if n not in variant.constants and (n in variant.divisible or signature[n].startswith("*"))
+    ]
+    source = ASTSource(
+        fn=variant.kernel,
+        signature=signature,
+        constexprs=dict(variant.constants),
+        attrs={(names.index(n),): [["tt.divisibility", 16]] for n in aligned},
+    )
+    return triton.compile(
+        source, target=GPUTarget("cuda", capability, 32), options={"num_warps": variant.num_warps}
+    )
+
+
+def _resource_usage(cubin: bytes) -> tuple[int, int]:
+    """(registers, bytes of local memory) of the kernel in a cubin.
+
+    Triton kernels have no arrays of their own in local memory, so every byte there is a spilled register.
+    """
+    import triton.backends.nvidia as nvidia
+
+    tool = Path(nvidia.__file__).parent / "bin" / "cuobjdump"
+    with tempfile.TemporaryDirectory() as folder:
+        binary = Path(folder) / "kernel.cubin"
+        binary.write_bytes(cubin)
+        report = subprocess.run(
+            [str(tool), "-res-usage", str(binary)], capture_output=True, text=True, check=True
+        ).stdout
+    usage = re.search(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", report)
+    assert usage is not None, f"cuobjdump printed no resources: {report!r}"
+    return int(usage[1]), int(usage[2]) + int(usage[3])
+
+
+def _occupancy(registers: int, shared: int, num_warps: int, capability: int) -> float:
+    """Resident warps over the most a multiprocessor holds, limited by registers and shared memory."""
+    by_registers = REGISTERS // (max(registers, 1) * 32 * num_warps)
+    by_shared = SHARED_KIB[capability] * 1024 // max(shared + 1024, 1)
+    blocks = min(by_registers, by_shared, 32, WARPS[capability] // num_warps)
+    return blocks * num_warps / WARPS[capability]
+
+
+def inspect(path: str, variant: Variant, capability: int) -> Resources:
+    compiled = _compile(variant, capability)
+    ptx = compiled.asm["ptx"]
+    registers, spilled = _resource_usage(compiled.asm["cubin"])
+    return Resources(
+        path=path,
+        variant=variant.name,
+        target=f"sm_{capability}",
+        registers=registers,
+        shared=compiled.metadata.shared,
+        spilled=spilled,
+        wide_loads=len(re.findall(r"ld\.global\S*\.v(?:4\.b32|2\.b64|8\.b16)", ptx)),
+        loads=len(re.findall(r"ld\.global", ptx)),
+        occupancy=_occupancy(registers, compiled.metadata.shared, variant.num_warps, capability),
+    )
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--json", type=Path, help="also write the table to this file")
+    parser.add_argument("--only", choices=PATHS, help="one hot path")
+    arguments = parser.parse_args()
+    # Triton 3.9 warns when this is unset; fused multiply-add has always been its default.
+    os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        print("kernels.aot: unset TRITON_INTERPRET, the interpreter compiles nothing", file=sys.stderr)
+        return 2
+    row = "{:<12} {:<78} {:>6} {:>5} {:>7} {:>7} {:>9} {:>10}"
+    print(row.format("path", "variant", "target", "regs", "shared", "spills", "16B loads", "occupancy"))
+    table = []
+    for path, variant in variants():
+        if arguments.only not in (None, path):
+            continue
+        for capability in TARGETS:
+            r = inspect(path, variant, capability)
+            table.append(r)
+            wide = f"{r.wide_loads}/{r.loads}"
+            print(
+                row.format(
+                    path,
+                    r.variant[:78],
+                    r.target,
+                    r.registers,
+                    r.shared,
+                    r.spilled,
+                    wide,
+                    f"{r.occupancy:.0%}",
+                )
+            )
+    if arguments.json:
+        arguments.json.write_text(json.dumps([vars(r) for r in table], indent=1) + "\n")
+    spilling = [r for r in table if r.spilled]
+    print(f"{len(table)} kernels compiled, {len(spilling)} spill")
+    return 1 if spilling else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
