@@ -56,6 +56,27 @@ void bind_attribution(py::module_& m) {
         "d_activation"_a, "threads"_a);
 }
 
+// ---- stream ------------------------------------------------------------------------------------------------
+
+using Spans = std::vector<std::pair<Address, int64_t>>;
+
+std::vector<rf::Span> spans_at(const Spans& spans) {
+  std::vector<rf::Span> out;
+  for (const auto& [address, bytes] : spans) out.push_back({at(address), bytes});
+  return out;
+}
+
+uint64_t stream(const Spans& reads, const Spans& writes, int64_t chunks, int64_t elements, int threads) {
+  const auto from = spans_at(reads), to = spans_at(writes);
+  py::gil_scoped_release release;
+  return rf::kernels().stream->run({from.data(), static_cast<int64_t>(from.size()), to.data(),
+                                    static_cast<int64_t>(to.size()), chunks, elements, threads});
+}
+
+void bind_stream(py::module_& m) {
+  m.def("stream", &stream, "reads"_a, "writes"_a, "chunks"_a, "elements"_a, "threads"_a);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_core, m) {
@@ -74,4 +95,5 @@ PYBIND11_MODULE(_core, m) {
   bind_advantage(m);
   bind_policy_loss(m);
   bind_attribution(m);
+  bind_stream(m);
 }

@@ -3,20 +3,21 @@
 #include <cstdlib>
 #include <stdexcept>
 
-#define RF_TABLES(isa)                      \
-  namespace rf {                            \
-  namespace isa {                           \
-  extern const Logprob logprob_table;       \
-  extern const Advantage advantage_table;   \
-  extern const PolicyLoss policy_loss_table; \
+#define RF_TABLES(isa)                        \
+  namespace rf {                              \
+  namespace isa {                             \
+  extern const Logprob logprob_table;         \
+  extern const Advantage advantage_table;     \
+  extern const PolicyLoss policy_loss_table;  \
   extern const Attribution attribution_table; \
-  }                                         \
+  extern const Stream stream_table;           \
+  }                                           \
   }
 
-#define RF_ENTRY(isa)                                                         \
-  {                                                                           \
+#define RF_ENTRY(isa)                                                          \
+  {                                                                            \
     #isa, &isa::logprob_table, &isa::advantage_table, &isa::policy_loss_table, \
-        &isa::attribution_table                                               \
+        &isa::attribution_table, &isa::stream_table                            \
   }
 
 RF_TABLES(baseline)

@@ -14,6 +14,7 @@
 #include "attribution.h"
 #include "logprob.h"
 #include "policy_loss.h"
+#include "stream.h"
 
 namespace rf {
 
@@ -23,6 +24,7 @@ struct Kernels {
   const Advantage* advantage;
   const PolicyLoss* policy_loss;
   const Attribution* attribution;
+  const Stream* stream;
 };
 
 // The tables of the active set: the best one the machine has, or the one REACT_FAST_ISA names.

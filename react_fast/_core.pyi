@@ -42,3 +42,9 @@ def attribution_scores_backward(
     d_activation: int,
     threads: int,
 ) -> None: ...
+
+# ---- stream: the physical limit that benchmarks measure
+
+def stream(
+    reads: list[tuple[int, int]], writes: list[tuple[int, int]], chunks: int, elements: int, threads: int
+) -> int: ...

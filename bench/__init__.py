@@ -1,0 +1,1 @@
+"""Benchmarks: `python -m bench.report` runs them and makes the table."""
