@@ -1,7 +1,6 @@
 """Threads of every benchmark: all cores, or REACT_FAST_BENCH_THREADS."""
 
 import os
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -10,7 +9,7 @@ THREADS = int(os.environ.get("REACT_FAST_BENCH_THREADS", os.cpu_count() or 1))
 
 
 @pytest.fixture(autouse=True)
-def _fixed_threads() -> Iterator[None]:
+def _fixed_threads() -> None:
     torch.set_num_threads(THREADS)
     torch.manual_seed(0)
-    yield
+    return
