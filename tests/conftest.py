@@ -7,14 +7,33 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
+import triton
 
 import react_fast
 from react_fast import _core
 
 THREADS = 2
+
+
+def _mend_interpreter() -> None:
+    """Triton 3.6's interpreter calls int() on one-element arrays, which numpy 2.5 refuses."""
+    from triton.runtime import interpreter
+
+    original = interpreter._patch_lang_tensor
+
+    def patched(tensor: Any, scope: Any) -> None:
+        original(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
+
+    interpreter._patch_lang_tensor = patched
+
+
+if triton.__version__.startswith("3.6"):
+    _mend_interpreter()
 
 
 @pytest.fixture(autouse=True)
