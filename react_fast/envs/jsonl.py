@@ -1,0 +1,69 @@
+"""Records from a JSON Lines file: one object a line with `prompt`, and perhaps `reference` and `metadata`."""
+
+import json
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+from .text_env import Record
+
+# field -> (accepted types, their name in an error)
+_FIELDS: dict[str, tuple[tuple[type, ...], str]] = {
+    "prompt": ((str,), "a string"),
+    "reference": ((str, type(None)), "a string or null"),
+    "metadata": ((dict,), "an object"),
+}
+
+
+def load_jsonl(path: str | PathLike[str]) -> list[Record]:
+    """The records of a file, in its order. Empty lines are skipped; a byte order mark is allowed.
+
+    Args:
+        path: UTF-8 text, one JSON object a line:
+            {"prompt": str, "reference": str or null, "metadata": object}.
+    Raises: FileNotFoundError or IsADirectoryError if there is no such file; ValueError naming file and line
+        for a line that is no UTF-8, no JSON, no object, lacks `prompt`, or holds an unknown field or an empty
+        prompt; TypeError naming file and line for a field of the wrong type; ValueError for a file without
+        records.
+    """
+    path = Path(path)
+    if path.is_dir():
+        raise IsADirectoryError(f"{path}: is a folder, a JSON Lines file was wanted")
+    try:
+        lines = path.read_bytes().removeprefix(b"\xef\xbb\xbf").split(b"\n")
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{path}: no such file") from None
+    records = [_record(line, f"{path}:{number}") for number, line in enumerate(lines, 1) if line.strip()]
+    if not records:
+        raise ValueError(f"{path}: no records")
+    return records
+
+
+def _record(line: bytes, where: str) -> Record:
+    fields = _object(line, where)
+    unknown = sorted(fields.keys() - _FIELDS.keys())
+    if unknown:
+        raise ValueError(f"{where}: unknown field {unknown[0]!r}; known are {', '.join(_FIELDS)}")
+    if "prompt" not in fields:
+        raise ValueError(f"{where}: field 'prompt' is missing")
+    for name, value in fields.items():
+        types, wanted = _FIELDS[name]
+        if not isinstance(value, types):
+            raise TypeError(f"{where}: field {name!r} must be {wanted}, got {type(value).__name__}")
+        if isinstance(value, str) and any("\ud800" <= character <= "\udfff" for character in value):
+            raise ValueError(f"{where}: field {name!r} is no Unicode text: it holds half a surrogate pair")
+    if not fields["prompt"]:
+        raise ValueError(f"{where}: field 'prompt' is empty")
+    return Record(**fields)
+
+
+def _object(line: bytes, where: str) -> dict[str, Any]:
+    try:
+        value = json.loads(line.decode("utf-8"))
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{where}: not UTF-8, byte {error.start + 1} is 0x{line[error.start]:02x}") from None
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{where}: invalid JSON at column {error.colno}: {error.msg}") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"{where}: must be a JSON object, got {type(value).__name__}")
+    return value

@@ -1,0 +1,192 @@
+"""Where the policy comes from: a local Hugging Face directory, or a fresh model with its own tokenizer."""
+
+from collections.abc import Iterable
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedTokenizerFast,
+    Starcoder2Config,
+    Starcoder2ForCausalLM,
+)
+
+PAD, BOS, EOS = "<pad>", "<bos>", "<eos>"
+# Byte-level BPE starts from all 256 bytes, so no text is ever unknown.
+MIN_VOCAB = 256 + 3
+
+
+def load_model(path: str | PathLike[str], dtype: torch.dtype = torch.float32) -> tuple[Any, Any]:
+    """A causal language model and its tokenizer from a local Hugging Face directory; nothing is downloaded.
+
+    The tokenizer pads on the left, as generation needs; without a padding token the end token serves.
+
+    Args:
+        path: folder as `save_pretrained` writes it.
+        dtype: of the parameters.
+    Returns: (model in evaluation mode, tokenizer).
+    Raises: FileNotFoundError without folder, config.json, weights or tokenizer; ValueError if the folder
+        holds something else than a causal language model, its weights are damaged or incomplete, or the
+        tokenizer has more tokens than the model. Each is one line.
+    """
+    folder = Path(path)
+    if not folder.is_dir():
+        raise FileNotFoundError(
+            f"model path must be a local folder, got {folder}, which does not exist or is a file"
+        )
+    if not (folder / "config.json").is_file():
+        raise FileNotFoundError(f"model folder {folder} has no config.json")
+    tokenizer = _load_tokenizer(folder)
+    model = _load_weights(folder).to(dtype)
+    embeddings = model.get_input_embeddings().num_embeddings
+    if len(tokenizer) > embeddings:
+        raise ValueError(
+            f"model folder {folder}: the tokenizer has {len(tokenizer)} tokens, the model only {embeddings}"
+        )
+    return model.eval(), tokenizer
+
+
+def _load_tokenizer(folder: Path) -> Any:
+    if not any(
+        (folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
+    ):
+        raise FileNotFoundError(
+            f"model folder {folder} has no tokenizer (tokenizer.json, tokenizer.model, vocab.*)"
+        )
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+    except Exception as error:  # each tokenizer backend raises its own, down to bare Exception
+        raise ValueError(
+            f"model folder {folder}: the tokenizer cannot be read: {_first_line(error)}"
+        ) from error
+    if tokenizer.eos_token_id is None:
+        raise ValueError(f"model folder {folder}: the tokenizer has no end-of-text token (eos_token)")
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    tokenizer.padding_side = "left"
+    return tokenizer
+
+
+def _load_weights(folder: Path) -> Any:
+    if not any(folder.glob("*.safetensors")) and not any(folder.glob("*.bin")):
+        raise FileNotFoundError(f"model folder {folder} has no weights (*.safetensors or *.bin)")
+    try:
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            str(folder), local_files_only=True, output_loading_info=True
+        )
+    except Exception as error:  # OSError, ValueError, RuntimeError, SafetensorError, UnpicklingError, ...
+        raise ValueError(f"model folder {folder} cannot be loaded: {_first_line(error)}") from error
+    model, report = loaded
+    # transformers fills a parameter that the file lacks with random numbers and only warns.
+    for problem in ("missing_keys", "mismatched_keys"):
+        if report.get(problem):
+            names = sorted(map(str, report[problem]))
+            raise ValueError(
+                f"model folder {folder}: {len(names)} {problem.replace('_', ' ')}, first {names[0]}"
+            )
+    return model
+
+
+def _first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {(str(error).strip() or 'no message').splitlines()[0]}"
+
+
+def fresh_model(
+    texts: Iterable[str],
+    *,
+    vocab_size: int = 512,
+    hidden_size: int = 256,
+    layers: int = 4,
+    heads: int = 4,
+    max_length: int = 128,
+    seed: int = 0,
+    dropout: float = 0.0,
+) -> tuple[Any, Any]:
+    """A freshly initialised model and a byte-level BPE tokenizer trained on `texts`: the random policy.
+
+    The architecture is StarCoder2 (pre-norm decoder, rotary positions, tied embeddings): of those whose
+    folders the Auto classes load back unchanged, it is one with dropout on embeddings, attention and
+    residuals. (For a Qwen2 folder AutoTokenizer replaces the tokenizer's class and adds a token.)
+
+    Same arguments, same weights and tokenizer; the global random state is left as it was. Both save with
+    `save_pretrained` and load with transformers' Auto classes.
+
+    Args:
+        texts: what the tokenizer learns its merges from, such as every training prompt and reference.
+        vocab_size: entries of the tokenizer, at least 259; fewer come out if the texts have too few merges.
+        hidden_size: width of the residual stream, an even multiple of `heads`.
+        layers, heads: of the transformer.
+        max_length: longest prompt plus answer, in tokens.
+        seed: of the weights.
+        dropout: of embeddings, attention weights and residual branches, in [0, 1); in training mode only.
+    Returns: (model in evaluation mode, float32; tokenizer that pads on the left).
+    Raises: ValueError for a size out of range or for no texts.
+    """
+    _positive(layers=layers, heads=heads, max_length=max_length, hidden_size=hidden_size)
+    if vocab_size < MIN_VOCAB:
+        raise ValueError(f"vocab_size must be at least {MIN_VOCAB} (256 bytes and 3 marks), got {vocab_size}")
+    if hidden_size % (2 * heads):
+        raise ValueError(f"hidden_size must be an even multiple of heads ({heads}), got {hidden_size}")
+    if not 0 <= dropout < 1:
+        raise ValueError(f"dropout must be in [0, 1), got {dropout}")
+    tokenizer = _train_tokenizer(texts, vocab_size, max_length)
+    marks = {
+        "pad_token_id": tokenizer.pad_token_id,
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+    }
+    config = Starcoder2Config(
+        vocab_size=len(tokenizer),
+        hidden_size=hidden_size,
+        intermediate_size=4 * hidden_size,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=heads,
+        max_position_embeddings=max_length,
+        embedding_dropout=dropout,
+        attention_dropout=dropout,
+        residual_dropout=dropout,
+        tie_word_embeddings=True,
+        **marks,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = Starcoder2ForCausalLM(config)
+    model.generation_config = GenerationConfig(**marks)
+    return model.eval(), tokenizer
+
+
+def _positive(**sizes: int) -> None:
+    for name, value in sizes.items():
+        if value < 1:
+            raise ValueError(f"{name} must be at least 1, got {value}")
+
+
+def _train_tokenizer(texts: Iterable[str], vocab_size: int, max_length: int) -> PreTrainedTokenizerFast:
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[PAD, BOS, EOS],
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    texts = list(texts)
+    if not any(texts):
+        raise ValueError("texts must hold at least one text that is not empty")
+    tokenizer.train_from_iterator(texts, trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token=PAD,
+        bos_token=BOS,
+        eos_token=EOS,
+        padding_side="left",
+        model_max_length=max_length,
+        clean_up_tokenization_spaces=False,
+    )
