@@ -1,0 +1,1 @@
+"""Training: configuration, rollouts, algorithms, checkpoints, progress. Needs the `train` extra."""

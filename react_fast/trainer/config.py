@@ -1,0 +1,335 @@
+"""One configuration tree for Python, YAML and the command line.
+
+Every field has a default and its unit in its description; values are never silently cast; an unknown key is
+refused with the nearest valid one.
+"""
+
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import Field, model_validator
+
+from .section import ConfigError, Section, nearest_key
+
+Count = Annotated[int, Field(ge=1)]
+Natural = Annotated[int, Field(ge=0)]
+Positive = Annotated[float, Field(gt=0)]
+NonNegative = Annotated[float, Field(ge=0)]
+Fraction = Annotated[float, Field(ge=0, lt=1)]
+
+
+class ModelConfig(Section):
+    """The policy: a Hugging Face causal-LM directory, or a freshly initialised model."""
+
+    path: str | None = None
+    """Local Hugging Face model directory; none: a fresh model."""
+    vocab_size: Count = 512
+    """Fresh model: entries of the trained tokenizer."""
+    hidden_size: Count = 256
+    """Fresh model: width of the residual stream."""
+    layers: Count = 4
+    """Fresh model: transformer layers."""
+    heads: Count = 4
+    """Fresh model: attention heads; must divide hidden_size."""
+    max_length: Count = 128
+    """Fresh model: longest prompt plus response, in tokens."""
+    dropout: Fraction = 0.0
+    """Fresh model: dropout probability."""
+    dtype: Literal["float32", "bfloat16", "float16", "float64"] = "float32"
+    """Type of the parameters."""
+
+    @model_validator(mode="after")
+    def _heads_divide(self) -> "ModelConfig":
+        if self.hidden_size % self.heads:
+            raise ConfigError("heads", f"must divide hidden_size {self.hidden_size}, got {self.heads}")
+        return self
+
+
+class EnvConfig(Section):
+    """What the policy is asked and how its answers are rewarded."""
+
+    task: Literal["translation"] = "translation"
+    """Shipped task; unused when `train` is set."""
+    pairs: list[str] = Field(default=["en-de", "en-fr"], min_length=1)
+    """Language pairs of the task."""
+    train: str | None = None
+    """JSONL file of training records (prompt, reference)."""
+    validation: str | None = None
+    """JSONL file for evaluations during training."""
+    test: str | None = None
+    """JSONL file for the result table."""
+    reward: str = "chrf"
+    """chrf | bleu | exact_match | module:function."""
+    max_turns: Count = 1
+    """Turns of an episode."""
+    eval_prompts: Count = 128
+    """Validation prompts of an evaluation during training."""
+    test_prompts: Count = 512
+    """Test prompts of the result table."""
+
+
+class WarmStartConfig(Section):
+    """Supervised warm start on the records' references, before reinforcement learning."""
+
+    steps: Natural = 0
+    """Optimiser steps; 0: none."""
+    batch_size: Count = 64
+    """Records per optimiser step."""
+    learning_rate: Positive = 1e-3
+    """Peak learning rate."""
+    weight_decay: NonNegative = 0.01
+    """Decoupled weight decay."""
+    lr_schedule: Literal["constant", "linear", "cosine"] = "cosine"
+    """Learning rate after the warm-up."""
+    lr_warmup_steps: Natural = 20
+    """Steps of linear warm-up from 0."""
+    eval_every: Natural = 0
+    """Steps between evaluations; 0: none."""
+    save_every: Natural = 0
+    """Steps between checkpoints; 0: at the end only."""
+    early_stopping: Natural = 0
+    """Evaluations without gain before a stop; 0: never."""
+
+
+class AlgorithmConfig(Section):
+    """The policy-gradient algorithm; its options are checked against its fields."""
+
+    name: Literal["grpo", "reinforce"] = "grpo"
+    """Algorithm."""
+    options: dict[str, Any] = Field(default={})
+    """Fields of the algorithm's class."""
+
+
+class TrackerConfig(Section):
+    """What the causality tracker observes."""
+
+    enabled: bool = True
+    """Track attribution; write report.html."""
+    every: Count = 1
+    """Training steps between observations."""
+    intervention_prompts: Natural = 8
+    """Test prompts for token deletion."""
+    seed: Natural = 0
+    """Seed of the interventions."""
+
+
+class TrainerConfig(Section):
+    """Everything the trainer needs beside model, environment, algorithm and tracker."""
+
+    seed: Natural = 0
+    """Seed of every random number, keyed with step and row."""
+    steps: Count = 100
+    """Training steps; each collects one rollout batch."""
+    prompts_per_step: Count = 16
+    """Prompts of a rollout batch."""
+    group_size: Count = 8
+    """Responses sampled for each prompt."""
+    micro_batch: Count | None = None
+    """Sequences per forward; none: a minibatch."""
+    minibatches: Count = 1
+    """Optimiser updates that share one pass over a rollout batch."""
+    epochs: Count = 1
+    """Passes over each rollout batch."""
+    max_new_tokens: Count = 32
+    """Longest response of a turn, in tokens."""
+    temperature: Positive = 1.0
+    """Sampling temperature of the rollouts."""
+    optimizer: Literal["adamw", "adam", "sgd"] = "adamw"
+    """Optimiser."""
+    learning_rate: Positive = 1e-4
+    """Peak learning rate."""
+    lr_schedule: Literal["constant", "linear", "cosine"] = "constant"
+    """Learning rate after the warm-up."""
+    lr_warmup_steps: Natural = 0
+    """Optimiser updates of linear warm-up from 0."""
+    weight_decay: NonNegative = 0.0
+    """Decoupled weight decay."""
+    max_grad_norm: Positive | None = 1.0
+    """Gradient norm is clipped to this; none: never."""
+    kl_coef: NonNegative = 0.0
+    """Weight of the KL divergence to the policy at the start."""
+    entropy_coef: float = 0.0
+    """Weight of the entropy bonus."""
+    credit: Literal["uniform", "attribution"] = "uniform"
+    """Spread of an advantage over tokens."""
+    credit_floor: Annotated[float, Field(ge=0, le=1)] = 0.5
+    """Share of an advantage that attribution credit leaves uniform."""
+    eval_every: Natural = 0
+    """Steps between evaluations; 0: none."""
+    eval_batch: Count = 64
+    """Prompts generated together in an evaluation."""
+    early_stopping: Natural = 0
+    """Evaluations without gain before a stop; 0: never."""
+    save_every: Natural = 0
+    """Steps between checkpoints; 0: at the end only."""
+    keep_checkpoints: Count = 2
+    """Newest checkpoints kept."""
+    checkpoint_dir: str | None = None
+    """Folder of the checkpoints; none: no checkpoints."""
+    sample_every: Natural = 0
+    """Steps between printed samples; 0: none."""
+    threads: Count | None = None
+    """CPU threads; none: what torch chose."""
+
+    @model_validator(mode="after")
+    def _minibatches_divide(self) -> "TrainerConfig":
+        if self.sequences_per_step % self.minibatches:
+            problem = f"must divide the {self.sequences_per_step} responses of a step, got {self.minibatches}"
+            raise ConfigError("minibatches", problem)
+        return self
+
+    @property
+    def sequences_per_step(self) -> int:
+        """Responses of a rollout batch."""
+        return self.prompts_per_step * self.group_size
+
+    @property
+    def sequences_per_update(self) -> int:
+        """Responses that one optimiser update sees."""
+        return self.sequences_per_step // self.minibatches
+
+    @property
+    def updates_per_step(self) -> int:
+        """Optimiser updates of a training step."""
+        return self.minibatches * self.epochs
+
+    def batch_line(self) -> str:
+        """Every batch number that follows from the ones the user gave, in one line."""
+        micro = min(self.micro_batch or self.sequences_per_update, self.sequences_per_update)
+        forwards = -(-self.sequences_per_update // micro)
+        updates, responses = self.steps * self.updates_per_step, self.steps * self.sequences_per_step
+        return (
+            f"{self.prompts_per_step} prompts x {self.group_size} responses = {self.sequences_per_step}"
+            f" sequences a step; {self.updates_per_step} update(s) a step, each of {self.sequences_per_update}"
+            f" sequences in {forwards} micro-batch(es) of {micro}; {self.steps} steps = {updates} updates,"
+            f" {responses} responses of at most {self.max_new_tokens} tokens"
+        )
+
+
+class RunConfig(Section):
+    """A whole run: what `react-fast train` does."""
+
+    run_dir: Annotated[str, Field(min_length=1)] = "runs/default"
+    """Run folder."""
+    model: ModelConfig = ModelConfig()
+    env: EnvConfig = EnvConfig()
+    warm_start: WarmStartConfig = WarmStartConfig()
+    algorithm: AlgorithmConfig = AlgorithmConfig()
+    tracker: TrackerConfig = TrackerConfig()
+    trainer: TrainerConfig = TrainerConfig()
+
+    @classmethod
+    def from_yaml(cls, path: str | Path | None, overrides: Sequence[str] = ()) -> "RunConfig":
+        """Read a YAML file and apply command-line overrides.
+
+        Args:
+            path: YAML file, or None for the defaults.
+            overrides: words such as ["--trainer.learning_rate", "3e-4", "--seed=1"]. A name without a section
+                is a top-level key, else one of `trainer`, else the only section's that has it.
+        Raises: ConfigError in one line, FileNotFoundError.
+        """
+        tree = _read_yaml(Path(path)) if path is not None else {}
+        for key, text in _override_pairs(overrides):
+            _assign(tree, key, text)
+        return cls(**tree)
+
+    def to_yaml(self, path: str | Path) -> None:
+        """Write the resolved tree, every key included."""
+        Path(path).write_text(yaml.safe_dump(self.model_dump(), sort_keys=False, allow_unicode=True))
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML in which 3e-4 is a number (YAML 1.1 wants 3.0e-4)."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
+)
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        tree = yaml.load(path.read_text(), Loader=_Loader)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f" line {mark.line + 1}" if mark else ""
+        raise ConfigError(
+            f"{path}{where}", f"is not YAML: {getattr(error, 'problem', None) or error}"
+        ) from None
+    if tree is None:
+        return {}
+    if not isinstance(tree, dict) or not all(isinstance(key, str) for key in tree):
+        raise ConfigError(str(path), "must be a mapping of keys to values")
+    return tree
+
+
+def _override_pairs(words: Sequence[str]) -> Iterator[tuple[str, str]]:
+    remaining = iter(words)
+    for word in remaining:
+        if not word.startswith("--"):
+            raise ConfigError(word, "is not an option; write --key value")
+        key, equals, text = word[2:].partition("=")
+        value = text if equals else next(remaining, None)
+        if value is None:
+            raise ConfigError(key, "needs a value; write --key value")
+        yield key, value
+
+
+def _assign(tree: dict[str, Any], key: str, text: str) -> None:
+    """Put the text of one override at its place, typed as YAML types it unless the field is a string."""
+    *sections, name = _resolve(key)
+    for section in sections:
+        if tree.get(section) is None:
+            tree[section] = {}
+        tree = tree[section]
+        if not isinstance(tree, dict):
+            raise ConfigError(section, f"must be a section of keys, got {tree!r}")
+    tree[name] = text if _is_text(sections, name) and text not in ("null", "none") else _scalar(key, text)
+
+
+def _scalar(key: str, text: str) -> Any:
+    if text == "none":
+        return None
+    try:
+        return yaml.load(text, Loader=_Loader)
+    except yaml.YAMLError:
+        raise ConfigError(key, f"has a value that is not YAML, got {text!r}") from None
+
+
+def _resolve(key: str) -> list[str]:
+    """Path of a key; a bare name is looked up at the top, in `trainer`, then in the other sections."""
+    path = key.split(".")
+    sections = _sections()
+    if len(path) > 1 or key in RunConfig.model_fields:
+        if path[0] in sections and len(path) == 2 and path[1] not in sections[path[0]].model_fields:
+            raise ConfigError(key, "is not a key", nearest_key(key, RunConfig))
+        if path[0] not in RunConfig.model_fields:
+            raise ConfigError(key, "is not a key", nearest_key(key, RunConfig))
+        return path
+    if key in TrainerConfig.model_fields:
+        return ["trainer", key]
+    owners = [section for section, fields in sections.items() if key in fields.model_fields]
+    if len(owners) == 1:
+        return [owners[0], key]
+    if owners:
+        raise ConfigError(
+            key, f"is ambiguous; write one of {', '.join(f'{owner}.{key}' for owner in owners)}"
+        )
+    raise ConfigError(key, "is not a key", nearest_key(key, RunConfig))
+
+
+def _is_text(sections: Sequence[str], name: str) -> bool:
+    owner = _sections()[sections[0]] if sections and sections[0] in _sections() else RunConfig
+    field = owner.model_fields.get(name)
+    return field is not None and (field.annotation is str or str | None == field.annotation)
+
+
+def _sections() -> dict[str, type[Section]]:
+    return {
+        name: field.annotation
+        for name, field in RunConfig.model_fields.items()
+        if isinstance(field.annotation, type) and issubclass(field.annotation, Section)
+    }
