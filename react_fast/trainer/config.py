@@ -200,12 +200,13 @@ class TrainerConfig(Section):
         """Every batch number that follows from the ones the user gave, in one line."""
         micro = min(self.micro_batch or self.sequences_per_update, self.sequences_per_update)
         forwards = -(-self.sequences_per_update // micro)
-        updates, responses = self.steps * self.updates_per_step, self.steps * self.sequences_per_step
+        per_step, per_update = self.sequences_per_step, self.sequences_per_update
+        updates, responses = self.steps * self.updates_per_step, self.steps * per_step
         return (
-            f"{self.prompts_per_step} prompts x {self.group_size} responses = {self.sequences_per_step}"
-            f" sequences a step; {self.updates_per_step} update(s) a step, each of {self.sequences_per_update}"
-            f" sequences in {forwards} micro-batch(es) of {micro}; {self.steps} steps = {updates} updates,"
-            f" {responses} responses of at most {self.max_new_tokens} tokens"
+            f"{self.prompts_per_step} prompts x {self.group_size} responses = {per_step} sequences a step;"
+            f" {self.updates_per_step} update(s) a step, each of {per_update} sequences in {forwards}"
+            f" micro-batch(es) of {micro}; {self.steps} steps = {updates} updates, {responses} responses of"
+            f" at most {self.max_new_tokens} tokens"
         )
 
 
