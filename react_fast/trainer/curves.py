@@ -55,7 +55,7 @@ def draw_curves(metrics: str | Path, picture: str | Path, *, title: str | None =
 def smooth(values: np.ndarray, width: float) -> np.ndarray:
     """Average under a Gaussian window, y_t = sum_k w_k x_{t+k} / sum_k w_k, w_k = exp(-k^2 / (2 width^2)).
 
-    The window is centred, so the curve does not lag, and its weights are renormalised at the ends and at gaps.
+    The window is centred, so the curve does not lag; the weights are renormalised at the ends and at gaps.
 
     Args:
         values: [N] float. NaN and infinity are gaps.
