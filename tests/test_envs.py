@@ -334,7 +334,7 @@ def test_jsonl_round_trip(tmp_path):
         (ValueError, b'{"prompt": ""}', "2: field 'prompt' is empty"),
         (ValueError, b'{"prompt": "x", "refrence": "y"}', "2: unknown field 'refrence'; known are"),
         (TypeError, b'{"prompt": 3}', "2: field 'prompt' must be a string, got int"),
-        (TypeError, b'{"prompt": "x", "reference": ["y"]}', "2: field 'reference' must be a string or null, got"),
+        (TypeError, b'{"prompt": "x", "reference": ["y"]}', "2: field 'reference' must be a string or null"),
         (TypeError, b'{"prompt": "x", "metadata": "y"}', "2: field 'metadata' must be an object, got str"),
         (ValueError, b'{"prompt": "caf\xe9"}', "2: not UTF-8, byte 16 is 0xe9"),
         (ValueError, b'{"prompt": "\\ud800"}', "2: field 'prompt' is no Unicode text: it holds half"),
