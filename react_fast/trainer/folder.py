@@ -28,8 +28,8 @@ class UserError(RuntimeError):
 class RunFolder:
     """The folder of one run, locked against other processes while open.
 
-    state.json holds what is finished: {"results": {phase: metrics of its test}}. It is replaced by one rename,
-    so a run killed at any moment knows which phase to go on with.
+    state.json holds what is finished: {"results": {phase: metrics of its test}}. It is replaced by one
+    rename, so a run killed at any moment knows which phase to go on with.
     """
 
     def __init__(self, path: str | Path) -> None:
