@@ -31,17 +31,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _run(words: list[str]) -> int:
-    import click
+    import typer
 
-    from .trainer.run import UserError
+    from .trainer.folder import UserError
 
+    # Some releases of typer bring their own copy of click, so its base of all errors is taken from typer.
+    usage_error: Any = next(kind for kind in typer.BadParameter.__mro__ if kind.__name__ == "ClickException")
     try:
-        return _app()(args=words, standalone_mode=False) or 0
-    except click.ClickException as error:
-        return _fail(error.format_message(), error.exit_code)
+        return _app()(args=words or ["--help"], standalone_mode=False) or 0
+    except usage_error as error:
+        return _fail(error.format_message(), error.exit_code or 2)
     except UserError as error:
         return _fail(str(error), 2)
-    except (KeyboardInterrupt, click.Abort):
+    except (KeyboardInterrupt, typer.Abort):
         return _fail("interrupted", 130)
 
 
@@ -56,7 +58,6 @@ def _app() -> Any:
     app = typer.Typer(
         name="react-fast",
         help="Reinforcement learning for action and causality tracking.",
-        no_args_is_help=True,
         add_completion=False,
         pretty_exceptions_enable=False,
     )
