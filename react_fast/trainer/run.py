@@ -15,13 +15,14 @@ import torch
 import yaml
 from rich.console import Console
 
+from ..envs import TextEnv
 from ..info import environment
 from .checkpoint import CheckpointError, load_checkpoint, load_weights, newest_complete
 from .config import RunConfig, TrainerConfig
 from .curves import draw_curves
 from .evaluation import answer
 from .folder import CONFIG, ENVIRONMENT, PHASES, REPORT, RESULTS, RunFolder, UserError
-from .reporter import CURVES, METRICS, Reporter
+from .reporter import CURVES, METRICS, Reporter, print_table
 from .results import MODES, TITLES, Answers, compare, measure, table
 from .section import ConfigError
 from .sources import load_environments, load_policy, make_algorithm, texts, user_input
@@ -174,18 +175,9 @@ class _Run:
 
     def _test(self, phase: str) -> None:
         """Test the policy, keep its answers for the paired comparison, print a few."""
-        trainer = self.config.trainer
         result: dict[str, Any] = {}
         for mode in MODES:
-            answers = answer(
-                self.model,
-                self.tokenizer,
-                self.envs["test"],
-                greedy=mode == "greedy",
-                max_new_tokens=trainer.max_new_tokens,
-                batch_size=trainer.eval_batch,
-                seed=trainer.seed,
-            )
+            answers = _test_answers(self.config, self.model, self.tokenizer, self.envs["test"], mode)
             self.folder.write_json(_answers_file(phase, mode), asdict(answers))
             result[mode] = measure(answers)
             values = ", ".join(f"{name} {value[0]:.1f}" for name, value in result[mode].items())
@@ -204,7 +196,7 @@ class _Run:
             self._report()
         self.reporter.close()
         title = f"{len(self.envs['test'].records)} held-out test prompts, 95% bootstrap intervals"
-        self.reporter.table(title, *table(results))
+        print_table(title, *table(results), console=self.reporter.console)
         for name in self.folder.files():
             self.reporter.line(f"  {self.folder.path / name}")
         return results
@@ -238,6 +230,43 @@ def _changes(before: RunConfig, after: RunConfig) -> list[str]:
         for key, old in keys.items()
         if (new := after.model_dump()[section][key]) != old
     ]
+
+
+def evaluate(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """Test the newest checkpoint of a run again and print the result table.
+
+    Args:
+        path: run folder.
+        overrides: changes of its configuration, such as ["--env.test_prompts", "100"].
+    Returns: test metrics by mode, by metric: [value, low, high].
+    Raises: UserError if there is no run or no complete checkpoint.
+    """
+    quiet_libraries()
+    folder = RunFolder(path)
+    with user_input():
+        folder.config()
+        config = RunConfig.from_yaml(folder.path / CONFIG, overrides)
+    if config.trainer.threads is not None:
+        torch.set_num_threads(config.trainer.threads)
+    checkpoint = folder.newest_checkpoint()
+    env = load_environments(config.env)["test"]
+    model, tokenizer = load_policy(config.model.replace(path=str(checkpoint)), [], config.trainer.seed)
+    result = {mode: measure(_test_answers(config, model, tokenizer, env, mode)) for mode in MODES}
+    title = f"{checkpoint}: {len(env.records)} test prompts, 95% bootstrap intervals"
+    print_table(title, *table({checkpoint.parent.name: result}))
+    return result
+
+
+def _test_answers(config: RunConfig, model: Any, tokenizer: Any, env: TextEnv, mode: str) -> Answers:
+    return answer(
+        model,
+        tokenizer,
+        env,
+        greedy=mode == "greedy",
+        max_new_tokens=config.trainer.max_new_tokens,
+        batch_size=config.trainer.eval_batch,
+        seed=config.trainer.seed,
+    )
 
 
 def report(path: str | Path) -> None:
