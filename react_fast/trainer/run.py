@@ -52,7 +52,7 @@ def run(config: RunConfig, *, resume: str | Path = "none", console: Console | No
             a path: go on from that checkpoint of this run, forgetting what came after.
         console: where to print; None: standard output.
     Returns: test metrics by policy, by mode ("sampled", "greedy"), by metric: [value, low, high].
-    Raises: UserError in one line for what the user can mend; KeyboardInterrupt after Ctrl-C, when all is saved.
+    Raises: UserError in one line for what the user can mend; KeyboardInterrupt after Ctrl-C, all saved.
     """
     folder = RunFolder(config.run_dir)
     folder.open(resume=str(resume) != "none")
