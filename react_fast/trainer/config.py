@@ -53,7 +53,7 @@ class EnvConfig(Section):
 
     task: Literal["translation"] = "translation"
     """Shipped task; unused when `train` is set."""
-    pairs: list[str] = Field(default=["en-de", "en-fr"], min_length=1)
+    pairs: list[str] = Field(default=["es-pt", "es-it"], min_length=1)
     """Language pairs of the task."""
     train: str | None = None
     """JSONL file of training records (prompt, reference)."""
@@ -62,7 +62,7 @@ class EnvConfig(Section):
     test: str | None = None
     """JSONL file for the result table."""
     reward: str = "chrf"
-    """chrf | bleu | exact_match | module:function."""
+    """chrf | bleu | chrf_bleu | exact_match | module:function."""
     max_turns: Count = 1
     """Turns of an episode."""
     eval_prompts: Count = 128

@@ -122,15 +122,6 @@ class Reporter:
         """Print one line above the progress display."""
         self.console.print(Text(text), soft_wrap=True)
 
-    def table(self, title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-        """Print a table of results: the first column is a name, the others are numbers."""
-        table = Table(title=title, title_justify="left")
-        for index, name in enumerate(columns):
-            table.add_column(name, justify="right" if index else "left", no_wrap=True)
-        for row in rows:
-            table.add_row(*(Text(cell) for cell in row))
-        self.console.print(table)
-
     def close(self) -> None:
         """End the progress display, flush everything and draw curves.png. May be called twice."""
         self._stop_progress()
@@ -206,6 +197,18 @@ class Reporter:
         for writer in self._writers.values():
             writer.close()
         self._writers.clear()
+
+
+def print_table(
+    title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], *, console: Console | None = None
+) -> None:
+    """Print a table of results: the first column is a name, the others are numbers."""
+    table = Table(title=title, title_justify="left")
+    for index, name in enumerate(columns):
+        table.add_column(name, justify="right" if index else "left", no_wrap=True)
+    for row in rows:
+        table.add_row(*(Text(cell) for cell in row))
+    (console or _default_console()).print(table)
 
 
 def _default_console() -> Console:

@@ -1,0 +1,113 @@
+"""The `react-fast` command. Every subcommand is a thin call; `info` needs no extra."""
+
+import importlib.util
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from .info import info_lines
+
+# What the subcommands other than `info` import, by import name.
+_TRAIN_EXTRA = ("typer", "rich", "pydantic", "yaml", "safetensors", "transformers", "gymnasium", "matplotlib")
+_INSTALL = "install them with: pip install 'react-fast[train,tasks]'"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line.
+
+    Args:
+        arguments: words after the program's name; None: those of the process.
+    Returns: 0; 2 for what the user can mend, told in one line; 130 after Ctrl-C.
+    """
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    missing = [name for name in _TRAIN_EXTRA if importlib.util.find_spec(name) is None]
+    if missing and words[:1] == ["info"]:
+        print("\n".join(info_lines()))
+        return 0
+    if missing:
+        print(f"react-fast needs {', '.join(missing)}; {_INSTALL}", file=sys.stderr)
+        return 2
+    return _run(words)
+
+
+def _run(words: list[str]) -> int:
+    import typer
+
+    from .trainer.folder import UserError
+
+    # Some releases of typer bring their own copy of click, so its base of all errors is taken from typer.
+    usage_error: Any = next(kind for kind in typer.BadParameter.__mro__ if kind.__name__ == "ClickException")
+    try:
+        return _app()(args=words or ["--help"], standalone_mode=False) or 0
+    except usage_error as error:
+        return _fail(error.format_message(), error.exit_code or 2)
+    except UserError as error:
+        return _fail(str(error), 2)
+    except (KeyboardInterrupt, typer.Abort):
+        return _fail("interrupted", 130)
+
+
+def _fail(message: str, code: int) -> int:
+    print(f"react-fast: {' '.join(message.split())}", file=sys.stderr)
+    return code
+
+
+def _app() -> Any:
+    import typer
+
+    app = typer.Typer(
+        name="react-fast",
+        help="Reinforcement learning for action and causality tracking.",
+        add_completion=False,
+        pretty_exceptions_enable=False,
+    )
+    anything = {"allow_extra_args": True, "ignore_unknown_options": True}
+
+    @app.command(context_settings=anything)
+    def train(
+        context: typer.Context,
+        config: str = typer.Option(None, help="YAML file with any of the keys; none: the defaults."),
+        resume: str = typer.Option("none", help="auto: newest complete checkpoint; PATH: that one; none."),
+        dry_run: bool = typer.Option(False, help="Print the resolved config and batch numbers, then stop."),
+    ) -> None:
+        """Train a policy. Any key of the config can be given as --key value or --section.key value."""
+        from .trainer import run
+
+        resolved = run.read_config(config, context.args)
+        run.describe(resolved) if dry_run else run.run(resolved, resume=resume)
+
+    @app.command(context_settings=anything)
+    def evaluate(context: typer.Context, folder: str = typer.Argument(metavar="RUN")) -> None:
+        """Evaluate a run's newest checkpoint on its test records, sampled and greedy."""
+        from .trainer import run
+
+        run.evaluate(folder, overrides=context.args)
+
+    @app.command()
+    def explain(
+        folder: str = typer.Argument(metavar="RUN"),
+        text: str = typer.Option(..., help="The prompt to explain."),
+        html: str = typer.Option(None, help="Write the explanation as one HTML page, too."),
+    ) -> None:
+        """Show which tokens of a prompt the answer hangs on: attribution, and what deleting each one does."""
+        from .trainer import explain as explanation
+
+        explanation.explain(folder, text, html=html)
+
+    @app.command()
+    def report(folder: str = typer.Argument(metavar="RUN")) -> None:
+        """Render a run's HTML report and curves again and list its files."""
+        from .trainer import run
+
+        run.report(folder)
+
+    @app.command()
+    def info() -> None:
+        """Versions, backends, instruction sets, threads, GPU."""
+        typer.echo("\n".join(info_lines()))
+
+    return app
+
+
+if __name__ == "__main__":
+    sys.exit(main())

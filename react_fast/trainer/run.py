@@ -1,0 +1,282 @@
+"""A whole run: random policy, supervised warm start, reinforcement learning, each tested on held-out records.
+
+Every phase is resumable: a finished one is read from the folder, an unfinished one goes on from its newest
+complete checkpoint.
+"""
+
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from rich.console import Console
+
+from ..envs import TextEnv
+from ..info import environment
+from .checkpoint import CheckpointError, load_checkpoint, load_weights, newest_complete
+from .config import RunConfig, TrainerConfig
+from .curves import draw_curves
+from .evaluation import answer
+from .folder import CONFIG, ENVIRONMENT, PHASES, REPORT, RESULTS, RunFolder, UserError
+from .reporter import CURVES, METRICS, Reporter, print_table
+from .results import MODES, TITLES, Answers, compare, measure, table
+from .section import ConfigError
+from .sources import load_environments, load_policy, make_algorithm, texts, user_input
+
+
+def read_config(path: str | None, overrides: Sequence[str] = ()) -> RunConfig:
+    """The configuration of a YAML file and command-line overrides.
+
+    Raises: UserError.
+    """
+    with user_input():
+        return RunConfig.from_yaml(path, overrides)
+
+
+def describe(config: RunConfig) -> None:
+    """Print the resolved configuration and the batch numbers that follow from it."""
+    print(yaml.safe_dump(config.model_dump(), sort_keys=False, allow_unicode=True), end="")
+    print(f"# {config.trainer.batch_line()}")
+
+
+def run(config: RunConfig, *, resume: str | Path = "none", console: Console | None = None) -> dict[str, Any]:
+    """Do what `react-fast train` does.
+
+    Args:
+        config: the whole run.
+        resume: "none": a new run in an unused folder; "auto": go on with what the folder holds, if anything;
+            a path: go on from that checkpoint of this run, forgetting what came after.
+        console: where to print; None: standard output.
+    Returns: test metrics by policy, by mode ("sampled", "greedy"), by metric: [value, low, high].
+    Raises: UserError in one line for what the user can mend; KeyboardInterrupt after Ctrl-C, all saved.
+    """
+    folder = RunFolder(config.run_dir)
+    folder.open(resume=str(resume) != "none")
+    try:
+        return _Run(config, folder, console).go(str(resume))
+    except (CheckpointError, ConfigError) as error:
+        raise UserError(str(error)) from error
+    finally:
+        folder.close()
+
+
+class _Run:
+    def __init__(self, config: RunConfig, folder: RunFolder, console: Console | None) -> None:
+        quiet_libraries()
+        self.config, self.folder = config, folder
+        if config.trainer.threads is not None:
+            torch.set_num_threads(config.trainer.threads)
+        self.envs = load_environments(config.env)
+        train = self.envs["train"].records
+        self.model, self.tokenizer = load_policy(config.model, texts(train), config.trainer.seed)
+        self.algorithm = make_algorithm(config)
+        self.steps = {"warm_start": config.warm_start.steps, "rl": config.trainer.steps}
+        self.reporter = Reporter(folder.path, self.steps, console=console)
+        self.tracker = self._tracker()
+
+    def go(self, resume: str) -> dict[str, Any]:
+        self._begin(resume)
+        try:
+            for phase in PHASES:
+                self._phase(phase, resume)
+            return self._finish()
+        finally:
+            self.reporter.close()
+
+    def _begin(self, resume: str) -> None:
+        line = self.reporter.line
+        if resume not in ("none", "auto"):
+            self._take_back(Path(resume))
+        if (self.folder.path / CONFIG).exists():
+            for change in _changes(self.folder.config(), self.config):
+                line(f"changed since the run began: {change}")
+        self.config.to_yaml(self.folder.path / CONFIG)
+        facts = environment()
+        self.folder.write_json(ENVIRONMENT, facts)
+        sizes = ", ".join(f"{len(env.records)} {split}" for split, env in self.envs.items())
+        parameters = sum(p.numel() for p in self.model.parameters())
+        line(f"run folder {self.folder.path}; {facts['isa']} core, {facts['threads']} threads")
+        line(f"records: {sizes}; model: {parameters:,} parameters, {len(self.tokenizer)} tokens")
+        line(self.config.trainer.batch_line())
+
+    def _take_back(self, checkpoint: Path) -> None:
+        """Go back to one checkpoint: what came after it will be done again."""
+        load_checkpoint(checkpoint)
+        phase = checkpoint.resolve().parent.name
+        if checkpoint.resolve().parent != self.folder.checkpoints(phase).resolve():
+            raise UserError(f"checkpoint {checkpoint} is not one of run {self.folder.path}")
+        self.folder.forget_from(phase)
+
+    def _phase(self, phase: str, resume: str) -> None:
+        checkpoints = self.folder.checkpoints(phase)
+        if phase in self.folder.results:
+            finished = newest_complete(checkpoints)
+            if finished is not None:
+                load_weights(self.model, finished)
+            return
+        if phase == "random" or self.steps[phase]:
+            if phase != "random":
+                self._train(phase, resume)
+            self._test(phase)
+
+    def _train(self, phase: str, resume: str) -> None:
+        from .trainer import Trainer
+
+        checkpoints = self.folder.checkpoints(phase)
+        given = Path(resume) if resume not in ("none", "auto") else None
+        start = (
+            given
+            if given and given.resolve().parent == checkpoints.resolve()
+            else newest_complete(checkpoints)
+        )
+        step = load_checkpoint(start).step if start else 0
+        self.reporter.rewind(phase, step)
+        if start:
+            self.reporter.line(f"{TITLES[phase]}: going on after step {step} from {start}")
+        trainer = Trainer(
+            self.model,
+            self.tokenizer,
+            self.envs["train"],
+            algorithm=self.algorithm if phase == "rl" else self._warm_start(),
+            tracker=self.tracker if phase == "rl" else None,
+            config=self.trainer_config(phase),
+            reporter=self.reporter,
+            phase=phase,
+            eval_env=self.envs["validation"],
+        )
+        trainer.train(resume=start)
+
+    def trainer_config(self, phase: str) -> TrainerConfig:
+        """The trainer's part of the configuration for one phase."""
+        common = self.config.trainer.replace(checkpoint_dir=str(self.folder.checkpoints(phase)))
+        if phase == "rl":
+            return common
+        warm = self.config.warm_start.model_dump()
+        batch = warm.pop("batch_size")
+        single = {"group_size": 1, "minibatches": 1, "epochs": 1, "kl_coef": 0.0, "entropy_coef": 0.0}
+        return common.replace(prompts_per_step=batch, credit="uniform", **single, **warm)
+
+    def _warm_start(self) -> Any:
+        from .algorithms import SFT
+
+        return SFT()
+
+    def _tracker(self) -> Any:
+        if not self.config.tracker.enabled:
+            return None
+        from ..tracker import CausalityTracker
+
+        options = {"every": self.config.tracker.every, "seed": self.config.tracker.seed}
+        return CausalityTracker(self.model, self.tokenizer, **options)
+
+    def _test(self, phase: str) -> None:
+        """Test the policy, keep its answers for the paired comparison, print a few."""
+        result: dict[str, Any] = {}
+        for mode in MODES:
+            answers = _test_answers(self.config, self.model, self.tokenizer, self.envs["test"], mode)
+            self.folder.write_json(_answers_file(phase, mode), asdict(answers))
+            result[mode] = measure(answers)
+            values = ", ".join(f"{name} {value[0]:.1f}" for name, value in result[mode].items())
+            self.reporter.line(f"{TITLES[phase]}, {MODES[mode]}: {values}")
+        self.folder.finish(phase, result)
+
+    def _finish(self) -> dict[str, Any]:
+        results = dict(self.folder.results)
+        if "warm_start" in results and "rl" in results:
+            results["gain"] = {
+                mode: compare(*(self._answers(phase, mode) for phase in ("warm_start", "rl")))
+                for mode in MODES
+            }
+        self.folder.write_json(RESULTS, results)
+        if self.tracker is not None:
+            self._report()
+        self.reporter.close()
+        title = f"{len(self.envs['test'].records)} held-out test prompts, 95% bootstrap intervals"
+        print_table(title, *table(results), console=self.reporter.console)
+        for name in self.folder.files():
+            self.reporter.line(f"  {self.folder.path / name}")
+        return results
+
+    def _answers(self, phase: str, mode: str) -> Answers:
+        return Answers(
+            **json.loads((self.folder.path / _answers_file(phase, mode)).read_text(encoding="utf-8"))
+        )
+
+    def _report(self) -> None:
+        self.tracker.report().to_html(self.folder.path / REPORT)
+
+
+def quiet_libraries() -> None:
+    """No progress bars and notices of transformers between the run's own lines."""
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+
+
+def _answers_file(phase: str, mode: str) -> str:
+    return f"answers/{phase}.{mode}.json"
+
+
+def _changes(before: RunConfig, after: RunConfig) -> list[str]:
+    return [
+        f"{section}.{key} {old!r} -> {new!r}"
+        for section, keys in before.model_dump().items()
+        if isinstance(keys, dict)
+        for key, old in keys.items()
+        if (new := after.model_dump()[section][key]) != old
+    ]
+
+
+def evaluate(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """Test the newest checkpoint of a run again and print the result table.
+
+    Args:
+        path: run folder.
+        overrides: changes of its configuration, such as ["--env.test_prompts", "100"].
+    Returns: test metrics by mode, by metric: [value, low, high].
+    Raises: UserError if there is no run or no complete checkpoint.
+    """
+    quiet_libraries()
+    folder = RunFolder(path)
+    with user_input():
+        folder.config()
+        config = RunConfig.from_yaml(folder.path / CONFIG, overrides)
+    if config.trainer.threads is not None:
+        torch.set_num_threads(config.trainer.threads)
+    checkpoint = folder.newest_checkpoint()
+    env = load_environments(config.env)["test"]
+    model, tokenizer = load_policy(config.model.replace(path=str(checkpoint)), [], config.trainer.seed)
+    result = {mode: measure(_test_answers(config, model, tokenizer, env, mode)) for mode in MODES}
+    title = f"{checkpoint}: {len(env.records)} test prompts, 95% bootstrap intervals"
+    print_table(title, *table({checkpoint.parent.name: result}))
+    return result
+
+
+def _test_answers(config: RunConfig, model: Any, tokenizer: Any, env: TextEnv, mode: str) -> Answers:
+    return answer(
+        model,
+        tokenizer,
+        env,
+        greedy=mode == "greedy",
+        max_new_tokens=config.trainer.max_new_tokens,
+        batch_size=config.trainer.eval_batch,
+        seed=config.trainer.seed,
+    )
+
+
+def report(path: str | Path) -> None:
+    """Draw the curves and the HTML report of a run again and list its files.
+
+    Raises: UserError if there is no run.
+    """
+    folder = RunFolder(path)
+    with user_input():
+        folder.config()
+    draw_curves(folder.path / METRICS, folder.path / CURVES)
+    for name in folder.files():
+        print(f"  {folder.path / name}", file=sys.stdout)

@@ -1,0 +1,111 @@
+"""What a run starts from, as its configuration names it: environments, model and tokenizer, algorithm."""
+
+import dataclasses
+import importlib
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from ..envs import Record, TextEnv, load_jsonl
+from ..envs.rewards import REWARDS
+from .config import EnvConfig, ModelConfig, RunConfig
+from .folder import UserError
+from .section import ConfigError
+
+
+@contextmanager
+def user_input() -> Iterator[None]:
+    """What goes wrong inside comes from what the user gave: one line, no traceback."""
+    try:
+        yield
+    except (ValueError, TypeError, OSError, ImportError) as error:
+        raise UserError(str(error)) from error
+
+
+def load_environments(config: EnvConfig) -> dict[str, TextEnv]:
+    """The environments "train", "validation" and "test".
+
+    Raises: UserError for a bad file, reward or language pair.
+    """
+    with user_input():
+        reward = _reward(config.reward)
+        records = _jsonl(config) if config.train else _task(config)
+        limits = {"validation": config.eval_prompts, "test": config.test_prompts}
+        return {
+            split: TextEnv(_spread(found, limits.get(split)), reward=reward, max_turns=config.max_turns)
+            for split, found in records.items()
+        }
+
+
+def load_policy(config: ModelConfig, texts: Sequence[str], seed: int) -> tuple[Any, Any]:
+    """The model and tokenizer of `config.path`, or fresh ones whose tokenizer is trained on `texts`.
+
+    Raises: UserError for a folder that is no causal language model with a tokenizer.
+    """
+    from .model import fresh_model, load_model
+
+    dtype = getattr(torch, config.dtype)
+    with user_input():
+        if config.path is not None:
+            return load_model(config.path, dtype)
+        sizes = {
+            name: getattr(config, name) for name in ModelConfig.model_fields if name not in ("path", "dtype")
+        }
+        model, tokenizer = fresh_model(texts, seed=seed, **sizes)
+        return model.to(dtype), tokenizer
+
+
+def texts(records: Sequence[Record]) -> list[str]:
+    """Every prompt and reference: what a fresh tokenizer learns from."""
+    return [text for record in records for text in (record.prompt, record.reference) if text]
+
+
+def _jsonl(config: EnvConfig) -> dict[str, list[Record]]:
+    if not (config.train and config.validation and config.test):
+        missing = "env.validation" if not config.validation else "env.test"
+        raise ConfigError(missing, "must name a JSONL file when env.train does")
+    return {split: load_jsonl(getattr(config, split)) for split in ("train", "validation", "test")}
+
+
+def _task(config: EnvConfig) -> dict[str, list[Record]]:
+    task = importlib.import_module(f"react_fast.envs.tasks.{config.task}")
+    return {split: task.load(config.pairs, split) for split in task.SPLITS}
+
+
+def _reward(name: str) -> Callable[[str, str, Record], float]:
+    if name in REWARDS:
+        return REWARDS[name]
+    module, _, attribute = name.partition(":")
+    if not attribute:
+        raise ConfigError("env.reward", f"must be {', '.join(REWARDS)} or module:function, got {name!r}")
+    function = getattr(importlib.import_module(module), attribute, None)
+    if not callable(function):
+        raise ConfigError("env.reward", f"names no function of {module}, got {name!r}")
+    return function
+
+
+def _spread(records: Sequence[Record], limit: int | None) -> Sequence[Record]:
+    """`limit` records at even distances, so that every language pair and kind of name is among them."""
+    if limit is None or len(records) <= limit:
+        return records
+    return [records[i * len(records) // limit] for i in range(limit)]
+
+
+def make_algorithm(config: RunConfig) -> Any:
+    """The algorithm of `config.algorithm`.
+
+    Raises: UserError for an option that the algorithm does not have.
+    """
+    from .algorithms import ALGORITHMS
+
+    chosen = ALGORITHMS[config.algorithm.name]
+    known = [field.name for field in dataclasses.fields(chosen)]
+    unknown = sorted(set(config.algorithm.options) - set(known))
+    if unknown:
+        raise UserError(
+            f"algorithm.options.{unknown[0]} is not a key; {chosen.__name__} has {', '.join(known)}"
+        )
+    with user_input():
+        return chosen(**config.algorithm.options)

@@ -1,0 +1,195 @@
+"""The command line: what the user can mend is told in one line with exit code 2, and a run can be stopped."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from react_fast import cli
+from react_fast.trainer.folder import RunFolder
+
+# A whole run in seconds: a policy of a few thousand parameters on a handful of words.
+TINY = {
+    "model": {"vocab_size": 260, "hidden_size": 16, "layers": 1, "heads": 2, "max_length": 48},
+    "warm_start": {"steps": 3, "batch_size": 4, "lr_warmup_steps": 0},
+    "trainer": {
+        "steps": 3,
+        "prompts_per_step": 2,
+        "group_size": 2,
+        "max_new_tokens": 4,
+        "save_every": 1,
+        "threads": 1,
+    },
+    "tracker": {"intervention_prompts": 1},
+}
+
+
+def _records(path, count=6):
+    lines = [json.dumps({"prompt": f"say {i}:", "reference": f"word{i}"}) for i in range(count)]
+    path.write_text("\n".join(lines) + "\n")
+    return str(path)
+
+
+@pytest.fixture
+def tiny(tmp_path):
+    """Writes the tiny configuration, with changes, and returns the words of a `train` command."""
+    import yaml
+
+    def write(**changes):
+        files = {split: _records(tmp_path / f"{split}.jsonl") for split in ("train", "validation", "test")}
+        tree = {"run_dir": str(tmp_path / "run"), "env": files, **TINY}
+        for key, value in changes.items():
+            tree[key] = {**tree[key], **value} if isinstance(value, dict) else value
+        path = tmp_path / "tiny.yaml"
+        path.write_text(yaml.safe_dump(tree))
+        return ["train", "--config", str(path)]
+
+    return write
+
+
+def _refused(capsys, words):
+    """The one line that a refused command prints."""
+    assert cli.main(words) == 2
+    printed = capsys.readouterr()
+    assert printed.err.startswith("react-fast: ")
+    assert printed.err.count("\n") == 1
+    assert "Traceback" not in printed.err
+    return printed.err.removeprefix("react-fast: ").rstrip("\n")
+
+
+def test_info_names_versions_backends_and_instruction_set(capsys):
+    from react_fast import _core
+
+    assert cli.main(["info"]) == 0
+    shown = capsys.readouterr().out
+    for part in (
+        f"torch {torch.__version__}",
+        "numpy",
+        "python",
+        f"isa           {_core.isa()}",
+        "threads",
+        "gpu",
+    ):
+        assert part in shown
+
+
+_WITHOUT_EXTRA = """
+import importlib.abc, sys
+class Refuse(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in {"typer", "rich", "pydantic", "transformers", "yaml", "click"}:
+            raise ModuleNotFoundError(name)
+sys.meta_path.insert(0, Refuse())
+import importlib.util
+found = importlib.util.find_spec
+def find_spec(name, package=None):
+    try:
+        return found(name, package)
+    except ModuleNotFoundError:
+        return None
+importlib.util.find_spec = find_spec
+from react_fast.cli import main
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+def _without_extra(*words):
+    return subprocess.run([sys.executable, "-c", _WITHOUT_EXTRA, *words], capture_output=True, text=True)
+
+
+def test_without_the_train_extra_info_works_and_the_rest_tells_what_to_install():
+    info = _without_extra("info")
+    assert (info.returncode, info.stderr) == (0, "")
+    assert "isa" in info.stdout
+    train = _without_extra("train")
+    assert train.returncode == 2
+    assert train.stderr.count("\n") == 1
+    assert "pip install 'react-fast[train,tasks]'" in train.stderr
+
+
+def test_dry_run_prints_the_resolved_config_and_the_batch_numbers(capsys, tiny, tmp_path):
+    assert cli.main([*tiny(), "--trainer.learning_rate", "3e-4", "--dry-run"]) == 0
+    shown = capsys.readouterr().out
+    assert "learning_rate: 0.0003" in shown
+    assert "2 prompts x 2 responses = 4 sequences a step" in shown
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (
+            ["--trainer.learning_rat", "1"],
+            "trainer.learning_rat is not a key; did you mean trainer.learning_rate?",
+        ),
+        (["--trainer.temperature", "0"], "trainer.temperature must be greater than 0, got 0"),
+        (["--steps", "many"], "trainer.steps must be a valid integer, got 'many'"),
+        (
+            ["--env.reward", "nicest"],
+            "env.reward must be chrf, bleu, chrf_bleu, exact_match or module:function",
+        ),
+        (["--env.reward", "no_such_module:f"], "No module named 'no_such_module'"),
+        (["--env.test", "gone.jsonl"], "gone.jsonl: no such file"),
+        (["--env.test", "none"], "env.test must name a JSONL file when env.train does"),
+        (["--model.path", "gone"], "model path must be a local folder, got gone"),
+        (["--model.vocab_size", "7"], "vocab_size must be at least 259"),
+        (["--algorithm.options", "{clip: 3}"], "algorithm.options.clip is not a key"),
+        (["--resume", "gone"], "checkpoint gone does not exist"),
+    ],
+    ids=lambda value: "-".join(value) if isinstance(value, list) else "",
+)
+def test_what_the_user_can_mend_is_one_line(capsys, tiny, words, message):
+    assert message in _refused(capsys, [*tiny(), *words])
+
+
+def test_a_missing_config_file_is_named(capsys):
+    assert "gone.yaml" in _refused(capsys, ["train", "--config", "gone.yaml"])
+
+
+def test_an_unknown_command_is_one_line(capsys):
+    assert "No such command 'trian'" in _refused(capsys, ["trian"])
+
+
+def test_a_bad_line_of_a_jsonl_file_is_named(capsys, tiny, tmp_path):
+    words = tiny()
+    with (tmp_path / "train.jsonl").open("a") as file:
+        file.write('{"prompt": 3}\n')
+    assert "train.jsonl:7: field 'prompt' must be a string, got int" in _refused(capsys, words)
+
+
+def test_a_model_folder_without_tokenizer_is_refused(capsys, tiny, tmp_path):
+    from react_fast.trainer.model import fresh_model
+
+    model, _ = fresh_model(["some text"], vocab_size=260, hidden_size=16, layers=1, heads=2)
+    model.save_pretrained(tmp_path / "bare")
+    message = _refused(capsys, [*tiny(), "--model.path", str(tmp_path / "bare")])
+    assert "bare has no tokenizer" in message
+
+
+def test_a_run_folder_in_use_is_refused(capsys, tiny, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "metrics.jsonl").touch()
+    message = _refused(capsys, tiny())
+    assert "run is already in use (it holds metrics.jsonl); go on with --resume auto" in message
+
+
+def test_a_run_folder_of_a_running_process_is_refused(capsys, tiny, tmp_path):
+    folder = RunFolder(tmp_path / "run")
+    folder.open(resume=False)
+    assert "is in use by another process" in _refused(capsys, [*tiny(), "--resume", "auto"])
+    folder.close()
+
+
+@pytest.mark.parametrize("command", ["evaluate", "report"])
+def test_a_folder_that_is_no_run_is_refused(capsys, tmp_path, command):
+    assert "has no config.yaml: it is not a run folder" in _refused(capsys, [command, str(tmp_path)])
+
+
+def test_examples_are_valid_and_short():
+    from react_fast.trainer.config import RunConfig
+
+    for path in sorted((Path(__file__).parent.parent / "examples").glob("*.yaml")):
+        RunConfig.from_yaml(path)
