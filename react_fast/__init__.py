@@ -6,6 +6,7 @@ from typing import Any as _Any
 from . import reference
 from .ops.attribution import attribution_scores
 from .ops.backend import get_backend, set_backend, use_backend
+from .ops.logprob import token_logprobs
 
 __version__ = "0.1.0"
 
@@ -19,6 +20,7 @@ __all__ = [
     "get_backend",
     "reference",
     "set_backend",
+    "token_logprobs",
     "use_backend",
     *_LAZY,
 ]

@@ -4,5 +4,6 @@ Written for reading and for checking the fast paths; same names and signatures, 
 """
 
 from .attribution import attribution_scores
+from .logprob import token_logprobs
 
-__all__ = ["attribution_scores"]
+__all__ = ["attribution_scores", "token_logprobs"]

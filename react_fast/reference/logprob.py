@@ -1,0 +1,52 @@
+"""Token log-probabilities as the equations say it; see react_fast.ops.logprob for shapes and errors."""
+
+import torch
+
+
+def token_logprobs(
+    logits: torch.Tensor,
+    token_ids: torch.Tensor,
+    *,
+    temperature: float | torch.Tensor = 1.0,
+    softcap: float | None = None,
+    mask: torch.Tensor | None = None,
+    return_entropy: bool = False,
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    wide = torch.float64 if logits.dtype == torch.float64 else torch.float32
+    shape = logits.shape[:-1]
+    ids = token_ids.reshape(-1).tolist()
+    counts = [True] * len(ids) if mask is None else mask.reshape(-1).tolist()
+    if isinstance(temperature, torch.Tensor):
+        temperatures = temperature.reshape(-1).tolist()
+    else:
+        temperatures = [temperature] * len(ids)
+    logps, entropies = [], []
+    for i, x in enumerate(logits.reshape(len(ids), logits.shape[-1])):
+        if counts[i]:
+            logp, entropy = _row(i, x.to(wide), ids[i], temperatures[i], softcap)
+        else:
+            logp = entropy = x[:0].to(wide).sum()
+        logps.append(logp)
+        entropies.append(entropy)
+    none = logits.new_empty(0, dtype=wide)
+    logp = (torch.stack(logps) if logps else none).view(shape)
+    entropy = (torch.stack(entropies) if entropies else none).view(shape)
+    return (logp, entropy) if return_entropy else logp
+
+
+def _row(
+    i: int, x: torch.Tensor, y: int, temperature: float, softcap: float | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    if not 0 <= y < len(x):
+        raise IndexError(f"token_ids must be in [0, {len(x)}) where mask is true, got {y} in row {i}")
+    if not temperature > 0:
+        raise ValueError(f"temperature must be above 0, got {temperature:g} in row {i}")
+    z = (x if softcap is None else softcap * torch.tanh(x / softcap)) / temperature
+    allowed = x != float("-inf")
+    nothing = x[:0].sum()
+    if not allowed.any():
+        return nothing - float("inf"), nothing
+    log_sum = torch.logsumexp(z[allowed], 0)
+    log_p = z[allowed] - log_sum
+    logp = z[y] - log_sum if allowed[y] else float("-inf") - log_sum
+    return logp, -(log_p.exp() * log_p).sum()
