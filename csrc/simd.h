@@ -142,6 +142,20 @@ inline f32v load(const f16* p) {
 #endif
 }
 
+// All bits set in the lanes whose byte is not 0.
+inline i32v load_flags(const uint8_t* p) {
+#if defined(__AVX512F__)
+  return reinterpret_cast<i32v>(_mm512_maskz_cvtepu8_epi32(
+             0xffff, _mm_loadu_si128(reinterpret_cast<const __m128i*>(p)))) != 0;
+#elif defined(__AVX2__)
+  return reinterpret_cast<i32v>(_mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)))) != 0;
+#else
+  i32v out{};
+  for (int i = 0; i < kLanes; ++i) out[i] = p[i];
+  return out != 0;
+#endif
+}
+
 inline void store(float* p, f32v x) { std::memcpy(p, &x, sizeof(x)); }
 inline void store(bf16* p, f32v x) {
 #if defined(__AVX512BF16__)

@@ -7,6 +7,7 @@ from . import reference
 from .ops.attribution import attribution_scores
 from .ops.backend import get_backend, set_backend, use_backend
 from .ops.logprob import token_logprobs
+from .ops.policy_loss import PolicyLoss, PPOClip, Reinforce, importance_weights, policy_loss, value_loss
 
 __version__ = "0.1.0"
 
@@ -15,13 +16,19 @@ __version__ = "0.1.0"
 _LAZY: dict[str, str] = {}
 
 __all__ = [
+    "PPOClip",
+    "PolicyLoss",
+    "Reinforce",
     "__version__",
     "attribution_scores",
     "get_backend",
+    "importance_weights",
+    "policy_loss",
     "reference",
     "set_backend",
     "token_logprobs",
     "use_backend",
+    "value_loss",
     *_LAZY,
 ]
 

@@ -1,5 +1,7 @@
 """Compiled hot paths on raw memory: addresses, element strides and dtype tags (csrc/dtype.h)."""
 
+from collections.abc import Sequence
+
 openmp: bool
 
 def isa() -> str: ...
@@ -23,6 +25,66 @@ def token_logprobs_backward(
 # ---- advantage
 
 # ---- policy_loss
+
+def policy_loss(
+    logprobs: int,
+    old_logprobs: int,
+    advantages: int,
+    ref_logprobs: int,
+    entropy: int,
+    importance: int,
+    mask: int,
+    cu_seqlens: int,
+    tokens: int,
+    rows: int,
+    row_length: int,
+    dtype: int,
+    row_advantages: bool,
+    objective: int,
+    parameters: Sequence[float],
+    aggregation: int,
+    denominator: float,
+    kl_coef: float,
+    kl_estimator: int,
+    kl_gradient: int,
+    entropy_coef: float,
+    loss: int,
+    stats: int,
+    d_logprobs: int,
+    d_entropy: int,
+    threads: int,
+) -> None: ...
+def value_loss(
+    values: int,
+    old_values: int,
+    returns: int,
+    mask: int,
+    tokens: int,
+    dtype: int,
+    clip: float,
+    denominator: float,
+    loss: int,
+    d_values: int,
+    threads: int,
+) -> None: ...
+def importance_weights(
+    logprobs: int,
+    behavior_logprobs: int,
+    mask: int,
+    cu_seqlens: int,
+    tokens: int,
+    rows: int,
+    row_length: int,
+    dtype: int,
+    level: int,
+    mode: int,
+    low: float,
+    high: float,
+    normalize: bool,
+    weights: int,
+    stats: int,
+    threads: int,
+) -> None: ...
 
 # ---- attribution
 

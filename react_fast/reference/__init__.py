@@ -5,5 +5,15 @@ Written for reading and for checking the fast paths; same names and signatures, 
 
 from .attribution import attribution_scores
 from .logprob import token_logprobs
+from .policy_loss import PolicyLoss, PPOClip, Reinforce, importance_weights, policy_loss, value_loss
 
-__all__ = ["attribution_scores", "token_logprobs"]
+__all__ = [
+    "PPOClip",
+    "PolicyLoss",
+    "Reinforce",
+    "attribution_scores",
+    "importance_weights",
+    "policy_loss",
+    "token_logprobs",
+    "value_loss",
+]

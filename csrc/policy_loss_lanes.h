@@ -1,0 +1,233 @@
+// What the passes of policy_loss.cpp share: one source for float lanes and for float64 scalars, the walk over
+// blocks and rows, and the weight of a token. Included by that source alone, once per instruction set.
+#pragma once
+
+#include <cmath>
+#include <type_traits>
+
+#include "parallel.h"
+#include "policy_loss.h"
+#include "simd.h"
+
+namespace rf {
+namespace RF_ISA {
+namespace {
+
+// Tokens of one work unit. Sums of blocks are merged in order, so the threads do not matter.
+constexpr int64_t kBlock = 8192;
+// Float sums turn into float64 after this many tokens: at most 1024 / lanes additions stay in float32.
+constexpr int64_t kChunk = 1024;
+
+// ---- lanes: f32v for float32, float16 and bfloat16; double for float64 -------------------------------------
+
+template <class T>
+struct LaneOf {
+  using type = f32v;
+  using scalar = float;
+};
+template <>
+struct LaneOf<double> {
+  using type = double;
+  using scalar = double;
+};
+template <class V>
+constexpr int64_t kWidth = sizeof(V) == sizeof(double) ? 1 : kLanes;
+template <class V>
+using Flag = decltype(V{} < V{});
+
+template <class V>
+inline V all(double x) {
+  return V{} + static_cast<typename std::conditional<sizeof(V) == sizeof(double), double, float>::type>(x);
+}
+
+// The float forms of simd.h beside the double ones below.
+using rf::RF_ISA::abs;
+using rf::RF_ISA::exp;
+using rf::RF_ISA::max_lanes;
+using rf::RF_ISA::select;
+using rf::RF_ISA::sum_lanes;
+inline double select(bool condition, double yes, double no) { return condition ? yes : no; }
+inline double exp(double x) { return std::exp(x); }
+inline double abs(double x) { return x < 0 ? -x : x; }
+inline double sum_lanes(double x) { return x; }
+inline double max_lanes(double x) { return x; }
+inline double minus_one(double x, double) { return std::expm1(x); }
+// exp(x) - 1 from x and exp(x). Below 0.35 the subtraction would cancel: x + x^2/2 + ... to the seventh power
+// leaves 2e-8 of the result.
+inline f32v minus_one(f32v x, f32v exp_x) {
+  f32v series = splat(1.0f / 5040) * x + splat(1.0f / 720);
+  series = series * x + splat(1.0f / 120);
+  series = series * x + splat(1.0f / 24);
+  series = series * x + splat(1.0f / 6);
+  series = series * x + splat(0.5f);
+  series = series * (x * x) + x;
+  return select(abs(x) < 0.35f, series, exp_x - 1.0f);
+}
+template <class V>
+inline V larger(V x, V running) {
+  return select(x > running, x, running);
+}
+template <class V>
+inline V bounded(V x, V low, V high) {  // NaN stays NaN
+  return select(x < low, low, select(x > high, high, x));
+}
+
+inline double load_some(const double* p, int64_t) { return *p; }
+template <class T>
+inline f32v load_some(const T* p, int64_t count) {
+  return count >= kLanes ? load(p) : load_tail(p, count, 0.0f);
+}
+template <class V>
+inline Flag<V> flags_some(const uint8_t* p, int64_t count) {
+  if constexpr (sizeof(V) == sizeof(double)) {
+    return *p != 0;
+  } else {
+    if (count >= kLanes) return load_flags(p);
+    i32v out{};
+    for (int64_t i = 0; i < count; ++i) out[i] = -static_cast<int32_t>(p[i]);
+    return out;
+  }
+}
+inline void store_some(double* p, int64_t, double x) { *p = x; }
+inline void store_some(float* p, int64_t count, f32v x) {
+  if (count >= kLanes) {
+    store(p, x);
+  } else {
+    store_tail(p, count, x);
+  }
+}
+
+// log p - log q clamped to +-20, and where it was clamped. A token the policy forbids (log p = -inf) counts as
+// clamped whatever q is.
+template <class V>
+struct LogRatio {
+  V value;
+  Flag<V> clamped;
+};
+template <class V>
+inline LogRatio<V> log_ratio(V logprob, V other) {
+  const V low = all<V>(-20.0), high = all<V>(20.0), minus_inf = all<V>(-HUGE_VAL);
+  const V raw = select(logprob == minus_inf, minus_inf, logprob - other);
+  const Flag<V> clamped = (raw < low) | (raw > high);
+  return {bounded(raw, low, high), clamped};
+}
+
+// ---- blocks and rows ---------------------------------------------------------------------------------------
+
+template <class T>
+struct Buffer {
+  T* data;
+  explicit Buffer(int64_t count) : data(new T[static_cast<size_t>(count > 0 ? count : 1)]) {}
+  ~Buffer() { delete[] data; }
+  Buffer(const Buffer&) = delete;
+  Buffer& operator=(const Buffer&) = delete;
+  T& operator[](int64_t i) { return data[i]; }
+};
+
+inline int64_t block_count(int64_t tokens) { return (tokens + kBlock - 1) / kBlock; }
+inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+
+inline int64_t row_begin(const Layout& layout, int64_t row) {
+  return layout.cu_seqlens != nullptr ? layout.cu_seqlens[row] : row * layout.row_length;
+}
+
+inline int64_t row_of(const Layout& layout, int64_t token) {
+  if (layout.cu_seqlens == nullptr) return token / layout.row_length;
+  int64_t low = 0, high = layout.rows;  // cu_seqlens[low] <= token < cu_seqlens[high]
+  while (high - low > 1) {
+    const int64_t middle = low + (high - low) / 2;
+    (layout.cu_seqlens[middle] <= token ? low : high) = middle;
+  }
+  return low;
+}
+
+// body(row, begin, end) for the part of every row that lies in the block; by_row false: once, for the block.
+template <class Body>
+inline void for_each_piece(const Layout& layout, bool by_row, int64_t block, const Body& body) {
+  const int64_t begin = block * kBlock, end = smaller(begin + kBlock, layout.tokens);
+  if (!by_row) return body(int64_t{0}, begin, end);
+  int64_t row = row_of(layout, begin);
+  for (int64_t i = begin; i < end; ++row) {
+    const int64_t stop = smaller(row_begin(layout, row + 1), end);
+    if (stop > i) body(row, i, stop);
+    i = stop;
+  }
+}
+
+// ---- the weight of a token ---------------------------------------------------------------------------------
+
+// Bytes that are 0 or 1, eight at a time; 255 additions cannot overflow a byte.
+inline int64_t count_set(const uint8_t* p, int64_t count) {
+  int64_t total = 0, i = 0;
+  while (i + 8 <= count) {
+    const int64_t stop = smaller(count, i + 255 * 8);
+    uint64_t bytes = 0;
+    for (; i + 8 <= stop; i += 8) {
+      uint64_t word;
+      std::memcpy(&word, p + i, 8);
+      bytes += word;
+    }
+    const uint64_t pairs = (bytes & 0x00ff00ff00ff00ffull) + ((bytes >> 8) & 0x00ff00ff00ff00ffull);
+    total += static_cast<int64_t>((pairs * 0x0001000100010001ull) >> 48);
+  }
+  for (; i < count; ++i) total += p[i];
+  return total;
+}
+
+inline int64_t count_tokens(const Layout& layout, int threads) {
+  const int64_t blocks = block_count(layout.tokens);
+  Buffer<int64_t> counts(blocks);
+  parallel_for(blocks, layout.tokens, threads, [&](int64_t block) {
+    const int64_t begin = block * kBlock;
+    counts[block] = count_set(layout.mask + begin, smaller(kBlock, layout.tokens - begin));
+  });
+  int64_t total = 0;
+  for (int64_t block = 0; block < blocks; ++block) total += counts[block];
+  return total;
+}
+
+inline void count_rows(const Layout& layout, int64_t* counts, int threads) {
+  parallel_for(layout.rows, layout.tokens, threads, [&](int64_t row) {
+    const int64_t begin = row_begin(layout, row);
+    counts[row] = count_set(layout.mask + begin, row_begin(layout, row + 1) - begin);
+  });
+}
+
+inline double inverse(double x) { return x > 0 ? 1.0 / x : 0.0; }
+
+// Weight of every counting token, the same for all of a row: flat, or one a row for the seq_mean_* kinds. Rows
+// without counting tokens are no sequences.
+class Weights {
+ public:
+  Weights(const Layout& layout, Aggregation aggregation, double denominator, int threads)
+      : by_row(aggregation == Aggregation::seq_mean_token_mean),
+        flat_(0.0),
+        rows_(by_row ? layout.rows : 0) {
+    const bool sequences = by_row || aggregation == Aggregation::seq_mean_token_sum;
+    if (!sequences) {
+      flat_ = inverse(denominator > 0 ? denominator : static_cast<double>(count_tokens(layout, threads)));
+      return;
+    }
+    Buffer<int64_t> counts(layout.rows);
+    if (by_row || !(denominator > 0)) count_rows(layout, counts.data, threads);
+    if (!(denominator > 0)) {
+      denominator = 0;
+      for (int64_t row = 0; row < layout.rows; ++row) denominator += counts[row] > 0;
+    }
+    flat_ = inverse(denominator);
+    for (int64_t row = 0; by_row && row < layout.rows; ++row) {
+      rows_[row] = flat_ * inverse(static_cast<double>(counts[row]));
+    }
+  }
+  double operator[](int64_t row) { return by_row ? rows_[row] : flat_; }
+
+  const bool by_row;
+
+ private:
+  double flat_;
+  Buffer<double> rows_;
+};
+
+}  // namespace
+}  // namespace RF_ISA
+}  // namespace rf

@@ -1,0 +1,285 @@
+"""The operators behind react_fast.ops.policy_loss: tags of the core, memory layout, registration, autograd."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from .. import _core
+from ..reference.policy_loss import PPOClip, Reinforce
+from . import _check
+from .backend import DTYPE, accumulation_dtype, address, register
+
+# The tags of csrc/policy_loss.h are the positions.
+AGGREGATIONS = ("token_mean", "seq_mean_token_mean", "seq_mean_token_sum", "token_sum_norm")
+KL_ESTIMATORS = ("k1", "k2", "k3")
+KL_GRADIENTS = ("value", "k2", "ratio")
+LEVELS = ("token", "sequence", "geometric")
+MODES = ("truncate", "mask")
+
+_INF = float("inf")
+
+# Objective -> its tag (csrc/policy_loss.h, enum Objective) and its four kernel parameters.
+OBJECTIVES: dict[type, tuple[int, Callable[[Any], list[float]]]] = {
+    Reinforce: (0, lambda o: [0.0, 0.0, 0.0, 0.0]),
+    PPOClip: (
+        1,
+        lambda o: [
+            float(o.ratio_min),
+            float(o.ratio_max),
+            _INF if o.dual_clip is None else float(o.dual_clip),
+            _INF if o.ratio_cap is None else float(o.ratio_cap),
+        ],
+    ),
+}
+
+# The `stats` outputs, in the order of csrc/policy_loss.h.
+METRICS = (
+    "tokens", "clip_ratio/low", "clip_ratio/high", "clip_ratio/dual", "approx_kl/k1", "approx_kl/k3", "ratio/mean",
+    "clamped", "ratio/max", "kl", "entropy", "importance/mean", "importance/ess", "importance/max",
+)  # fmt: skip
+ALWAYS = METRICS.index("kl")
+IMPORTANCE_METRICS = (
+    "importance/raw_mean", "importance/raw_max", "importance/mean", "importance/max", "importance/ess",
+    "importance/outside",
+)  # fmt: skip
+
+
+def per_row(advantages: torch.Tensor, logprobs: torch.Tensor) -> bool:
+    """One advantage per sequence; a packed [N] is per token, even if there are N sequences."""
+    return advantages.dim() == 1 and advantages.shape != logprobs.shape
+
+
+def _flat(x: torch.Tensor | None) -> torch.Tensor | None:
+    return None if x is None else x.contiguous()
+
+
+def _layout_cpu(x: torch.Tensor, cu_seqlens: torch.Tensor | None) -> tuple[torch.Tensor | None, int, int, int]:
+    """(cu_seqlens as int64, tokens, rows, row length)."""
+    if x.dim() == 2:
+        return None, x.numel(), x.shape[0], x.shape[1]
+    if cu_seqlens is None:
+        return None, x.shape[0], 1, x.shape[0]
+    bounds = cu_seqlens.to(torch.int64).contiguous()
+    steps = bounds.diff()
+    if bounds[0] != 0 or bounds[-1] != x.shape[0] or bool((steps < 0).any()):
+        raise ValueError(f"cu_seqlens must rise from 0 to N = {x.shape[0]}, got {_shortened(bounds)}")
+    return bounds, x.shape[0], bounds.shape[0] - 1, 0
+
+
+def _shortened(x: torch.Tensor) -> str:
+    values = x.tolist()
+    return str(values) if len(values) <= 8 else f"[{', '.join(map(str, values[:4]))}, ..., {values[-1]}]"
+
+
+def _denominator_cpu(number: float, tensor: torch.Tensor | None) -> float:
+    if tensor is None:
+        return number
+    return _check.number("denominator", float(tensor), low=0.0, low_open=True)
+
+
+def _scaled(saved: torch.Tensor, upstream: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Saved gradients stay wide until here: in float16, 1 / n would vanish before the loss scale reaches it."""
+    return (saved * upstream).to(dtype)
+
+
+def _outputs(like: torch.Tensor, shapes: tuple[tuple[int, ...], ...]) -> list[torch.Tensor]:
+    dtype = accumulation_dtype(like.dtype)
+    return [torch.empty(shape, dtype=dtype, device=like.device) for shape in shapes]
+
+
+def _shapes(
+    logprobs: torch.Tensor, want_logprobs: bool, want_entropy: bool
+) -> tuple[tuple[int, ...], ...]:
+    """loss, stats, d_logprobs, d_entropy; an unwanted gradient is empty, since an operator returns no None."""
+    shape = tuple(logprobs.shape)
+    return (), (len(METRICS),), shape if want_logprobs else (0,), shape if want_entropy else (0,)
+
+
+def _policy_loss_cpu(
+    logprobs: torch.Tensor, old_logprobs: torch.Tensor | None, advantages: torch.Tensor, mask: torch.Tensor,
+    ref_logprobs: torch.Tensor | None, entropy: torch.Tensor | None, importance: torch.Tensor | None,
+    cu_seqlens: torch.Tensor | None, denominator_tensor: torch.Tensor | None, denominator: float,
+    objective: int, parameters: list[float], aggregation: int, kl_coef: float, kl_estimator: int,
+    kl_gradient: int, entropy_coef: float, want_logprobs: bool, want_entropy: bool,
+) -> tuple[torch.Tensor, ...]:  # fmt: skip
+    given = (logprobs, old_logprobs, advantages, ref_logprobs, entropy, importance, mask)
+    inputs = [_flat(x) for x in given]
+    bounds, tokens, rows, row_length = _layout_cpu(logprobs, cu_seqlens)
+    loss, stats, d_logprobs, d_entropy = _outputs(logprobs, _shapes(logprobs, want_logprobs, want_entropy))
+    _core.policy_loss(
+        *[address(x) for x in inputs], address(bounds), tokens, rows, row_length, DTYPE[logprobs.dtype],
+        per_row(advantages, logprobs), objective, parameters, aggregation,
+        _denominator_cpu(denominator, denominator_tensor), kl_coef, kl_estimator, kl_gradient, entropy_coef,
+        loss.data_ptr(), stats.data_ptr(), d_logprobs.data_ptr() if want_logprobs else 0,
+        d_entropy.data_ptr() if want_entropy else 0, torch.get_num_threads(),
+    )  # fmt: skip
+    return loss, stats, d_logprobs, d_entropy
+
+
+def _policy_loss_triton(
+    logprobs: torch.Tensor, old_logprobs: torch.Tensor | None, advantages: torch.Tensor, mask: torch.Tensor,
+    ref_logprobs: torch.Tensor | None, entropy: torch.Tensor | None, importance: torch.Tensor | None,
+    cu_seqlens: torch.Tensor | None, denominator_tensor: torch.Tensor | None, denominator: float,
+    objective: int, parameters: list[float], aggregation: int, kl_coef: float, kl_estimator: int,
+    kl_gradient: int, entropy_coef: float, want_logprobs: bool, want_entropy: bool,
+) -> tuple[torch.Tensor, ...]:  # fmt: skip
+    from ..kernels import policy_loss as kernels
+
+    outputs = _outputs(logprobs, _shapes(logprobs, want_logprobs, want_entropy))
+    layout = kernels.Layout.of(logprobs, mask, _flat(cu_seqlens))
+    weights = kernels.token_weights(layout, aggregation, denominator_tensor, denominator, outputs[0].dtype)
+    kernels.policy_loss(
+        [_flat(x) for x in (logprobs, old_logprobs, advantages, ref_logprobs, entropy, importance)], layout,
+        weights, per_row(advantages, logprobs), objective, parameters, kl_coef, kl_estimator, kl_gradient,
+        entropy_coef, outputs[0], outputs[1], outputs[2] if want_logprobs else None,
+        outputs[3] if want_entropy else None,
+    )  # fmt: skip
+    return tuple(outputs)
+
+
+def _policy_loss_fake(logprobs: torch.Tensor, *rest: Any) -> tuple[torch.Tensor, ...]:
+    return tuple(_outputs(logprobs, _shapes(logprobs, rest[-2], rest[-1])))
+
+
+def _policy_loss_setup(ctx: Any, inputs: tuple, output: tuple) -> None:
+    _, stats, d_logprobs, d_entropy = output
+    ctx.mark_non_differentiable(stats, d_logprobs, d_entropy)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(d_logprobs, d_entropy)
+    ctx.dtype = inputs[0].dtype
+
+
+def _policy_loss_grad(ctx: Any, upstream: torch.Tensor | None, *_: Any) -> tuple:
+    grads: list[torch.Tensor | None] = [None] * 19
+    if upstream is not None:
+        for position, saved in zip((0, 5), ctx.saved_tensors, strict=True):
+            if ctx.needs_input_grad[position]:
+                grads[position] = _scaled(saved, upstream, ctx.dtype)
+    return tuple(grads)
+
+
+policy_loss_op = register(
+    "policy_loss",
+    "(Tensor logprobs, Tensor? old_logprobs, Tensor advantages, Tensor mask, Tensor? ref_logprobs, "
+    "Tensor? entropy, Tensor? importance, Tensor? cu_seqlens, Tensor? denominator_tensor, float denominator, "
+    "int objective, float[] parameters, int aggregation, float kl_coef, int kl_estimator, int kl_gradient, "
+    "float entropy_coef, bool want_logprobs, bool want_entropy) -> (Tensor, Tensor, Tensor, Tensor)",
+    cpu=_policy_loss_cpu,
+    triton=_policy_loss_triton,
+    fake=_policy_loss_fake,
+    setup_context=_policy_loss_setup,
+    backward=_policy_loss_grad,
+)
+
+
+# ---- value loss --------------------------------------------------------------------------------------------
+
+
+def _value_shapes(values: torch.Tensor, wanted: bool) -> tuple[tuple[int, ...], ...]:
+    return (), tuple(values.shape) if wanted else (0,)
+
+
+def _value_loss_cpu(
+    values: torch.Tensor, old_values: torch.Tensor | None, returns: torch.Tensor, mask: torch.Tensor,
+    denominator_tensor: torch.Tensor | None, denominator: float, clip: float, wanted: bool,
+) -> tuple[torch.Tensor, ...]:  # fmt: skip
+    inputs = [_flat(x) for x in (values, old_values, returns, mask)]
+    loss, d_values = _outputs(values, _value_shapes(values, wanted))
+    _core.value_loss(
+        *[address(x) for x in inputs], values.numel(), DTYPE[values.dtype], clip,
+        _denominator_cpu(denominator, denominator_tensor), loss.data_ptr(), d_values.data_ptr() if wanted else 0,
+        torch.get_num_threads(),
+    )  # fmt: skip
+    return loss, d_values
+
+
+def _value_loss_triton(
+    values: torch.Tensor, old_values: torch.Tensor | None, returns: torch.Tensor, mask: torch.Tensor,
+    denominator_tensor: torch.Tensor | None, denominator: float, clip: float, wanted: bool,
+) -> tuple[torch.Tensor, ...]:  # fmt: skip
+    from ..kernels import policy_loss as kernels
+
+    loss, d_values = _outputs(values, _value_shapes(values, wanted))
+    layout = kernels.Layout.of(values, mask, None)
+    weights = kernels.token_weights(layout, 0, denominator_tensor, denominator, loss.dtype)
+    inputs = [_flat(x) for x in (values, old_values, returns)]
+    kernels.value_loss(inputs, layout, weights, clip, loss, d_values if wanted else None)
+    return loss, d_values
+
+
+def _value_loss_fake(values: torch.Tensor, *rest: Any) -> tuple[torch.Tensor, ...]:
+    return tuple(_outputs(values, _value_shapes(values, rest[-1])))
+
+
+def _value_loss_setup(ctx: Any, inputs: tuple, output: tuple) -> None:
+    ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(output[1])
+    ctx.dtype = inputs[0].dtype
+
+
+def _value_loss_grad(ctx: Any, upstream: torch.Tensor | None, *_: Any) -> tuple:
+    wanted = upstream is not None and ctx.needs_input_grad[0]
+    return _scaled(ctx.saved_tensors[0], upstream, ctx.dtype) if wanted else None, *[None] * 7
+
+
+value_loss_op = register(
+    "value_loss",
+    "(Tensor values, Tensor? old_values, Tensor returns, Tensor mask, Tensor? denominator_tensor, "
+    "float denominator, float clip, bool wanted) -> (Tensor, Tensor)",
+    cpu=_value_loss_cpu,
+    triton=_value_loss_triton,
+    fake=_value_loss_fake,
+    setup_context=_value_loss_setup,
+    backward=_value_loss_grad,
+)
+
+
+# ---- importance weights ------------------------------------------------------------------------------------
+
+
+def _importance_shapes(logprobs: torch.Tensor) -> tuple[tuple[int, ...], ...]:
+    return tuple(logprobs.shape), (len(IMPORTANCE_METRICS),)
+
+
+def _importance_weights_cpu(
+    logprobs: torch.Tensor, behavior_logprobs: torch.Tensor, mask: torch.Tensor, cu_seqlens: torch.Tensor | None,
+    level: int, mode: int, low: float, high: float, normalize: bool,
+) -> tuple[torch.Tensor, ...]:  # fmt: skip
+    inputs = [_flat(x) for x in (logprobs, behavior_logprobs, mask)]
+    bounds, tokens, rows, row_length = _layout_cpu(logprobs, cu_seqlens)
+    weights, stats = _outputs(logprobs, _importance_shapes(logprobs))
+    _core.importance_weights(
+        *[address(x) for x in inputs], address(bounds), tokens, rows, row_length, DTYPE[logprobs.dtype], level,
+        mode, low, high, normalize, weights.data_ptr(), stats.data_ptr(), torch.get_num_threads(),
+    )  # fmt: skip
+    return weights, stats
+
+
+def _importance_weights_triton(
+    logprobs: torch.Tensor, behavior_logprobs: torch.Tensor, mask: torch.Tensor, cu_seqlens: torch.Tensor | None,
+    level: int, mode: int, low: float, high: float, normalize: bool,
+) -> tuple[torch.Tensor, ...]:  # fmt: skip
+    from ..kernels import policy_loss as kernels
+
+    weights, stats = _outputs(logprobs, _importance_shapes(logprobs))
+    layout = kernels.Layout.of(logprobs, mask, _flat(cu_seqlens))
+    kernels.importance_weights(
+        _flat(logprobs), _flat(behavior_logprobs), layout, level, mode, low, high, normalize, weights, stats
+    )
+    return weights, stats
+
+
+def _importance_weights_fake(logprobs: torch.Tensor, *_: Any) -> tuple[torch.Tensor, ...]:
+    return tuple(_outputs(logprobs, _importance_shapes(logprobs)))
+
+
+importance_weights_op = register(
+    "importance_weights",
+    "(Tensor logprobs, Tensor behavior_logprobs, Tensor mask, Tensor? cu_seqlens, int level, int mode, "
+    "float low, float high, bool normalize) -> (Tensor, Tensor)",
+    cpu=_importance_weights_cpu,
+    triton=_importance_weights_triton,
+    fake=_importance_weights_fake,
+)

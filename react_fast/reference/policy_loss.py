@@ -1,0 +1,326 @@
+"""Policy loss, value loss and importance weights as the equations say them; see react_fast.ops.policy_loss."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+
+MAX_LOG_RATIO = 20.0
+
+
+class PolicyLoss(NamedTuple):
+    """What `policy_loss` returns: the scalar to differentiate, and 0-d tensors to log."""
+
+    loss: torch.Tensor
+    metrics: dict[str, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Reinforce:
+    """L = -A log p: the score-function estimator, without a ratio.
+
+    A counting token with log p = -inf contributes 0: its probability cannot be moved.
+    Source: Williams 1992, REINFORCE.
+    """
+
+
+@dataclass(frozen=True)
+class PPOClip:
+    """L = -min(min(r, ratio_cap) A, clip(r, ratio_min, ratio_max) A), r = p / p_old; where A < 0, at most -dual_clip A.
+
+    Bounds are absolute ratios: PPO's epsilon 0.2 is (0.8, 1.2). At a bound the gradient is the one inside it.
+
+    Attributes:
+        ratio_min, ratio_max: clip range, 0 <= ratio_min <= ratio_max.
+        dual_clip: bound of the ratio where A < 0, above 1. None: no bound.
+        ratio_cap: bound of the unclipped ratio, above 0 (TRL's delta). None: no bound.
+    Source: Schulman et al. 2017 (arXiv:1707.06347), eq. 7; dual clip: Ye et al. 2020 (arXiv:1912.09729), eq. 5;
+        ratio_cap: INTELLECT-2 (arXiv:2505.07291), eq. 2.
+    """
+
+    ratio_min: float = 0.8
+    ratio_max: float = 1.2
+    dual_clip: float | None = None
+    ratio_cap: float | None = None
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.ratio_min <= self.ratio_max:
+            raise ValueError(
+                f"ratio_min and ratio_max must satisfy 0 <= ratio_min <= ratio_max, "
+                f"got {self.ratio_min} and {self.ratio_max}"
+            )
+        if self.dual_clip is not None and not self.dual_clip > 1:
+            raise ValueError(f"dual_clip must be above 1, got {self.dual_clip}")
+        if self.ratio_cap is not None and not self.ratio_cap > 0:
+            raise ValueError(f"ratio_cap must be above 0, got {self.ratio_cap}")
+
+
+Objective = Reinforce | PPOClip
+
+
+class _Surrogate(NamedTuple):
+    """Loss of every token, and where a bound holds it (no gradient): below, above, above with A < 0."""
+
+    loss: torch.Tensor
+    low: torch.Tensor
+    high: torch.Tensor
+    dual: torch.Tensor
+
+
+def _reinforce(objective: Reinforce, logp: torch.Tensor, r: torch.Tensor, A: torch.Tensor) -> _Surrogate:
+    possible = logp != float("-inf")
+    never = torch.zeros_like(possible)
+    return _Surrogate(torch.where(possible, -A * torch.where(possible, logp, 0.0), 0.0), never, never, never)
+
+
+def _ppo_clip(objective: PPOClip, logp: torch.Tensor, r: torch.Tensor, A: torch.Tensor) -> _Surrogate:
+    cap = float("inf") if objective.ratio_cap is None else objective.ratio_cap
+    dual = float("inf") if objective.dual_clip is None else objective.dual_clip
+    capped, clipped = r.clamp(max=cap), r.clamp(objective.ratio_min, objective.ratio_max)
+    gain = torch.minimum(capped * A, clipped * A)
+    if objective.dual_clip is not None:  # clamp, not maximum: at the bound itself the gradient passes whole
+        gain = torch.where(A < 0, torch.clamp(gain, min=dual * A), gain)
+    below = (A < 0) & (r < objective.ratio_min)
+    above = (A > 0) & (r > min(objective.ratio_max, cap))
+    over = (r > max(objective.ratio_max, cap)) | (torch.maximum(capped, clipped) > dual)
+    return _Surrogate(-gain, below, above, (A < 0) & over & ~below)
+
+
+SURROGATES: dict[type, Callable[..., _Surrogate]] = {Reinforce: _reinforce, PPOClip: _ppo_clip}
+
+# From x = log p - log p_ref of a token drawn from p.
+KL_ESTIMATORS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "k1": lambda x: x,
+    "k2": lambda x: x * x / 2,
+    "k3": lambda x: torch.expm1(-x) + x,
+}
+
+
+def _kl_value(k: torch.Tensor, x: torch.Tensor, ratio: torch.Tensor) -> torch.Tensor:
+    """Differentiate the estimator as written: exact for k2 on policy, nothing for k1, biased for k3."""
+    return k
+
+
+def _kl_k2(k: torch.Tensor, x: torch.Tensor, ratio: torch.Tensor) -> torch.Tensor:
+    """The estimator's value with the gradient of k2, x d(log p): k2 - stop(k2) is 0 but has that gradient."""
+    k2 = KL_ESTIMATORS["k2"](x)
+    return k.detach() + k2 - k2.detach()
+
+
+def _kl_ratio(k: torch.Tensor, x: torch.Tensor, ratio: torch.Tensor) -> torch.Tensor:
+    """The live ratio p / p_old times the estimator: its gradient also sees how p chooses the tokens.
+
+    d(r k) = r (k + dk/dlog p) dlog p: with k1 that is r (x + 1), with k3 it is r x; both have the mean of the
+    true gradient, since the score has mean zero under p.
+    """
+    return ratio * k
+
+
+KL_GRADIENTS = {"value": _kl_value, "k2": _kl_k2, "ratio": _kl_ratio}
+
+
+def _log_ratio(logp: torch.Tensor, other: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """(log p - other clamped to +-20 without gradient outside, where it was clamped).
+
+    A token that the policy forbids, log p = -inf, is clamped to -20 whatever `other` is.
+    """
+    raw = torch.where(logp == float("-inf"), float("-inf"), logp - other)
+    outside = raw.abs() > MAX_LOG_RATIO
+    return torch.where(outside, raw.detach().clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO), raw), outside
+
+
+def _wide(x: torch.Tensor) -> torch.Tensor:
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def _rows(x: torch.Tensor, cu_seqlens: torch.Tensor | None) -> list[torch.Tensor]:
+    """The sequences of a padded [B, T] or packed [N] tensor, one by one."""
+    if x.dim() == 2:
+        return list(x)
+    bounds = [0, x.shape[0]] if cu_seqlens is None else cu_seqlens.tolist()
+    return [x[begin:end] for begin, end in zip(bounds, bounds[1:], strict=False)]
+
+
+def _row_weights(counts: list[int], aggregation: str, denominator: float | None) -> list[float]:
+    """The weight of every counting token of each row. Rows without counting tokens are no sequences."""
+    tokens, sequences = sum(counts), sum(count > 0 for count in counts)
+    if aggregation in ("token_mean", "token_sum_norm"):
+        return [1 / float(denominator or max(tokens, 1))] * len(counts)
+    per_sequence = 1 / float(denominator or max(sequences, 1))
+    if aggregation == "seq_mean_token_sum":
+        return [per_sequence] * len(counts)
+    return [per_sequence / max(count, 1) for count in counts]
+
+
+def _ess(weights: torch.Tensor) -> torch.Tensor:
+    """Effective sample size over the number of weights, (sum w)^2 / (n sum w^2); 0 when all are 0."""
+    square = (weights * weights).sum()
+    return torch.where(square > 0, weights.sum() ** 2 / (weights.numel() * square), 0.0)
+
+
+def _mean(x: torch.Tensor) -> torch.Tensor:
+    return x.sum() / max(x.numel(), 1)
+
+
+def _max(x: torch.Tensor) -> torch.Tensor:
+    return x.max() if x.numel() else x.new_zeros(())
+
+
+def policy_loss(
+    logprobs: torch.Tensor,
+    old_logprobs: torch.Tensor | None,
+    advantages: torch.Tensor,
+    mask: torch.Tensor,
+    *,
+    objective: Objective = PPOClip(),  # noqa: B008, a frozen value
+    aggregation: str = "token_mean",
+    ref_logprobs: torch.Tensor | None = None,
+    kl_coef: float = 0.0,
+    kl_estimator: str = "k3",
+    kl_gradient: str = "ratio",
+    entropy: torch.Tensor | None = None,
+    entropy_coef: float = 0.0,
+    importance: torch.Tensor | None = None,
+    denominator: float | torch.Tensor | None = None,
+    cu_seqlens: torch.Tensor | None = None,
+) -> PolicyLoss:
+    masks = [m.bool() for m in _rows(mask, cu_seqlens)]
+
+    def picked(x: torch.Tensor) -> list[torch.Tensor]:
+        """Counting tokens of every row; what stands at the others is never read."""
+        return [_wide(row)[m] for row, m in zip(_rows(x, cu_seqlens), masks, strict=True)]
+
+    per_row = advantages.dim() < logprobs.dim() or advantages.shape != logprobs.shape
+    rows = {
+        "logp": picked(logprobs),
+        "A": [_wide(a).expand(int(m.sum())) for a, m in zip(advantages, masks, strict=True)]
+        if per_row
+        else picked(advantages),
+    }
+    rows["old"] = rows["logp"] if old_logprobs is None else picked(old_logprobs)
+    optional = {"ref": ref_logprobs, "entropy": entropy, "importance": importance}
+    rows.update({name: picked(x) for name, x in optional.items() if x is not None})
+    weights = _row_weights([int(m.sum()) for m in masks], aggregation, denominator)  # type: ignore[arg-type]
+    total = _wide(logprobs).flatten()[:0].sum()  # 0, on the graph even if every row is empty
+    seen: dict[str, list[torch.Tensor]] = {}
+    for i, weight in enumerate(weights):
+        row = {name: values[i] for name, values in rows.items()}
+        log_ratio, clamped = _log_ratio(row["logp"], row["old"].detach())
+        ratio = log_ratio.exp()
+        surrogate = SURROGATES[type(objective)](objective, row["logp"], ratio, row["A"].detach())
+        loss = surrogate.loss
+        if importance is not None:
+            loss = row["importance"].detach() * loss
+        if ref_logprobs is not None:
+            x, _ = _log_ratio(row["logp"], row["ref"].detach())
+            k = KL_ESTIMATORS[kl_estimator](x)
+            loss = loss + kl_coef * KL_GRADIENTS[kl_gradient](k, x, ratio)
+            seen.setdefault("kl", []).append(k)
+        if entropy is not None:
+            loss = loss - entropy_coef * row["entropy"]
+        total = total + weight * loss.sum()
+        row.update(log_ratio=log_ratio, ratio=ratio, clamped=clamped, low=surrogate.low, high=surrogate.high)
+        row.update(dual=surrogate.dual)
+        for name, value in row.items():
+            seen.setdefault(name, []).append(value)
+    flat = {name: torch.cat(v).detach().to(total.dtype) for name, v in seen.items()}
+    return PolicyLoss(total, _metrics(flat, total.detach()))
+
+
+def _metrics(flat: dict[str, torch.Tensor], like: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Means over the counting tokens of the call, whatever the aggregation."""
+
+    def column(name: str) -> torch.Tensor:
+        return flat.get(name, like.new_empty(0))
+
+    log_ratio, ratio = column("log_ratio"), column("ratio")
+    metrics = {
+        "tokens": like.new_tensor(float(ratio.numel())),
+        "clip_ratio/low": _mean(column("low")),
+        "clip_ratio/high": _mean(column("high")),
+        "clip_ratio/dual": _mean(column("dual")),
+        "approx_kl/k1": _mean(-log_ratio),
+        "approx_kl/k3": _mean(torch.expm1(log_ratio) - log_ratio),
+        "ratio/mean": _mean(ratio),
+        "clamped": column("clamped").sum(),
+        "ratio/max": _max(ratio),
+    }
+    if "kl" in flat:
+        metrics["kl"] = _mean(flat["kl"])
+    if "entropy" in flat:
+        metrics["entropy"] = _mean(flat["entropy"])
+    if "importance" in flat:
+        weights = flat["importance"]
+        metrics["importance/mean"] = _mean(weights)
+        metrics["importance/ess"] = _ess(weights)
+        metrics["importance/max"] = _max(weights)
+    return metrics
+
+
+def value_loss(
+    values: torch.Tensor,
+    old_values: torch.Tensor | None,
+    returns: torch.Tensor,
+    mask: torch.Tensor,
+    *,
+    clip: float | None = None,
+    denominator: float | torch.Tensor | None = None,
+) -> torch.Tensor:
+    total, count = _wide(values).flatten()[:0].sum(), 0
+    for i in range(mask.shape[0]):
+        m = mask[i].bool()
+        value, target = _wide(values[i])[m], _wide(returns[i])[m].detach()
+        error = (value - target) ** 2
+        if clip is not None and old_values is not None:
+            old = _wide(old_values[i])[m].detach()
+            clipped = torch.clamp(value, old - clip, old + clip)
+            # clamp, not maximum: where both errors are equal the gradient is the unclipped one's
+            error = torch.clamp(error, min=(clipped - target) ** 2)
+        total, count = total + 0.5 * error.sum(), count + int(m.sum())
+    return total / float(denominator or max(count, 1))
+
+
+@torch.no_grad()
+def importance_weights(
+    logprobs: torch.Tensor,
+    behavior_logprobs: torch.Tensor,
+    mask: torch.Tensor,
+    *,
+    level: str = "token",
+    mode: str = "truncate",
+    low: float,
+    high: float,
+    normalize: bool = False,
+    cu_seqlens: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    weights = torch.zeros_like(_wide(logprobs), memory_format=torch.contiguous_format)
+    raw: list[torch.Tensor] = [weights.new_empty(0)]
+    applied: list[torch.Tensor] = [weights.new_empty(0)]
+    tensors = (logprobs, behavior_logprobs, mask, weights)
+    for logp, behavior, m, out in zip(*(_rows(x, cu_seqlens) for x in tensors), strict=True):
+        m = m.bool()
+        log_weight, _ = _log_ratio(_wide(logp)[m], _wide(behavior)[m])
+        if level != "token":
+            total = log_weight.sum() if level == "sequence" else _mean(log_weight)
+            log_weight = total.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).expand_as(log_weight)
+        weight = log_weight.exp()
+        inside = (weight >= low) & (weight <= high)
+        kept = weight.clamp(low, high) if mode == "truncate" else torch.where(inside, weight, 0.0)
+        out[m] = kept
+        raw.append(weight)
+        applied.append(kept)
+    before, after = torch.cat(raw), torch.cat(applied)
+    if normalize:
+        mean = _mean(after)
+        scale = torch.where(mean > 0, 1 / mean, 0.0)
+        weights, after = weights * scale, after * scale
+    outside = (before < low) | (before > high)
+    return weights, {
+        "importance/raw_mean": _mean(before),
+        "importance/raw_max": _max(before),
+        "importance/mean": _mean(after),
+        "importance/max": _max(after),
+        "importance/ess": _ess(after),
+        "importance/outside": _mean(outside.to(after.dtype)),
+    }
