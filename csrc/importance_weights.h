@@ -73,12 +73,12 @@ class ImportancePass {
 
   void piece(int64_t row, int64_t begin, int64_t end, double* sums) {
     const V low = all<V>(args_.low), high = all<V>(args_.high);
-    const V row_weight = by_row() ? exp(all<V>(row_logs_[row])) : V{};
+    const V row_weight = by_row() ? exp20(all<V>(row_logs_[row])).value : V{};
     V lanes[kImportanceSums] = {};
     for (int64_t i = begin; i < end; i += kWidth<V>) {
       const Flag<V> counts = flags_some<V>(args_.layout.mask + i, end - i);
       const V one = select(counts, all<V>(1.0), V{});
-      const V raw = select(counts, by_row() ? row_weight : exp(token_log(i, end - i, counts)), V{});
+      const V raw = select(counts, by_row() ? row_weight : exp20(token_log(i, end - i, counts)).value, V{});
       const Flag<V> outside = counts & ((raw < low) | (raw > high));
       const V kept = args_.mode == Bound::mask ? V{} : bounded(raw, low, high);
       const V applied = select(outside, kept, raw);

@@ -42,34 +42,53 @@ inline V all(double x) {
 
 // The float forms of simd.h beside the double ones below.
 using rf::RF_ISA::abs;
-using rf::RF_ISA::exp;
 using rf::RF_ISA::max_lanes;
 using rf::RF_ISA::select;
 using rf::RF_ISA::sum_lanes;
 inline double select(bool condition, double yes, double no) { return condition ? yes : no; }
-inline double exp(double x) { return std::exp(x); }
 inline double abs(double x) { return x < 0 ? -x : x; }
 inline double sum_lanes(double x) { return x; }
 inline double max_lanes(double x) { return x; }
-inline double minus_one(double x, double) { return std::expm1(x); }
-// exp(x) - 1 from x and exp(x). Below 0.35 the subtraction would cancel: x + x^2/2 + ... to the seventh power
-// leaves 2e-8 of the result.
-inline f32v minus_one(f32v x, f32v exp_x) {
-  f32v series = splat(1.0f / 5040) * x + splat(1.0f / 720);
-  series = series * x + splat(1.0f / 120);
-  series = series * x + splat(1.0f / 24);
-  series = series * x + splat(1.0f / 6);
-  series = series * x + splat(0.5f);
-  series = series * (x * x) + x;
-  return select(abs(x) < 0.35f, series, exp_x - 1.0f);
+
+// Written so that each is one minimum or maximum instruction. NaN in x stays.
+template <class V>
+inline V at_least(V x, V low) {
+  return select(low > x, low, x);
 }
 template <class V>
-inline V larger(V x, V running) {
+inline V at_most(V x, V high) {
+  return select(high < x, high, x);
+}
+template <class V>
+inline V bounded(V x, V low, V high) {
+  return at_most(at_least(x, low), high);
+}
+template <class V>
+inline V larger(V x, V running) {  // NaN in x is ignored
   return select(x > running, x, running);
 }
+
+// exp(x) and exp(x) - 1 for |x| <= 20 or NaN: simd.h's polynomial without its guards. Where x needs no scaling
+// the second is the polynomial before 1 is added, so nothing cancels.
 template <class V>
-inline V bounded(V x, V low, V high) {  // NaN stays NaN
-  return select(x < low, low, select(x > high, high, x));
+struct Exp {
+  V value, minus_one;
+};
+inline Exp<double> exp20(double x) { return {std::exp(x), std::expm1(x)}; }
+inline Exp<f32v> exp20(f32v x) {
+  const f32v shifter = splat(12582912.0f);  // 1.5 * 2^23: adding it leaves the rounded integer in the low bits
+  const f32v shifted = x * splat(1.44269504f) + shifter;
+  const f32v n = shifted - shifter;
+  const f32v r = (x - n * splat(0.693359375f)) + n * splat(2.12194440e-4f);
+  f32v p = splat(0.00138146f);
+  p = p * r + splat(0.00836872f);
+  p = p * r + splat(0.04166839f);
+  p = p * r + splat(0.16666521f);
+  p = p * r + splat(0.49999993f);
+  const f32v q = p * (r * r) + r;
+  const f32v scale = reinterpret_cast<f32v>((reinterpret_cast<i32v>(shifted) - (0x4b400000 - 127)) << 23);
+  const f32v value = (q + 1.0f) * scale;
+  return {value, select(n == 0.0f, q, value - 1.0f)};
 }
 
 inline double load_some(const double* p, int64_t) { return *p; }
@@ -88,6 +107,10 @@ inline Flag<V> flags_some(const uint8_t* p, int64_t count) {
     return out;
   }
 }
+inline double load_whole(const double* p) { return *p; }
+inline f32v load_whole(const float* p) { return load(p); }
+inline void store_whole(double* p, double x) { *p = x; }
+inline void store_whole(float* p, f32v x) { store(p, x); }
 inline void store_some(double* p, int64_t, double x) { *p = x; }
 inline void store_some(float* p, int64_t count, f32v x) {
   if (count >= kLanes) {
