@@ -1,0 +1,67 @@
+"""Group-relative policy optimisation."""
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+
+from ...ops.advantage import group_advantages
+from ...ops.policy_loss import PPOClip, policy_loss
+from ..batch import Batch
+from ..rollout import Trajectory
+
+
+@dataclass(frozen=True)
+class GRPO:
+    """A response's advantage is its reward relative to the other responses to the same prompt.
+
+        A_i = (r_i - mean_group) / (std_group + eps),    loss: clipped ratio (PPOClip) + kl_coef KL
+
+    Args:
+        ratio_min, ratio_max: bounds of the probability ratio; 1.28 above is DAPO's clip-higher.
+        baseline: "mean" | "leave_one_out" | "none".  scale: "std" | "none" (Dr. GRPO).  eps: beside the std.
+        aggregation, kl_estimator, kl_gradient: see `policy_loss`.
+    Source: Shao et al. 2024 (arXiv:2402.03300).
+    """
+
+    ratio_min: float = 0.8
+    ratio_max: float = 1.2
+    baseline: str = "mean"
+    scale: str = "std"
+    eps: float = 1e-4
+    aggregation: str = "token_mean"
+    kl_estimator: str = "k3"
+    kl_gradient: str = "ratio"
+
+    supervised: ClassVar[bool] = False
+
+    def collect(self, trainer: Any, step: int) -> list[Trajectory]:
+        return trainer.rollouts(step)
+
+    def advantages(self, batch: Batch) -> torch.Tensor:
+        return group_advantages(
+            batch.rewards, batch.groups, baseline=self.baseline, scale=self.scale, eps=self.eps
+        )
+
+    def denominator(self, batch: Batch) -> torch.Tensor:
+        return batch.mask.sum() if self.aggregation == "token_mean" else batch.mask.any(1).sum()
+
+    def loss(
+        self, config: Any, part: Batch, logprobs: torch.Tensor, entropy: torch.Tensor, denominator: torch.Tensor
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        assert part.advantages is not None, "credit comes before update"
+        return policy_loss(
+            logprobs,
+            part.old_logprobs,
+            part.advantages,
+            part.mask,
+            objective=PPOClip(ratio_min=self.ratio_min, ratio_max=self.ratio_max),
+            aggregation=self.aggregation,
+            ref_logprobs=part.ref_logprobs,
+            kl_coef=config.kl_coef,
+            kl_estimator=self.kl_estimator,
+            kl_gradient=self.kl_gradient,
+            entropy=entropy,
+            entropy_coef=config.entropy_coef,
+            denominator=denominator.clamp_min(1).to(logprobs.dtype),
+        )

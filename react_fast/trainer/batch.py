@@ -1,0 +1,101 @@
+"""Trajectories as padded tensors."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+
+from .rollout import Trajectory
+
+
+@dataclass
+class Batch:
+    """Trajectories padded on the right. T is the longest one's length; column t of a [B, T-1] tensor belongs to
+    token t + 1, which the policy chose (or not) after reading tokens 0 to t.
+
+    Attributes:
+        input_ids, attention_mask: [B, T] int64.
+        mask: [B, T-1] bool, true where token t + 1 is an action.
+        sampler_logprobs: [B, T-1] float32.
+        rewards: [B] float32, sum over turns.  step_rewards: [B, T-1], each turn's at its last action.
+        groups: [B] int64.
+        old_logprobs, ref_logprobs: [B, T-1] or None, set by `score`.
+        attribution: [B, T-1] or None, set by `score` when credit asks for it.
+        advantages: [B] or [B, T-1] or None, set by `credit`.
+    """
+
+    input_ids: torch.Tensor
+    attention_mask: torch.Tensor
+    mask: torch.Tensor
+    sampler_logprobs: torch.Tensor
+    rewards: torch.Tensor
+    step_rewards: torch.Tensor
+    groups: torch.Tensor
+    old_logprobs: torch.Tensor | None = None
+    ref_logprobs: torch.Tensor | None = None
+    attribution: torch.Tensor | None = None
+    advantages: torch.Tensor | None = None
+
+    @property
+    def targets(self) -> torch.Tensor:
+        """[B, T-1]: the tokens whose log-probabilities the other [B, T-1] tensors hold."""
+        return self.input_ids[:, 1:]
+
+    @property
+    def lengths(self) -> torch.Tensor:
+        """[B] int64: tokens of every trajectory."""
+        return self.attention_mask.sum(1)
+
+    def __len__(self) -> int:
+        return len(self.input_ids)
+
+    def select(self, rows: torch.Tensor) -> "Batch":
+        """Some rows, cut to the longest of them."""
+        width = int(self.lengths[rows].max()) if len(rows) else 1
+        chosen = {}
+        for name, value in vars(self).items():
+            if value is not None:
+                part = value[rows]
+                columns = width if name in ("input_ids", "attention_mask") else width - 1
+                chosen[name] = part[:, :columns] if part.dim() == 2 else part
+        return replace(self, **chosen)
+
+
+def collate(trajectories: Sequence[Trajectory], pad_id: int, device: torch.device) -> Batch:
+    """Pad trajectories into a batch.
+
+    Raises: ValueError for no trajectories, or for one without a token before its first action.
+    """
+    if not trajectories:
+        raise ValueError("trajectories must hold at least one trajectory, got none")
+    for i, trajectory in enumerate(trajectories):
+        if len(trajectory.token_ids) == 0 or bool(trajectory.action_mask[0]):
+            raise ValueError(f"trajectories[{i}] must begin with a prompt token, got an action or nothing")
+
+    def pad(tensors: Sequence[torch.Tensor], value: float) -> torch.Tensor:
+        return torch.nn.utils.rnn.pad_sequence(list(tensors), batch_first=True, padding_value=value)
+
+    ids = pad([t.token_ids for t in trajectories], pad_id)
+    attention = pad([torch.ones_like(t.token_ids) for t in trajectories], 0)
+    actions = pad([t.action_mask for t in trajectories], 0)
+    return Batch(
+        input_ids=ids.to(device),
+        attention_mask=attention.to(device),
+        mask=actions[:, 1:].to(device),
+        sampler_logprobs=pad([t.sampler_logprobs for t in trajectories], 0.0)[:, 1:].to(device),
+        rewards=torch.tensor([float(sum(t.rewards)) for t in trajectories], device=device),
+        step_rewards=_step_rewards(trajectories, ids.shape[1]).to(device),
+        groups=torch.tensor([t.group for t in trajectories], device=device),
+    )
+
+
+def _step_rewards(trajectories: Sequence[Trajectory], width: int) -> torch.Tensor:
+    """Each turn's reward stands at the turn's last action. A turn without one hands its reward to the action
+    before it, or to none if there is none."""
+    placed = torch.zeros(len(trajectories), width)
+    for row, trajectory in enumerate(trajectories):
+        for turn, reward in enumerate(trajectory.rewards):
+            upto = (trajectory.action_mask & (trajectory.turn_index <= turn)).nonzero()
+            if len(upto):
+                placed[row, int(upto[-1])] += reward
+    return placed[:, 1:]

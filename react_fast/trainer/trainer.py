@@ -1,0 +1,469 @@
+"""The trainer: collect -> score -> credit -> update.
+
+Every random number is keyed by (seed, step, row), so a run that stops between two steps and goes on later ends
+with bitwise the same weights, and a checkpoint holds no random state.
+"""
+
+import copy
+import math
+import time
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+
+from ..envs import TextEnv
+from ..ops.logprob import token_logprobs
+from ..tracker.credit import attribution_credit
+from .algorithms.sft import demonstrations
+from .batch import Batch, collate
+from .checkpoint import load_checkpoint, load_weights, newest_complete, save_checkpoint
+from .config import TrainerConfig
+from .interrupt import StopRequest
+from .rollout import Episodes, PolicyEngine, RolloutEngine, SamplingParams, Trajectory
+from .schedule import learning_rate, make_optimizer
+from .state import join, split
+
+# Streams of random numbers that must not meet: prompts, rollouts and dropout each have their own.
+_ORDER, _DROPOUT, _EVALUATION = 1, 2, 3
+
+
+class Trainer:
+    """Improves a policy on an environment.
+
+    Args:
+        model: Hugging Face causal LM, or any module with `model(ids [B, T]) -> logits [B, T, V]`.
+        tokenizer: its tokenizer: `tokenizer(text, add_special_tokens=...)["input_ids"]`, `decode`,
+            `eos_token_id`, `pad_token_id`.
+        env: a TextEnv; its records are the training prompts.
+        algorithm: `GRPO()`, `REINFORCE()`, `SFT()`, or any object with their four methods.
+        tracker: CausalityTracker that observes the training backward; needed by credit="attribution".
+        config: TrainerConfig.
+        reporter: anything with `.log(step, phase, metrics)` and `.samples(rows)`; None: nothing is shown.
+        phase: name of this training in logs, such as "warm_start" or "rl".
+        eval_env: environment of held-out records for `evaluate` and early stopping; None: no evaluation.
+        engine: rollout engine; None: the policy itself generates.
+    Raises: ValueError if the config asks for something that is not given.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: Any,
+        env: TextEnv,
+        *,
+        algorithm: Any,
+        tracker: Any = None,
+        config: TrainerConfig | None = None,
+        reporter: Any = None,
+        phase: str = "train",
+        eval_env: TextEnv | None = None,
+        engine: RolloutEngine | None = None,
+    ) -> None:
+        self.config = config or TrainerConfig()
+        if self.config.credit == "attribution" and tracker is None:
+            raise ValueError("tracker must be given when config.credit is 'attribution', got None")
+        if self.config.early_stopping and (eval_env is None or not self.config.eval_every):
+            raise ValueError("eval_env and config.eval_every must be given when config.early_stopping is not 0")
+        if self.config.threads is not None:
+            torch.set_num_threads(self.config.threads)
+        self.tokenizer, self.env, self.eval_env = tokenizer, env, eval_env
+        self.algorithm, self.tracker, self.reporter, self.phase = algorithm, tracker, reporter, phase
+        self.accelerator = Accelerator(cpu=not torch.cuda.is_available())
+        optimizer = make_optimizer(model.parameters(), self.config)
+        self._prepared, self.optimizer = self.accelerator.prepare(model, optimizer)
+        self.model = self.accelerator.unwrap_model(self._prepared)
+        self.engine = engine or PolicyEngine(self.model, eos_id=self.eos_id, pad_id=self.pad_id)
+        self.reference = self._frozen_copy() if self.config.kl_coef and not algorithm.supervised else None
+        self.step = 0  # finished steps
+        self.updates = 0  # finished optimiser updates
+        self._best: dict[str, Any] = {"value": math.inf, "waited": 0, "weights": None}
+
+    # ---- the four phases -----------------------------------------------------------------------------------
+
+    def collect(self, step: int | None = None) -> list[Trajectory]:
+        """Trajectories of one step (counted from 0): rollouts of the policy, or the references for SFT."""
+        return self.algorithm.collect(self, self.step if step is None else step)
+
+    def score(self, trajectories: Sequence[Trajectory]) -> Batch:
+        """Pad the trajectories and add what the update needs about them: log-probs under the policy as it is
+        now (if it will change before the last update on them) and under the reference, and attributions."""
+        batch = collate(trajectories, self.pad_id, self.accelerator.device)
+        if self.algorithm.supervised:
+            return batch
+        if self.config.updates_per_step > 1:
+            batch.old_logprobs = self._logprobs(self.model, batch)
+        if self.reference is not None:
+            batch.ref_logprobs = self._logprobs(self.reference, batch)
+        if self.config.credit == "attribution":
+            batch.attribution = self._attribution(batch)
+        return batch
+
+    def credit(self, batch: Batch) -> Batch:
+        """Set the advantages: [B] or [B, T-1] from the algorithm, spread by attribution if the config says so.
+
+        Attribution credit multiplies a trajectory's advantages with weights whose mean over its actions is 1.
+        """
+        batch.advantages = self.algorithm.advantages(batch)
+        if batch.attribution is not None:
+            ones = torch.ones_like(batch.rewards)
+            weights = attribution_credit(ones, batch.attribution, batch.mask, floor=self.config.credit_floor)
+            level = batch.advantages if batch.advantages.dim() == 2 else batch.advantages[:, None]
+            batch.advantages = torch.where(batch.mask, level * weights, 0.0)
+        return batch
+
+    def update(self, batch: Batch) -> dict[str, float]:
+        """All optimiser updates on one batch: epochs x minibatches, each summed over micro-batches.
+
+        The loss is divided by the whole minibatch's count, so `micro_batch` changes memory and not the result.
+        Dropout acts in supervised training only: under reinforcement learning the ratio compares the policy
+        with the one that sampled.
+        """
+        self._prepared.train(self.algorithm.supervised)
+        totals = _Averages()
+        for rows in self._minibatches(len(batch)):
+            self._update_once(batch.select(rows), totals)
+        return totals.result()
+
+    # ---- loops ---------------------------------------------------------------------------------------------
+
+    def train(self, resume: str | Path | None = None) -> dict[str, float]:
+        """Run to config.steps.
+
+        Args:
+            resume: None: from step 0; "auto": from the newest complete checkpoint in config.checkpoint_dir, if
+                there is one; a path: from that checkpoint.
+        Returns: metrics of the last step.
+        Raises: KeyboardInterrupt after Ctrl-C or SIGTERM, once the step is finished and saved (a second one
+            stops at once, without saving); CheckpointError for a damaged checkpoint.
+        """
+        self._resume(resume)
+        metrics: dict[str, float] = {}
+        with StopRequest(self._notice) as stop:
+            while self.step < self.config.steps and not self._waited_enough():
+                metrics = self.train_step()
+                finished = self.step >= self.config.steps or self._waited_enough()
+                if finished or stop() or (self.config.save_every and self.step % self.config.save_every == 0):
+                    if finished:
+                        self._restore_best()
+                    self.save()
+                if stop() and not finished:
+                    raise KeyboardInterrupt
+        return metrics
+
+    def train_step(self) -> dict[str, float]:
+        """One step: the four phases, evaluation when it is due, logging. Returns the step's metrics."""
+        clock = _Clock()
+        trajectories = self.collect()
+        clock.lap("rollout")
+        batch = self.score(trajectories)
+        clock.lap("score")
+        batch = self.credit(batch)
+        clock.lap("credit")
+        metrics = self.update(batch)
+        clock.lap("update")
+        self.step += 1
+        metrics |= self._describe(trajectories, batch) | clock.metrics()
+        if self.config.eval_every and self.eval_env is not None and self.step % self.config.eval_every == 0:
+            metrics |= self.evaluate()
+            self._keep_best(metrics)
+        if self.reporter is not None:
+            self.reporter.log(self.step, self.phase, metrics)
+            if self.config.sample_every and self.step % self.config.sample_every == 0:
+                self.reporter.samples(self._samples(trajectories))
+        return metrics
+
+    def evaluate(self, env: TextEnv | None = None, *, greedy: bool = True) -> dict[str, float]:
+        """Held-out quality: "eval/loss" (supervised: per reference token) or "eval/reward" (mean return).
+
+        Args:
+            env: environment of the records to test; None: eval_env.
+            greedy: the most probable token each time, or sampled at temperature 1.
+        """
+        env = env or self.eval_env
+        if env is None:
+            raise ValueError("env must be given when the trainer has no eval_env, got None")
+        indices = list(range(len(env.records)))
+        parts = [indices[i : i + self.config.eval_batch] for i in range(0, len(indices), self.config.eval_batch)]
+        if self.algorithm.supervised:
+            return {"eval/loss": self._held_out_loss(env, parts)}
+        played = Episodes(self.engine, self.tokenizer, env)
+        returns = []
+        for part in parts:
+            params = SamplingParams(
+                self.config.max_new_tokens, greedy=greedy, seed=_key(self.config.seed, _EVALUATION), rows=part
+            )
+            returns += [sum(t.rewards) for t in played.play(part, part, params)]
+        return {"eval/reward": float(np.mean(returns))}
+
+    # ---- used by the algorithms ----------------------------------------------------------------------------
+
+    def records_of(self, step: int) -> list[int]:
+        """Records of a step: a new permutation of all records in every pass, keyed by the seed."""
+        count, size = len(self.env.records), self.config.prompts_per_step
+        chosen = []
+        for position in range(step * size, (step + 1) * size):
+            chosen.append(int(self._permutation(position // count, count)[position % count]))
+        return chosen
+
+    def rollouts(self, step: int) -> list[Trajectory]:
+        """group_size episodes for each of the step's prompts; trajectories of a prompt are neighbours."""
+        size = self.config.group_size
+        records = [record for record in self.records_of(step) for _ in range(size)]
+        groups = [row // size for row in range(len(records))]
+        params = SamplingParams(
+            self.config.max_new_tokens, temperature=self.config.temperature, seed=self.config.seed, step=step
+        )
+        return Episodes(self.engine, self.tokenizer, self.env).play(records, groups, params)
+
+    # ---- checkpoints ---------------------------------------------------------------------------------------
+
+    def save(self) -> Path | None:
+        """Write a checkpoint of the finished steps into config.checkpoint_dir; None without such a folder."""
+        if self.config.checkpoint_dir is None:
+            return None
+        tree = {
+            "step": self.step,
+            "updates": self.updates,
+            "optimizer": self.optimizer.state_dict(),
+            "best": self._best,
+            "reference": self.reference.state_dict() if self.reference is not None else None,
+            "tracker": self.tracker.state_dict() if self.tracker is not None else None,
+        }
+        rest, tensors = split(tree, "trainer")
+        return save_checkpoint(
+            self.config.checkpoint_dir,
+            self.step,
+            model=self.model,
+            tokenizer=self.tokenizer if hasattr(self.tokenizer, "save_pretrained") else None,
+            tensors=tensors,
+            state={"trainer": rest, "phase": self.phase},
+            keep=self.config.keep_checkpoints,
+        )
+
+    def load(self, path: str | Path) -> None:
+        """Go back to a checkpoint of `save`."""
+        checkpoint = load_checkpoint(path)
+        load_weights(self.model, path)
+        tree = join(checkpoint.state["trainer"], checkpoint.tensors)
+        self.step, self.updates, self._best = tree["step"], tree["updates"], tree["best"]
+        self.optimizer.load_state_dict(tree["optimizer"])
+        if self.reference is not None and tree["reference"] is not None:
+            self.reference.load_state_dict(tree["reference"])
+        if self.tracker is not None and tree["tracker"] is not None:
+            self.tracker.load_state_dict(tree["tracker"])
+
+    # ---- inside --------------------------------------------------------------------------------------------
+
+    @property
+    def eos_id(self) -> int | None:
+        return self.tokenizer.eos_token_id
+
+    @property
+    def pad_id(self) -> int:
+        pad = self.tokenizer.pad_token_id
+        return pad if pad is not None else (self.eos_id or 0)
+
+    def _update_once(self, batch: Batch, totals: "_Averages") -> None:
+        denominator = self.algorithm.denominator(batch)
+        size = self.config.micro_batch or len(batch)
+        self.optimizer.zero_grad(set_to_none=True)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(_key(self.config.seed, _DROPOUT, self.updates))
+            for start in range(0, len(batch), size):
+                part = batch.select(torch.arange(start, min(start + size, len(batch))))
+                self._backward(part, denominator, totals)
+        norm = self._clip()
+        rate = learning_rate(self.updates, self.config)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        if math.isfinite(norm):
+            self.optimizer.step()
+        else:
+            warnings.warn(f"{self.phase} step {self.step + 1}: gradient norm is {norm}, update skipped", stacklevel=3)
+            totals.add({"skipped_updates": 1.0}, 1.0)
+        self.updates += 1
+        totals.add({"grad_norm": norm, "learning_rate": rate}, 1.0)
+
+    def _backward(self, part: Batch, denominator: torch.Tensor, totals: "_Averages") -> None:
+        actions = torch.nn.functional.pad(part.mask, (1, 0))
+        watched = self.tracker.observe(part.input_ids, actions) if self.tracker is not None else nullcontext()
+        with watched:
+            logits = self._forward(self._prepared, part)
+            logprobs, entropy = token_logprobs(
+                logits[:, :-1], part.targets, mask=part.mask, temperature=self._temperature, return_entropy=True
+            )
+            loss, metrics = self.algorithm.loss(self.config, part, logprobs, entropy, denominator)
+            self.accelerator.backward(loss)
+        totals.add(metrics, float(part.mask.sum()))
+        totals.sum("loss", float(loss.detach()))
+
+    def _clip(self) -> float:
+        limit = self.config.max_grad_norm
+        parameters = self._prepared.parameters()
+        return float(self.accelerator.clip_grad_norm_(parameters, limit if limit is not None else math.inf))
+
+    @property
+    def _temperature(self) -> float:
+        """Policies are scored as they sample; references are scored at temperature 1."""
+        return 1.0 if self.algorithm.supervised else self.config.temperature
+
+    def _forward(self, model: Any, batch: Batch) -> torch.Tensor:
+        if hasattr(self.model, "generate"):
+            mask = batch.attention_mask
+            return model(input_ids=batch.input_ids, attention_mask=mask, use_cache=False).logits
+        return model(batch.input_ids)
+
+    @torch.no_grad()
+    def _logprobs(self, model: Any, batch: Batch) -> torch.Tensor:
+        """[B, T-1] log-probs of the actions under a model, in evaluation mode."""
+        was_training = model.training
+        model.eval()
+        wide = next(model.parameters()).dtype == torch.float64
+        out = torch.zeros(batch.mask.shape, dtype=torch.float64 if wide else torch.float32, device=batch.mask.device)
+        for rows in _chunks(len(batch), self.config.micro_batch or len(batch)):
+            part = batch.select(rows)
+            logits = self._forward(model, part)
+            found = token_logprobs(logits[:, :-1], part.targets, mask=part.mask, temperature=self._temperature)
+            out[rows, : found.shape[1]] = found
+        model.train(was_training)
+        return out
+
+    def _attribution(self, batch: Batch) -> torch.Tensor:
+        actions = torch.nn.functional.pad(batch.mask, (1, 0))
+        parts = []
+        for rows in _chunks(len(batch), self.config.micro_batch or len(batch)):
+            scores = self.tracker.score_batch(batch.input_ids[rows], batch.attention_mask[rows], actions[rows])
+            parts.append(scores[:, 1:])
+        return torch.cat(parts)
+
+    def _held_out_loss(self, env: TextEnv, parts: Sequence[list[int]]) -> float:
+        total, tokens = 0.0, 0
+        held_out = copy.copy(self)
+        held_out.env = env
+        for part in parts:
+            batch = collate(demonstrations(held_out, part), self.pad_id, self.accelerator.device)
+            total -= float(self._logprobs(self.model, batch).double().sum())
+            tokens += int(batch.mask.sum())
+        return total / max(tokens, 1)
+
+    def _minibatches(self, count: int) -> Iterator[torch.Tensor]:
+        """Rows of every update: in order for one update, else a keyed permutation in each epoch."""
+        for epoch in range(self.config.epochs):
+            if self.config.updates_per_step == 1:
+                yield torch.arange(count)
+                continue
+            generator = np.random.Generator(np.random.Philox(_key(self.config.seed, _ORDER, self.step, epoch)))
+            yield from torch.from_numpy(generator.permutation(count)).chunk(self.config.minibatches)
+
+    def _permutation(self, epoch: int, count: int) -> np.ndarray:
+        return np.random.Generator(np.random.Philox(_key(self.config.seed, epoch))).permutation(count)
+
+    def _describe(self, trajectories: Sequence[Trajectory], batch: Batch) -> dict[str, float]:
+        lengths = batch.mask.sum(1).double()
+        metrics = {"completions/mean_length": float(lengths.mean())}
+        if self.algorithm.supervised:
+            return metrics
+        rewards, groups = batch.rewards.double(), batch.groups
+        spreads = [rewards[groups == g].std(unbiased=False) for g in groups.unique()]
+        stds = torch.stack(spreads)
+        return metrics | {
+            "reward": float(rewards.mean()),
+            "reward_std": float(stds.mean()),
+            "frac_reward_zero_std": float((stds == 0).double().mean()),
+            "completions/clipped_ratio": float(np.mean([not t.finished for t in trajectories])),
+        }
+
+    def _samples(self, trajectories: Sequence[Trajectory], count: int = 4) -> list[dict[str, Any]]:
+        rows = []
+        for trajectory in trajectories[:: max(1, len(trajectories) // count)][:count]:
+            ids, record = trajectory.token_ids, self.env.records[trajectory.record]
+            response = self.tokenizer.decode(ids[trajectory.action_mask].tolist(), skip_special_tokens=True)
+            row = {"prompt": record.prompt, "response": response, "reference": record.reference}
+            rows.append(row | {"reward": float(sum(trajectory.rewards))})
+        return rows
+
+    def _keep_best(self, metrics: dict[str, float]) -> None:
+        if not self.config.early_stopping:
+            return
+        value = metrics["eval/loss"] if self.algorithm.supervised else -metrics["eval/reward"]
+        if value < self._best["value"]:
+            weights = {name: tensor.detach().clone() for name, tensor in self.model.state_dict().items()}
+            self._best = {"value": value, "waited": 0, "weights": weights}
+        else:
+            self._best["waited"] += 1
+
+    def _waited_enough(self) -> bool:
+        return bool(self.config.early_stopping) and self._best["waited"] >= self.config.early_stopping
+
+    def _restore_best(self) -> None:
+        """Early stopping hands back the weights that were best on the held-out records."""
+        if self._best["weights"] is not None:
+            self.model.load_state_dict(self._best["weights"])
+
+    def _resume(self, resume: str | Path | None) -> None:
+        if resume == "auto":
+            resume = newest_complete(self.config.checkpoint_dir) if self.config.checkpoint_dir else None
+        if resume is not None:
+            self.load(resume)
+
+    def _frozen_copy(self) -> Any:
+        return copy.deepcopy(self.model).eval().requires_grad_(False)
+
+    def _notice(self, text: str) -> None:
+        (self.reporter.line if hasattr(self.reporter, "line") else print)(text)
+
+
+class _Averages:
+    """Means of metrics over micro-batches and updates, weighted; on the device until the end."""
+
+    def __init__(self) -> None:
+        self._sums: dict[str, Any] = {}
+        self._weights: dict[str, float] = {}
+
+    def add(self, metrics: Any, weight: float) -> None:
+        for name, value in metrics.items():
+            value = value.detach() if isinstance(value, torch.Tensor) else value
+            if name in ("tokens", "clamped", "skipped_updates"):
+                self.sum(name, value)
+            elif name.endswith("/max"):
+                self._sums[name] = max(float(value), self._sums.get(name, -math.inf))
+            elif weight:
+                self._sums[name] = self._sums.get(name, 0.0) + value * weight
+                self._weights[name] = self._weights.get(name, 0.0) + weight
+
+    def sum(self, name: str, value: Any) -> None:
+        self._sums[name] = self._sums.get(name, 0.0) + value
+
+    def result(self) -> dict[str, float]:
+        return {name: float(total) / self._weights.get(name, 1.0) for name, total in self._sums.items()}
+
+
+class _Clock:
+    """Seconds of every phase of a step."""
+
+    def __init__(self) -> None:
+        self._start = self._last = time.perf_counter()
+        self._laps: dict[str, float] = {}
+
+    def lap(self, name: str) -> None:
+        now = time.perf_counter()
+        self._laps[f"time/{name}"], self._last = now - self._last, now
+
+    def metrics(self) -> dict[str, float]:
+        return {**self._laps, "step_time": time.perf_counter() - self._start}
+
+
+def _chunks(count: int, size: int) -> Iterator[torch.Tensor]:
+    for start in range(0, count, size):
+        yield torch.arange(start, min(start + size, count))
+
+
+def _key(*numbers: int) -> int:
+    """A 63-bit key of its own for every tuple of numbers."""
+    return int(np.random.SeedSequence([n & 0xFFFFFFFF for n in numbers]).generate_state(1, np.uint64)[0] >> 1)
