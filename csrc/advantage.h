@@ -6,6 +6,109 @@
 
 namespace rf {
 
-struct Advantage {};
+// Sequences of a padded [rows, length] array (offsets null) or of a packed one ([rows + 1] offsets).
+struct Sequences {
+  const int64_t* offsets;
+  int64_t rows, length;
+
+  int64_t begin(int64_t row) const { return offsets != nullptr ? offsets[row] : row * length; }
+  int64_t end(int64_t row) const { return offsets != nullptr ? offsets[row + 1] : (row + 1) * length; }
+  int64_t elements() const { return rows == 0 ? 0 : end(rows - 1); }
+};
+
+// Contiguous arrays; null: absent. "Real" is float32, float64 for float64 input.
+struct GaeInput {
+  const void* values;            // dtype; null: V = 0
+  const void* last_values;       // [rows] dtype; null: 0
+  const void* bootstrap_values;  // dtype
+  const uint8_t* terminated;
+  const uint8_t* truncated;
+  const uint8_t* mask;  // null: every step counts
+  const double* lams;   // [rows]; null: lam
+  Sequences sequences;
+  DType dtype;
+  double gamma, lam;
+  int threads;
+};
+
+struct GaeArgs {
+  GaeInput in;
+  const void* rewards;
+  void* advantages;  // Real; null when not wanted
+  void* returns;     // Real
+};
+
+struct GaeBackwardArgs {
+  GaeInput in;
+  const void* d_advantages;  // Real; null: 0
+  const void* d_returns;     // Real
+  void* d_rewards;           // Real
+  void* d_values;            // Real; null when not wanted
+  void* d_last_values;       // [rows] Real; null when not wanted
+  void* d_bootstrap_values;  // Real; null when not wanted
+};
+
+struct WhitenArgs {
+  const void* x;
+  const uint8_t* mask;
+  DType dtype;
+  int64_t count;
+  double shift, scale;  // y = (x - shift) * scale + offset
+  double offset;
+  void* out;  // Real
+  int threads;
+};
+
+struct WhitenBackwardArgs {
+  const void* x;
+  const uint8_t* mask;
+  const void* upstream;  // Real
+  DType dtype;
+  int64_t count;
+  double mean;
+  double slope, constant, linear;  // dx = slope g + constant + linear (x - mean)
+  void* d_x;                       // Real
+  int threads;
+};
+
+// count, mean, sum of squared distances to the mean.
+struct Moments {
+  double count, mean, m2;
+};
+
+struct MomentsArgs {
+  const void* x;
+  const uint8_t* mask;
+  DType dtype;
+  int64_t count;
+  int threads;
+};
+
+struct Advantage {
+  void (*gae)(const GaeArgs&);
+  void (*gae_backward)(const GaeBackwardArgs&);
+  Moments (*moments)(const MomentsArgs&);
+  // sum g and sum g (x - mean) over counting elements.
+  void (*whiten_sums)(const WhitenBackwardArgs&, double out[2]);
+  void (*whiten)(const WhitenArgs&);
+  void (*whiten_backward)(const WhitenBackwardArgs&);
+};
+
+Moments merge(const Moments& a, const Moments& b);
+
+// A group's rewards relative to each other; see group_advantages.cpp.
+struct GroupArgs {
+  const double* rewards;   // [count]
+  const int64_t* groups;   // [count]
+  const uint8_t* valid;    // null: all
+  const double* upstream;  // null: forward
+  int64_t count;
+  int baseline;  // 0 mean, 1 leave_one_out, 2 none
+  bool scale, raw_singleton;
+  double eps, ddof, min_std;
+  double* out;  // [count]: advantages, or the gradient of the rewards
+};
+
+void group_advantages(const GroupArgs& args);
 
 }  // namespace rf

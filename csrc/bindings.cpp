@@ -66,7 +66,94 @@ void bind_logprob(py::module_& m) {
 
 // ---- advantage ---------------------------------------------------------------------------------------------
 
-void bind_advantage(py::module_&) {}
+rf::GaeInput gae_input(Address values, Address last_values, Address bootstrap_values, Address terminated,
+                       Address truncated, Address mask, Address lams, Address offsets, int64_t rows, int64_t length,
+                       int dtype, double gamma, double lam, int threads) {
+  return {at(values), at(last_values), at(bootstrap_values), at<uint8_t>(terminated), at<uint8_t>(truncated),
+          at<uint8_t>(mask), at<double>(lams), {at<int64_t>(offsets), rows, length}, rf::DType(dtype), gamma, lam,
+          threads};
+}
+
+void gae(Address rewards, Address values, Address last_values, Address bootstrap_values, Address terminated,
+         Address truncated, Address mask, Address lams, Address offsets, int64_t rows, int64_t length, int dtype,
+         double gamma, double lam, Address advantages, Address returns, int threads) {
+  py::gil_scoped_release release;
+  const auto in = gae_input(values, last_values, bootstrap_values, terminated, truncated, mask, lams, offsets, rows,
+                            length, dtype, gamma, lam, threads);
+  rf::kernels().advantage->gae({in, at(rewards), at(advantages), at(returns)});
+}
+
+void gae_backward(Address d_advantages, Address d_returns, Address terminated, Address truncated, Address mask,
+                  Address lams, Address offsets, int64_t rows, int64_t length, int dtype, double gamma, double lam,
+                  Address d_rewards, Address d_values, Address d_last_values, Address d_bootstrap_values,
+                  int threads) {
+  py::gil_scoped_release release;
+  const auto in = gae_input(0, 0, 0, terminated, truncated, mask, lams, offsets, rows, length, dtype, gamma, lam,
+                            threads);
+  rf::kernels().advantage->gae_backward({in, at(d_advantages), at(d_returns), at(d_rewards), at(d_values),
+                                         at(d_last_values), at(d_bootstrap_values)});
+}
+
+void group_advantages(Address rewards, Address groups, Address valid, Address upstream, int64_t count, int baseline,
+                      bool scale, bool raw_singleton, double eps, double ddof, double min_std, Address out) {
+  py::gil_scoped_release release;
+  rf::group_advantages({at<double>(rewards), at<int64_t>(groups), at<uint8_t>(valid), at<double>(upstream), count,
+                        baseline, scale, raw_singleton, eps, ddof, min_std, at<double>(out)});
+}
+
+std::array<double, 3> moments(Address x, Address mask, int dtype, int64_t count, int threads) {
+  py::gil_scoped_release release;
+  const rf::Moments m =
+      rf::kernels().advantage->moments({at(x), at<uint8_t>(mask), rf::DType(dtype), count, threads});
+  return {m.count, m.mean, m.m2};
+}
+
+std::array<double, 3> merge_moments(std::array<double, 3> a, std::array<double, 3> b) {
+  const rf::Moments m = rf::merge({a[0], a[1], a[2]}, {b[0], b[1], b[2]});
+  return {m.count, m.mean, m.m2};
+}
+
+void whiten(Address x, Address mask, int dtype, int64_t count, double shift, double scale, double offset,
+            Address out, int threads) {
+  py::gil_scoped_release release;
+  rf::kernels().advantage->whiten(
+      {at(x), at<uint8_t>(mask), rf::DType(dtype), count, shift, scale, offset, at(out), threads});
+}
+
+// Returns (sum g, sum g (x - mean)) over counting elements.
+std::array<double, 2> whiten_sums(Address x, Address mask, Address upstream, int dtype, int64_t count, double mean,
+                                  int threads) {
+  py::gil_scoped_release release;
+  std::array<double, 2> sums;
+  rf::kernels().advantage->whiten_sums({at(x), at<uint8_t>(mask), at(upstream), rf::DType(dtype), count, mean, 0, 0,
+                                        0, nullptr, threads}, sums.data());
+  return sums;
+}
+
+void whiten_backward(Address x, Address mask, Address upstream, int dtype, int64_t count, double mean, double slope,
+                     double constant, double linear, Address d_x, int threads) {
+  py::gil_scoped_release release;
+  rf::kernels().advantage->whiten_backward({at(x), at<uint8_t>(mask), at(upstream), rf::DType(dtype), count, mean,
+                                            slope, constant, linear, at(d_x), threads});
+}
+
+void bind_advantage(py::module_& m) {
+  m.def("gae", &gae, "rewards"_a, "values"_a, "last_values"_a, "bootstrap_values"_a, "terminated"_a, "truncated"_a,
+        "mask"_a, "lams"_a, "offsets"_a, "rows"_a, "length"_a, "dtype"_a, "gamma"_a, "lam"_a, "advantages"_a,
+        "returns"_a, "threads"_a);
+  m.def("gae_backward", &gae_backward, "d_advantages"_a, "d_returns"_a, "terminated"_a, "truncated"_a, "mask"_a,
+        "lams"_a, "offsets"_a, "rows"_a, "length"_a, "dtype"_a, "gamma"_a, "lam"_a, "d_rewards"_a, "d_values"_a,
+        "d_last_values"_a, "d_bootstrap_values"_a, "threads"_a);
+  m.def("group_advantages", &group_advantages, "rewards"_a, "groups"_a, "valid"_a, "upstream"_a, "count"_a,
+        "baseline"_a, "scale"_a, "raw_singleton"_a, "eps"_a, "ddof"_a, "min_std"_a, "out"_a);
+  m.def("moments", &moments, "x"_a, "mask"_a, "dtype"_a, "count"_a, "threads"_a);
+  m.def("merge_moments", &merge_moments, "a"_a, "b"_a);
+  m.def("whiten", &whiten, "x"_a, "mask"_a, "dtype"_a, "count"_a, "shift"_a, "scale"_a, "offset"_a, "out"_a,
+        "threads"_a);
+  m.def("whiten_sums", &whiten_sums, "x"_a, "mask"_a, "upstream"_a, "dtype"_a, "count"_a, "mean"_a, "threads"_a);
+  m.def("whiten_backward", &whiten_backward, "x"_a, "mask"_a, "upstream"_a, "dtype"_a, "count"_a, "mean"_a,
+        "slope"_a, "constant"_a, "linear"_a, "d_x"_a, "threads"_a);
+}
 
 // ---- policy_loss -------------------------------------------------------------------------------------------
 

@@ -4,6 +4,7 @@ import importlib as _importlib
 from typing import Any as _Any
 
 from . import reference
+from .ops.advantage import discounted_returns, gae, group_advantages, merge_moments, moments, whiten
 from .ops.attribution import attribution_scores
 from .ops.backend import get_backend, set_backend, use_backend
 from .ops.logprob import token_logprobs
@@ -30,14 +31,20 @@ __all__ = [
     "Reinforce",
     "__version__",
     "attribution_scores",
+    "discounted_returns",
+    "gae",
     "get_backend",
+    "group_advantages",
     "importance_weights",
+    "merge_moments",
+    "moments",
     "policy_loss",
     "reference",
     "set_backend",
     "token_logprobs",
     "use_backend",
     "value_loss",
+    "whiten",
     *_LAZY,
 ]
 

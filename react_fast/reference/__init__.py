@@ -3,6 +3,7 @@
 Written for reading and for checking the fast paths; same names and signatures, no speed.
 """
 
+from .advantage import discounted_returns, gae, group_advantages, merge_moments, moments, whiten
 from .attribution import attribution_scores
 from .logprob import token_logprobs
 from .policy_loss import PolicyLoss, PPOClip, Reinforce, importance_weights, policy_loss, value_loss
@@ -12,8 +13,14 @@ __all__ = [
     "PolicyLoss",
     "Reinforce",
     "attribution_scores",
+    "discounted_returns",
+    "gae",
+    "group_advantages",
     "importance_weights",
+    "merge_moments",
+    "moments",
     "policy_loss",
     "token_logprobs",
     "value_loss",
+    "whiten",
 ]

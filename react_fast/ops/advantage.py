@@ -1,0 +1,338 @@
+"""Returns, advantages and whitening: padded [B, T] or packed [N], torch or numpy in and out."""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from .. import reference
+from . import _check
+from ._advantage import BASELINES
+from ._advantage import gae as _gae
+from ._advantage import group_advantages as _group_advantages
+from ._advantage import moments as _moments
+from ._advantage import whiten as _whiten
+from .backend import use_reference
+
+Moments = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+
+
+def _numpy_too(function: Callable[..., Any]) -> Callable[..., Any]:
+    """numpy arrays in, numpy arrays out; the arrays' memory is shared."""
+
+    @functools.wraps(function)
+    def wrapper(*args: Any, **options: Any) -> Any:
+        if not (args and isinstance(args[0], np.ndarray)):
+            return function(*args, **options)
+        found = function(*map(_as_tensor, args), **{name: _as_tensor(x) for name, x in options.items()})
+        return tuple(x.numpy() for x in found) if isinstance(found, tuple) else found.numpy()
+
+    return wrapper
+
+
+def _as_tensor(x: Any) -> Any:
+    if isinstance(x, tuple):
+        return tuple(map(_as_tensor, x))
+    return torch.from_numpy(np.ascontiguousarray(x)) if isinstance(x, np.ndarray) else x
+
+
+@_numpy_too
+def discounted_returns(
+    rewards: torch.Tensor,
+    *,
+    gamma: float,
+    mask: torch.Tensor | None = None,
+    last_values: torch.Tensor | None = None,
+    terminated: torch.Tensor | None = None,
+    truncated: torch.Tensor | None = None,
+    bootstrap_values: torch.Tensor | None = None,
+    cu_seqlens: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Discounted return of every step, G_t = r_t + gamma * G_{t+1}.
+
+    Args:
+        rewards: [B, T], or packed [N] with `cu_seqlens`; float32, bfloat16, float16 or float64. Reward of the
+            action taken at step t.
+        gamma: discount in [0, 1].
+        mask: bool or 0/1 integers like `rewards`. False steps are not steps: they return 0, whatever stands there
+            touches nothing, and G passes them unchanged and undiscounted.
+        last_values: [B] like `rewards`' dtype. Value behind a row's last counting step; None: 0.
+        terminated: like `mask`. The transition at t ended the episode: nothing follows.
+        truncated: like `mask`. The episode was cut behind t: `bootstrap_values` there follow. Terminated wins.
+        bootstrap_values: like `rewards`; needed with `truncated`, read only there.
+        cu_seqlens: [B + 1] int32 or int64, bounds of the packed sequences, from 0 to N.
+    Returns: like `rewards`, float32 (float64 for float64). Differentiable in rewards, last and bootstrap values.
+    Raises: TypeError for a wrong dtype; ValueError for a wrong shape or device, gamma outside [0, 1], truncated
+        without bootstrap_values, or (on CPU) cu_seqlens that do not rise from 0 to N.
+    Source: Sutton & Barto 2018, eq. 3.9.
+    """
+    flags = _steps(rewards, None, last_values, terminated, truncated, bootstrap_values, mask, cu_seqlens)
+    gamma = _check.number("gamma", gamma, low=0.0, high=1.0)
+    if use_reference():
+        return reference.discounted_returns(
+            rewards, gamma=gamma, mask=flags[2], last_values=last_values, terminated=flags[0], truncated=flags[1],
+            bootstrap_values=bootstrap_values, cu_seqlens=cu_seqlens,
+        )  # fmt: skip
+    return _gae(rewards, None, last_values, bootstrap_values, *flags, cu_seqlens, None, gamma, 1.0)[1]
+
+
+@_numpy_too
+def gae(
+    rewards: torch.Tensor,
+    values: torch.Tensor,
+    *,
+    gamma: float,
+    lam: float | torch.Tensor,
+    last_values: torch.Tensor | None = None,
+    terminated: torch.Tensor | None = None,
+    truncated: torch.Tensor | None = None,
+    bootstrap_values: torch.Tensor | None = None,
+    mask: torch.Tensor | None = None,
+    cu_seqlens: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Generalised advantage estimates and the returns they imply.
+
+        delta_t = r_t + gamma V'_t - V_t      A_t = delta_t + gamma lam A_{t+1}      returns = A + V
+
+    V'_t is the value of the next counting step, `last_values` behind the last one, 0 where `terminated`,
+    `bootstrap_values` where `truncated`; at the latter two the recursion is cut.
+
+    Args:
+        rewards, values: [B, T], or packed [N] with `cu_seqlens`, of one dtype.
+        gamma: discount in [0, 1].
+        lam: in [0, 1], a number or a floating tensor [B] with one for each row (no gradient).
+        last_values, terminated, truncated, bootstrap_values, mask, cu_seqlens: see `discounted_returns`. Counting
+            steps get the numbers they would get if the masked ones were deleted.
+    Returns: (advantages, returns) like `rewards`, float32 (float64 for float64), 0 where masked. Differentiable in
+        rewards, values, last and bootstrap values.
+    Raises: see `discounted_returns`; ValueError for lam outside [0, 1] (a tensor is looked at on CPU only).
+    Source: Schulman et al. 2016 (arXiv:1506.02438), eq. 16; time limits: Pardo et al. 2018 (arXiv:1712.00378).
+    """
+    _check.tensor("values", values)
+    flags = _steps(rewards, values, last_values, terminated, truncated, bootstrap_values, mask, cu_seqlens)
+    gamma = _check.number("gamma", gamma, low=0.0, high=1.0)
+    lams: torch.Tensor | None = None
+    if isinstance(lam, torch.Tensor):
+        lams = _row_lams(lam, rewards, cu_seqlens)
+    else:
+        lam = _check.number("lam", lam, low=0.0, high=1.0)
+    if use_reference():
+        return reference.gae(
+            rewards, values, gamma=gamma, lam=lam, last_values=last_values, terminated=flags[0], truncated=flags[1],
+            bootstrap_values=bootstrap_values, mask=flags[2], cu_seqlens=cu_seqlens,
+        )  # fmt: skip
+    shared = 1.0 if lams is not None else lam
+    return _gae(rewards, values, last_values, bootstrap_values, *flags, cu_seqlens, lams, gamma, shared)
+
+
+@_numpy_too
+def group_advantages(
+    rewards: torch.Tensor,
+    group_ids: torch.Tensor,
+    *,
+    baseline: str = "mean",
+    scale: str = "std",
+    eps: float = 1e-4,
+    ddof: int = 1,
+    min_std: float = 0.0,
+    singleton: str = "zero",
+    valid: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """A response's reward relative to the other responses to the same prompt.
+
+        A_i = (r_i - b_i) / (max(std, min_std) + eps)
+
+    Args:
+        rewards: [N] float32, bfloat16, float16 or float64. A NaN reward is left out of its group and gets 0.
+        group_ids: [N] int32 or int64, any numbers in any order; groups may differ in size.
+        baseline: b is the group's "mean", the mean of the others ("leave_one_out"), or 0 ("none").
+        scale: "std" of the group with `ddof`, centred and in two passes (0 for a group of no more than `ddof`),
+            or "none" for no division.
+        eps, min_std: not negative; with scale "std" not both 0.
+        ddof: 0 or 1.
+        singleton: a group of one gets 0 ("zero") or its reward ("raw"); baseline "none" needs no others and treats
+            it like any group.
+        valid: [N] bool or 0/1 integers; a false member is left out of its group and gets 0.
+    Returns: [N] float32 (float64 for float64). With a baseline a group of equal rewards gives exactly 0.
+        Differentiable in `rewards`.
+    Raises: TypeError for a wrong dtype; ValueError for a wrong shape, device, name or number.
+    Source: GRPO, Shao et al. 2024 (arXiv:2402.03300); scale "none": Dr. GRPO, Liu et al. 2025 (arXiv:2503.20783);
+        leave-one-out: Kool et al. 2019.
+    """
+    _check.floating("rewards", rewards)
+    if rewards.dim() != 1:
+        raise ValueError(f"rewards must be [N], got {list(rewards.shape)}")
+    _check.integer("group_ids", group_ids)
+    _check.shape("group_ids", group_ids, rewards.shape, "rewards")
+    _check.device("group_ids", group_ids, rewards.device, "rewards")
+    if valid is not None:
+        valid = _check.mask("valid", valid, rewards.shape, "rewards", rewards.device)
+    _check.choice("baseline", baseline, BASELINES)
+    _check.choice("scale", scale, ("std", "none"))
+    _check.choice("singleton", singleton, ("zero", "raw"))
+    eps = _check.number("eps", eps, low=0.0)
+    min_std = _check.number("min_std", min_std, low=0.0)
+    if ddof not in (0, 1):
+        raise ValueError(f"ddof must be 0 or 1, got {ddof!r}")
+    if scale == "std" and eps == 0 and min_std == 0:
+        raise ValueError("eps must be above 0 when scale is 'std' and min_std is 0, got 0")
+    if use_reference():
+        return reference.group_advantages(
+            rewards, group_ids, baseline=baseline, scale=scale, eps=eps, ddof=ddof, min_std=min_std,
+            singleton=singleton, valid=valid,
+        )  # fmt: skip
+    raw = singleton == "raw" and baseline != "none"
+    options = (BASELINES.index(baseline), scale == "std", raw, eps, ddof, min_std)
+    return _group_advantages(rewards, group_ids, valid, None, *options)
+
+
+@_numpy_too
+def moments(x: torch.Tensor, mask: torch.Tensor | None = None) -> Moments:
+    """Count, mean and sum of squared distances to the mean (M2) of the counting elements.
+
+    Args:
+        x: any shape, float32, bfloat16, float16 or float64.
+        mask: bool or 0/1 integers like `x`; None: all count.
+    Returns: three float64 scalars on x's device, without a gradient; (0, 0, 0) for nothing.
+    Raises: TypeError for a wrong dtype, ValueError for a wrong shape or device.
+    """
+    mask = _counting(x, mask)
+    if use_reference():
+        return reference.moments(x, mask)
+    count, mean, m2 = _moments(x.detach(), mask).unbind()
+    return count, mean, m2
+
+
+@_numpy_too
+def merge_moments(*parts: Moments) -> Moments:
+    """Moments of the union: exact, so parts from micro-batches, ranks and workers combine.
+
+        n = n_a + n_b      d = mean_b - mean_a      mean = mean_a + d n_b / n      M2 = M2_a + M2_b + d^2 n_a n_b / n
+
+    Args: parts: results of `moments`, at least one.
+    Source: Chan, Golub & LeVeque 1979.
+    """
+    if not parts:
+        raise ValueError("parts must hold at least one result of moments, got none")
+    return reference.merge_moments(*parts)
+
+
+@_numpy_too
+def whiten(
+    x: torch.Tensor,
+    *,
+    mask: torch.Tensor | None = None,
+    moments: Moments | None = None,
+    shift_mean: bool = True,
+    eps: float = 1e-8,
+    ddof: int = 1,
+    group: Any = None,
+) -> torch.Tensor:
+    """Scale the counting elements to mean 0 and variance 1.
+
+        y = (x - mean) / sqrt(M2 / (n - ddof) + eps), plus the mean unless `shift_mean`
+
+    Args:
+        x: any shape, float32, bfloat16, float16 or float64.
+        mask: bool or 0/1 integers like `x`; the other elements return 0 and are not looked at.
+        moments: what `moments` or `merge_moments` returned, to whiten with (no gradient through them); None: of x.
+        shift_mean: false keeps the mean.
+        eps: not negative, beside the variance. ddof: 0 or 1.
+        group: a torch.distributed process group over whose ranks the moments are merged (no gradient through
+            them); None: this process alone.
+    Returns: like `x`, float32 (float64 for float64). Fewer than two counting elements, or no more than `ddof`:
+        centred only. Differentiable in `x`.
+    Raises: TypeError for a wrong dtype; ValueError for a wrong shape, device or number, or moments with a group.
+    """
+    mask = _counting(x, mask)
+    eps = _check.number("eps", eps, low=0.0)
+    if ddof not in (0, 1):
+        raise ValueError(f"ddof must be 0 or 1, got {ddof!r}")
+    if moments is not None and group is not None:
+        raise ValueError("moments must be None when a process group is given, got both")
+    if group is not None:
+        moments = _merged_over(group, x, mask)
+    if use_reference():
+        return reference.whiten(x, mask=mask, moments=moments, shift_mean=shift_mean, eps=eps, ddof=ddof)
+    stats = _moments(x.detach(), mask) if moments is None else torch.stack([m.double() for m in moments])
+    return _whiten(x, mask, stats, shift_mean, eps, ddof, moments is not None)
+
+
+def _merged_over(group: Any, x: torch.Tensor, mask: torch.Tensor | None) -> Moments:
+    own = _moments(x.detach(), mask)
+    parts = [torch.empty_like(own) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(parts, own, group=group)
+    return reference.merge_moments(*[tuple(part.unbind()) for part in parts])  # type: ignore[arg-type]
+
+
+def _counting(x: Any, mask: torch.Tensor | None) -> torch.Tensor | None:
+    _check.floating("x", x)
+    return None if mask is None else _check.mask("mask", mask, x.shape, "x", x.device)
+
+
+def _steps(
+    rewards: torch.Tensor,
+    values: torch.Tensor | None,
+    last_values: torch.Tensor | None,
+    terminated: torch.Tensor | None,
+    truncated: torch.Tensor | None,
+    bootstrap_values: torch.Tensor | None,
+    mask: torch.Tensor | None,
+    cu_seqlens: torch.Tensor | None,
+) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
+    """Check what all returns share; (terminated, truncated, mask) as bool."""
+    _check.floating("rewards", rewards)
+    if rewards.dim() != (2 if cu_seqlens is None else 1):
+        wanted = "[B, T] (or [N] with cu_seqlens)" if cu_seqlens is None else "[N] with cu_seqlens"
+        raise ValueError(f"rewards must be {wanted}, got {list(rewards.shape)}")
+    if cu_seqlens is not None:
+        _check_bounds(cu_seqlens, rewards)
+    for name, x in (("values", values), ("bootstrap_values", bootstrap_values)):
+        if x is not None:
+            _check_like(name, x, rewards, rewards.shape, "rewards")
+    if last_values is not None:
+        rows = rewards.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+        _check_like("last_values", last_values, rewards, (rows,), "the rows of rewards")
+    if truncated is not None and bootstrap_values is None:
+        raise ValueError("bootstrap_values must be given with truncated, got None")
+    flags = []
+    for name, x in (("terminated", terminated), ("truncated", truncated), ("mask", mask)):
+        flags.append(None if x is None else _check.mask(name, x, rewards.shape, "rewards", rewards.device))
+    return flags[0], flags[1], flags[2]
+
+
+def _check_like(
+    name: str, x: torch.Tensor, other: torch.Tensor, shape: tuple[int, ...] | torch.Size, like: str
+) -> None:
+    _check.dtype(name, _check.tensor(name, x), other.dtype, "rewards")
+    _check.shape(name, x, shape, like)
+    _check.device(name, x, other.device, "rewards")
+
+
+def _check_bounds(cu_seqlens: torch.Tensor, rewards: torch.Tensor) -> None:
+    _check.integer("cu_seqlens", cu_seqlens)
+    if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 1:
+        raise ValueError(f"cu_seqlens must be [B + 1], got {list(cu_seqlens.shape)}")
+    _check.device("cu_seqlens", cu_seqlens, rewards.device, "rewards")
+    if rewards.device.type != "cpu" or torch.compiler.is_compiling():
+        return
+    bounds = cu_seqlens.tolist()
+    if bounds[0] != 0 or bounds[-1] != len(rewards) or any(b < a for a, b in zip(bounds, bounds[1:], strict=False)):
+        raise ValueError(f"cu_seqlens must rise from 0 to {len(rewards)} like rewards, got {bounds[:8]}")
+
+
+def _row_lams(lam: torch.Tensor, rewards: torch.Tensor, cu_seqlens: torch.Tensor | None) -> torch.Tensor:
+    rows = rewards.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    _check.floating("lam", lam)
+    _check.shape("lam", lam, (rows,), "the rows of rewards")
+    _check.device("lam", lam, rewards.device, "rewards")
+    if lam.requires_grad:
+        raise ValueError("lam must not require a gradient, got a tensor that does; pass .detach()")
+    if lam.device.type == "cpu" and not torch.compiler.is_compiling() and len(lam):
+        low, high = float(lam.min()), float(lam.max())
+        if not (low >= 0 and high <= 1):
+            raise ValueError(f"lam must be in [0, 1], got values from {low:g} to {high:g}")
+    return lam.double()
