@@ -15,6 +15,7 @@
 
 #include <utility>
 
+#include "memory.h"
 #include "parallel.h"
 #include "simd.h"
 
@@ -193,6 +194,9 @@ void gae_of(const GaeArgs& args) {
   const GaeInput& in = args.in;
   const T* last = static_cast<const T*>(in.last_values);
   const Row shared(in.gamma, in.lam);
+  const std::size_t bytes = static_cast<std::size_t>(in.sequences.elements()) * sizeof(Real);
+  prefer_large_pages(args.advantages, bytes);
+  prefer_large_pages(args.returns, bytes);
   for_rows(in, [&](int64_t i, int64_t begin, int64_t n, double lam) {
     Steps<T, Real> s = steps<T, Real>(in, begin);
     s.rewards = typed<T>(args.rewards, begin);
@@ -234,8 +238,8 @@ void gae_backward_of(const GaeBackwardArgs& args) {
 
 // The unit of work, folded in order: 16 KiB of float32 stay in L1 for the second look.
 constexpr int64_t kBlock = 4096;
-// Block results kept on the stack at a time.
-constexpr int64_t kBatch = 64;
+// Block results kept on the stack at a time: 48 KiB, so that a barrier is behind 8 million elements.
+constexpr int64_t kBatch = 2048;
 
 template <class T>
 Moments block_moments(const T* x, const uint8_t* mask, int64_t n) {
