@@ -78,6 +78,18 @@ def _denominator_cpu(number: float, tensor: torch.Tensor | None) -> float:
     return _check.number("denominator", float(tensor), low=0.0, low_open=True)
 
 
+def _bounds_triton(x: torch.Tensor, cu_seqlens: torch.Tensor | None) -> torch.Tensor | None:
+    """Checked on the CPU; on a device the check would synchronise, and the kernels stay inside the arrays."""
+    return _layout_cpu(x, cu_seqlens)[0] if x.device.type == "cpu" else _flat(cu_seqlens)
+
+
+def _denominator_triton(number: float, tensor: torch.Tensor | None) -> tuple[float, torch.Tensor | None]:
+    """Checked on the CPU; on a device a tensor that is not above 0 makes the loss NaN."""
+    if tensor is not None and tensor.device.type == "cpu":
+        return _denominator_cpu(number, tensor), None
+    return number, tensor
+
+
 def _scaled(saved: torch.Tensor, upstream: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """Saved gradients stay wide until here: in float16, 1 / n would vanish before the loss scale reaches it."""
     return (saved * upstream).to(dtype)
@@ -127,12 +139,12 @@ def _policy_loss_triton(
     from ..kernels import policy_loss as kernels
 
     outputs = _outputs(logprobs, _shapes(logprobs, want_logprobs, want_entropy))
-    layout = kernels.Layout.of(logprobs, mask, _flat(cu_seqlens))
-    weights = kernels.token_weights(layout, aggregation, denominator_tensor, denominator, outputs[0].dtype)
+    layout = kernels.Layout.of(logprobs, mask, _bounds_triton(logprobs, cu_seqlens))
+    number, tensor = _denominator_triton(denominator, denominator_tensor)
     kernels.policy_loss(
-        [_flat(x) for x in (logprobs, old_logprobs, advantages, ref_logprobs, entropy, importance)], layout,
-        weights, per_row(advantages, logprobs), objective, parameters, kl_coef, kl_estimator, kl_gradient,
-        entropy_coef, outputs[0], outputs[1], outputs[2] if want_logprobs else None,
+        [_flat(x) for x in (logprobs, old_logprobs, ref_logprobs, entropy, importance)], advantages, layout,
+        kernels.token_weights(layout, aggregation, tensor, number), objective, parameters, kl_coef, kl_estimator,
+        kl_gradient, entropy_coef, outputs[0], outputs[1], outputs[2] if want_logprobs else None,
         outputs[3] if want_entropy else None,
     )  # fmt: skip
     return tuple(outputs)
@@ -202,7 +214,8 @@ def _value_loss_triton(
 
     loss, d_values = _outputs(values, _value_shapes(values, wanted))
     layout = kernels.Layout.of(values, mask, None)
-    weights = kernels.token_weights(layout, 0, denominator_tensor, denominator, loss.dtype)
+    number, tensor = _denominator_triton(denominator, denominator_tensor)
+    weights = kernels.token_weights(layout, 0, tensor, number)
     inputs = [_flat(x) for x in (values, old_values, returns)]
     kernels.value_loss(inputs, layout, weights, clip, loss, d_values if wanted else None)
     return loss, d_values
@@ -261,10 +274,10 @@ def _importance_weights_triton(
     logprobs: torch.Tensor, behavior_logprobs: torch.Tensor, mask: torch.Tensor, cu_seqlens: torch.Tensor | None,
     level: int, mode: int, low: float, high: float, normalize: bool,
 ) -> tuple[torch.Tensor, ...]:  # fmt: skip
-    from ..kernels import policy_loss as kernels
+    from ..kernels import importance_weights as kernels
 
     weights, stats = _outputs(logprobs, _importance_shapes(logprobs))
-    layout = kernels.Layout.of(logprobs, mask, _flat(cu_seqlens))
+    layout = kernels.Layout.of(logprobs, mask, _bounds_triton(logprobs, cu_seqlens))
     kernels.importance_weights(
         _flat(logprobs), _flat(behavior_logprobs), layout, level, mode, low, high, normalize, weights, stats
     )

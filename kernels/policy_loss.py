@@ -1,0 +1,462 @@
+"""Policy-loss kernels: objective, KL, entropy and importance of every token, their gradient, sums and metrics.
+
+    loss = sum_t w_t (importance_t L_t + kl_coef K_t - entropy_coef H_t)
+
+Roofline, per token of e bytes an element: logprobs, old_logprobs, advantages 3 e read, mask 1, gradient 4 written
+(float32: 17 bytes, 5.7 ns a thousand of 3 TB/s), plus e for each of ref_logprobs, entropy, importance, for 60 to
+100 flops and up to 15 block sums: bandwidth-bound. The mask is read once more to count tokens.
+
+A program adds the sums of its blocks in order, and one program adds the programs' sums in order: the partition
+follows from the number of tokens alone, so the result is the same in every run. Nothing waits for the device.
+"""
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+
+from .aot import Variant
+
+# Tokens a program holds at a time: over 4 warps 8 a thread, two 16-byte loads in float32, one in bf16; with all
+# inputs and sums in flight that is what fits without spilling.
+BLOCK = 1024
+# Programs, hence partial sums: a full H100 (132 x 16 of these) twice over, and few enough for one last program.
+MAX_PROGRAMS = 4096
+# Partial sums that the last program loads at a time.
+FOLD = 64
+# Tokens a program of the counting kernel holds: one byte each, 16 bytes a thread and load.
+COUNT_BLOCK = 2048
+# Tokens of one count, where rows do not matter.
+COUNT_UNIT = 8192
+
+# Slots of the sums: those of `Stat` in csrc/policy_loss.h, the squares in place of the effective sample size.
+TOKENS = tl.constexpr(0)
+CLIP_LOW = tl.constexpr(1)
+CLIP_HIGH = tl.constexpr(2)
+CLIP_DUAL = tl.constexpr(3)
+APPROX_K1 = tl.constexpr(4)
+APPROX_K3 = tl.constexpr(5)
+RATIO = tl.constexpr(6)
+CLAMPED = tl.constexpr(7)
+RATIO_MAX = tl.constexpr(8)
+KL = tl.constexpr(9)
+ENTROPY = tl.constexpr(10)
+IMPORTANCE = tl.constexpr(11)
+SQUARES = tl.constexpr(12)
+IMPORTANCE_MAX = tl.constexpr(13)
+LOSS = tl.constexpr(14)
+SLOTS = tl.constexpr(16)
+
+
+@triton.jit
+def real(x, WIDE: tl.constexpr):
+    """A float64 argument in the kernel's precision."""
+    return tl.full([1], x, tl.float64).to(WIDE)
+
+
+@triton.jit
+def exp20(x, WIDE: tl.constexpr):
+    """(exp(x), exp(x) - 1) for |x| <= 20 or NaN, without cancellation in the second."""
+    if WIDE == tl.float64:
+        value = tl.exp(x)
+        safe = tl.where((value == 1.0) | (value != value), 2.0, value)
+        minus_one = tl.where(value == 1.0, x, (value - 1.0) * (x / tl.log(safe)))  # Kahan: the errors cancel
+        return value, minus_one
+    # The hardware's exponential loses log2 |x| bits; this polynomial keeps 1e-7 over the range.
+    n = tl.where(x == x, tl.floor(x * 1.44269504 + 0.5), 0.0)
+    r = (x - n * 0.693359375) + n * 2.12194440e-4
+    p = 0.00138146 * r + 0.00836872
+    p = p * r + 0.04166839
+    p = p * r + 0.16666521
+    p = p * r + 0.49999993
+    q = p * (r * r) + r
+    scale = ((n.to(tl.int32) + 127) << 23).to(tl.float32, bitcast=True)
+    value = (q + 1.0) * scale
+    return value, tl.where(n == 0.0, q, value - 1.0)
+
+
+@triton.jit
+def log_ratio(logp, other):
+    """log p - log q clamped to +-20, and where it was; a token the policy forbids is clamped whatever q is."""
+    raw = tl.where(logp == float("-inf"), float("-inf"), logp - other)
+    below = raw < -20.0
+    above = raw > 20.0
+    return tl.where(below, -20.0, tl.where(above, 20.0, raw)), below | above
+
+
+@triton.jit
+def row_of(token, start, cu_seqlens, rows, row_length, search_steps, PACKED: tl.constexpr, BLOCK: tl.constexpr):
+    """The row of every token of the block that begins at `start`."""
+    if PACKED:
+        low = token * 0
+        high = low + rows
+        for _ in range(search_steps):  # cu_seqlens[low] <= token < cu_seqlens[high]
+            middle = (low + high) // 2
+            before = tl.load(cu_seqlens + middle) <= token
+            low = tl.where(before, middle, low)
+            high = tl.where(before, high, middle)
+        return low
+    # One 64-bit division a block; past the end of its first row 32 bits are enough.
+    first = start // row_length
+    left = tl.minimum((first + 1) * row_length - start, BLOCK).to(tl.int32)
+    length = tl.minimum(row_length, BLOCK).to(tl.int32)
+    beyond = tl.arange(0, BLOCK) - left
+    return first + tl.where(beyond < 0, 0, 1 + tl.maximum(beyond, 0) // length).to(tl.int64)
+
+
+@triton.jit
+def load_wide(array, at, counts, WIDE: tl.constexpr):
+    return tl.load(array + at, counts, 0.0).to(WIDE)
+
+
+@triton.jit
+def add(sums, SLOT: tl.constexpr, x):
+    return sums + tl.where(tl.arange(0, SLOTS) == SLOT, tl.sum(x, 0).to(tl.float64), 0.0)
+
+
+@triton.jit
+def count(sums, SLOT: tl.constexpr, flag):
+    return add(sums, SLOT, flag.to(tl.int32))
+
+
+@triton.jit
+def raise_to(sums, SLOT: tl.constexpr, x):
+    """Largest of non-negative numbers, NaN ignored."""
+    top = tl.max(tl.where(x > 0.0, x, 0.0), 0).to(tl.float64)
+    return tl.where(tl.arange(0, SLOTS) == SLOT, tl.maximum(sums, top), sums)
+
+
+@triton.jit
+def _reinforce(logp, A):
+    """L = -A log p: (loss, d loss / d log p)."""
+    forbidden = logp == float("-inf")
+    return tl.where(forbidden, 0.0, -A * logp), tl.where(forbidden, 0.0, -A)
+
+
+@triton.jit
+def _ppo_clip(A, ratio, live_ratio, low, high, dual, cap):
+    """L = -A bound, where the sign of A decides which bound binds; the gradient passes where it is the ratio."""
+    capped = tl.where(ratio > cap, cap, ratio)
+    clipped = tl.where(ratio < low, low, tl.where(ratio > high, high, ratio))
+    upper = tl.where(capped < clipped, clipped, capped)
+    upper = tl.where(upper > dual, dual, upper)
+    bound = tl.where(A < 0.0, upper, tl.where(capped > clipped, clipped, capped))
+    raised = bound > ratio
+    lowered = bound < ratio
+    passing = tl.where(raised | lowered, 0.0, live_ratio)
+    return -A * bound, -A * passing, raised, lowered & (A > 0.0), lowered & (A < 0.0)
+
+
+@triton.jit
+def _penalty(
+    logp, ref, ratio, live_ratio, ESTIMATOR: tl.constexpr, GRADIENT: tl.constexpr, WIDE: tl.constexpr
+):
+    """KL(policy || reference): (estimate, what enters the loss, its d / d log p)."""
+    x, clamped = log_ratio(logp, ref)
+    inside = tl.where(clamped, 0.0, 1.0).to(WIDE)
+    k = x
+    slope = inside
+    if ESTIMATOR == 1:
+        k = 0.5 * x * x
+        slope = x * inside
+    if ESTIMATOR == 2:
+        _, m = exp20(-x, WIDE)
+        k = m + x
+        slope = -m * inside
+    if GRADIENT == 1:
+        slope = x * inside
+    value = k
+    if GRADIENT == 2:
+        value = ratio * k
+        slope = live_ratio * k + ratio * slope
+    return k, value, slope
+
+
+@triton.jit
+def policy_loss_kernel(
+    logprobs, old_logprobs, advantages, ref_logprobs, entropy, importance, mask, cu_seqlens, flat_weight, counts,
+    d_logprobs, d_entropy, partial, tokens, rows, row_length, search_steps, steps, row_stride, token_stride,
+    low: tl.float64, high: tl.float64, dual: tl.float64, cap: tl.float64, kl_coef: tl.float64,
+    entropy_coef: tl.float64,
+    OBJECTIVE: tl.constexpr, ESTIMATOR: tl.constexpr, GRADIENT: tl.constexpr, OLD: tl.constexpr,
+    REF: tl.constexpr, HAS_ENTROPY: tl.constexpr, HAS_IMPORTANCE: tl.constexpr, PACKED: tl.constexpr,
+    ROW_ADVANTAGES: tl.constexpr, ROW_WEIGHTS: tl.constexpr, WANT_LOGPROBS: tl.constexpr,
+    WANT_ENTROPY: tl.constexpr, WIDE: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    sums = tl.zeros([SLOTS], tl.float64)
+    weight = tl.load(flat_weight).to(WIDE)
+    for step in range(steps):
+        start = (tl.program_id(0).to(tl.int64) * steps + step) * BLOCK
+        token = start + tl.arange(0, BLOCK)
+        live = token < tokens
+        on = live & (tl.load(mask + token, live, 0) != 0)
+        at = token * token_stride
+        w = weight
+        if ROW_ADVANTAGES or ROW_WEIGHTS:
+            row = row_of(token, start, cu_seqlens, rows, row_length, search_steps, PACKED, BLOCK)
+            if ROW_ADVANTAGES:
+                at += row * row_stride
+            if ROW_WEIGHTS:
+                w = weight / tl.load(counts + row, on, 1).to(WIDE)
+        logp = load_wide(logprobs, token, on, WIDE)
+        A = load_wide(advantages, at, on, WIDE)
+        old = logp
+        if OLD:
+            old = load_wide(old_logprobs, token, on, WIDE)
+        l, clamped = log_ratio(logp, old)
+        ratio, minus_one = exp20(l, WIDE)
+        live_ratio = tl.where(clamped, 0.0, ratio)
+        sums = count(sums, TOKENS, on)
+        sums = count(sums, CLAMPED, clamped)
+        sums = add(sums, APPROX_K1, -l)
+        sums = add(sums, APPROX_K3, minus_one - l)
+        sums = add(sums, RATIO, tl.where(on, ratio, 0.0))
+        sums = raise_to(sums, RATIO_MAX, tl.where(on, ratio, 0.0))
+        if OBJECTIVE == 0:
+            value, slope = _reinforce(logp, A)
+        else:
+            value, slope, below, above, over = _ppo_clip(
+                A, ratio, live_ratio, real(low, WIDE), real(high, WIDE), real(dual, WIDE), real(cap, WIDE)
+            )
+            sums = count(sums, CLIP_LOW, below)
+            sums = count(sums, CLIP_HIGH, above)
+            sums = count(sums, CLIP_DUAL, over)
+        if HAS_IMPORTANCE:
+            v = load_wide(importance, token, on, WIDE)
+            value = v * value
+            slope = v * slope
+            sums = add(sums, IMPORTANCE, v)
+            sums = add(sums, SQUARES, v * v)
+            sums = raise_to(sums, IMPORTANCE_MAX, v)
+        if REF:
+            ref = load_wide(ref_logprobs, token, on, WIDE)
+            k, k_value, k_slope = _penalty(logp, ref, ratio, live_ratio, ESTIMATOR, GRADIENT, WIDE)
+            value += real(kl_coef, WIDE) * k_value
+            slope += real(kl_coef, WIDE) * k_slope
+            sums = add(sums, KL, k)
+        if HAS_ENTROPY:
+            H = load_wide(entropy, token, on, WIDE)
+            value -= real(entropy_coef, WIDE) * H
+            sums = add(sums, ENTROPY, H)
+        # A forbidden token has an infinite ratio to nothing: what is not on contributes exactly 0.
+        sums = add(sums, LOSS, tl.where(on, w * value, 0.0))
+        if WANT_LOGPROBS:
+            tl.store(d_logprobs + token, tl.where(on, w * slope, 0.0), live)
+        if WANT_ENTROPY:
+            tl.store(d_entropy + token, tl.where(on, -real(entropy_coef, WIDE) * w, 0.0), live)
+    tl.store(partial + tl.program_id(0) * SLOTS + tl.arange(0, SLOTS), sums)
+
+
+@triton.jit
+def value_loss_kernel(
+    values, old_values, returns, mask, flat_weight, d_values, partial, tokens, steps, clip: tl.float64,
+    CLIP: tl.constexpr, WANTED: tl.constexpr, WIDE: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    sums = tl.zeros([SLOTS], tl.float64)
+    weight = tl.load(flat_weight).to(WIDE)
+    for step in range(steps):
+        token = (tl.program_id(0).to(tl.int64) * steps + step) * BLOCK + tl.arange(0, BLOCK)
+        live = token < tokens
+        on = live & (tl.load(mask + token, live, 0) != 0)
+        v = load_wide(values, token, on, WIDE)
+        target = load_wide(returns, token, on, WIDE)
+        error = v - target
+        slope = error
+        if CLIP:
+            c = real(clip, WIDE)
+            old = load_wide(old_values, token, on, WIDE)
+            clipped = tl.where(v < old - c, old - c, tl.where(v > old + c, old + c, v)) - target
+            held = tl.abs(clipped) > tl.abs(error)
+            error = tl.where(held, clipped, error)
+            slope = tl.where(held, 0.0, slope)
+        sums = add(sums, LOSS, 0.5 * weight * error * error)
+        if WANTED:
+            tl.store(d_values + token, tl.where(on, weight * slope, 0.0), live)
+    tl.store(partial + tl.program_id(0) * SLOTS + tl.arange(0, SLOTS), sums)
+
+
+@triton.jit
+def finish_kernel(partial, loss, stats, programs, STATS: tl.constexpr, FOLD: tl.constexpr):
+    """Loss and metrics from the programs' sums, in float64: one program, always in the same order."""
+    slot = tl.arange(0, SLOTS)
+    largest = (slot == RATIO_MAX) | (slot == IMPORTANCE_MAX)
+    total = tl.zeros([SLOTS], tl.float64)
+    for first in range(0, programs, FOLD):
+        program = first + tl.arange(0, FOLD)
+        x = tl.load(partial + program[:, None] * SLOTS + slot[None, :], (program < programs)[:, None], 0.0)
+        total = tl.where(largest, tl.maximum(total, tl.max(x, 0)), total + tl.sum(x, 0))
+    tl.store(loss, tl.sum(tl.where(slot == LOSS, total, 0.0), 0).to(loss.dtype.element_ty))
+    if STATS:
+        n = tl.sum(tl.where(slot == TOKENS, total, 0.0), 0)
+        importance = tl.sum(tl.where(slot == IMPORTANCE, total, 0.0), 0)
+        squares = tl.sum(tl.where(slot == SQUARES, total, 0.0), 0)
+        scale = tl.where(n > 0, 1.0 / tl.maximum(n, 1.0), 0.0)
+        effective = tl.where(
+            squares == 0.0, 0.0, importance * importance * scale / tl.where(squares == 0.0, 1.0, squares)
+        )
+        absolute = largest | (slot == TOKENS) | (slot == CLAMPED)
+        mean = tl.where(absolute, total, total * scale)
+        tl.store(stats + slot, tl.where(slot == SQUARES, effective, mean).to(stats.dtype.element_ty), slot < LOSS)
+
+
+@triton.jit
+def count_kernel(mask, cu_seqlens, counts, tokens, unit, PACKED: tl.constexpr, BLOCK: tl.constexpr):
+    """Counting tokens of every row, or of every `unit` tokens."""
+    row = tl.program_id(0).to(tl.int64)
+    if PACKED:  # bounds on the device are not checked, so they are not trusted
+        begin = tl.maximum(tl.load(cu_seqlens + row).to(tl.int64), 0)
+        end = tl.minimum(tl.load(cu_seqlens + row + 1).to(tl.int64), tokens)
+    else:
+        begin = row * unit
+        end = tl.minimum(begin + unit, tokens)
+    total = tl.zeros([BLOCK], tl.int32)
+    for first in range(begin, end, BLOCK):
+        token = first + tl.arange(0, BLOCK)
+        total += (tl.load(mask + token, token < end, 0) != 0).to(tl.int32)
+    tl.store(counts + row, tl.sum(total, 0).to(tl.int64))
+
+
+@triton.jit
+def weight_kernel(counts, weight, units, SEQUENCES: tl.constexpr, BLOCK: tl.constexpr):
+    """1 / number of tokens, or of rows that have any; 0 if there are none."""
+    total = tl.zeros([BLOCK], tl.int64)
+    for first in range(0, units, BLOCK):
+        at = first + tl.arange(0, BLOCK)
+        n = tl.load(counts + at, at < units, 0)
+        if SEQUENCES:
+            n = (n > 0).to(tl.int64)
+        total += n
+    n = tl.sum(total, 0).to(tl.float64)
+    tl.store(weight, tl.where(n > 0, 1.0 / tl.maximum(n, 1.0), 0.0))
+
+
+class Layout(NamedTuple):
+    """Which tokens count and to which row they belong: rows x row_length, or packed with cu_seqlens [rows + 1]."""
+
+    mask: torch.Tensor
+    cu_seqlens: torch.Tensor | None
+    tokens: int
+    rows: int
+    row_length: int
+
+    @classmethod
+    def of(cls, x: torch.Tensor, mask: torch.Tensor, cu_seqlens: torch.Tensor | None) -> "Layout":
+        mask = mask.contiguous()
+        if cu_seqlens is not None:
+            return cls(mask, cu_seqlens, x.numel(), cu_seqlens.shape[0] - 1, 1)
+        rows = x.shape[0] if x.dim() == 2 else 1
+        return cls(mask, None, x.numel(), rows, max(x.shape[-1], 1))
+
+    def row_arguments(self) -> tuple[torch.Tensor, int, int, int]:
+        """cu_seqlens, rows, row_length and the bisections that find one of `rows`."""
+        bounds = self.mask if self.cu_seqlens is None else self.cu_seqlens
+        return bounds, self.rows, self.row_length, max(self.rows - 1, 0).bit_length()
+
+    def counts(self, by_row: bool) -> torch.Tensor:
+        """Counting tokens of every row, or of every COUNT_UNIT tokens."""
+        units = self.rows if by_row else triton.cdiv(self.tokens, COUNT_UNIT)
+        packed = by_row and self.cu_seqlens is not None
+        counts = torch.empty(units, dtype=torch.int64, device=self.mask.device)
+        if units:
+            count_kernel[(units,)](
+                self.mask, self.cu_seqlens if packed else self.mask, counts, self.tokens,
+                self.row_length if by_row else COUNT_UNIT, PACKED=packed, BLOCK=COUNT_BLOCK,
+            )  # fmt: skip
+        return counts
+
+
+class TokenWeights(NamedTuple):
+    """Weight of a counting token: `flat` ([1] float64), over the row's count where `counts` is given."""
+
+    flat: torch.Tensor
+    counts: torch.Tensor | None
+
+
+def token_weights(
+    layout: Layout, aggregation: int, denominator_tensor: torch.Tensor | None, denominator: float
+) -> TokenWeights:
+    """`aggregation` as csrc/policy_loss.h numbers it; a denominator replaces the number of tokens or rows."""
+    by_row, sequences = aggregation == 1, aggregation in (1, 2)
+    counted = denominator_tensor is None and denominator == 0
+    counts = layout.counts(sequences) if counted or by_row else None
+    flat = torch.empty(1, dtype=torch.float64, device=layout.mask.device)
+    if denominator_tensor is not None:
+        divisor = denominator_tensor.reshape(1).double()
+        flat = torch.where(divisor > 0, 1 / divisor, float("nan"))
+    elif counted and counts is not None:
+        weight_kernel[(1,)](counts, flat, counts.shape[0], SEQUENCES=sequences, BLOCK=BLOCK)
+    else:
+        flat.fill_(1 / denominator)
+    return TokenWeights(flat, counts if by_row else None)
+
+
+def programs_of(tokens: int) -> tuple[int, int]:
+    """(programs, blocks of each)."""
+    steps = triton.cdiv(triton.cdiv(tokens, BLOCK), MAX_PROGRAMS)
+    return triton.cdiv(tokens, BLOCK * max(steps, 1)), steps
+
+
+def wide(dtype: torch.dtype) -> tl.dtype:
+    return tl.float64 if dtype == torch.float64 else tl.float32
+
+
+def partials(layout: Layout, programs: int) -> torch.Tensor:
+    return torch.empty((programs, SLOTS.value), dtype=torch.float64, device=layout.mask.device)
+
+
+def policy_loss(
+    inputs: list[torch.Tensor | None], advantages: torch.Tensor, layout: Layout, weights: TokenWeights,
+    objective: int, parameters: list[float], kl_coef: float, kl_estimator: int, kl_gradient: int,
+    entropy_coef: float, loss: torch.Tensor, stats: torch.Tensor, d_logprobs: torch.Tensor | None,
+    d_entropy: torch.Tensor | None,
+) -> None:  # fmt: skip
+    """Fill loss, stats and the gradients (None: not wanted).
+
+    `inputs`: logprobs, old_logprobs, ref_logprobs, entropy, importance, contiguous or None. `advantages`: one per
+    token or one per row, any strides.
+    """
+    logprobs, old, ref, entropy, importance = inputs
+    assert logprobs is not None
+    row_stride, token_stride = 0, advantages.stride(-1)
+    if advantages.dim() < logprobs.dim() or advantages.shape != logprobs.shape:
+        row_stride, token_stride = token_stride, 0
+    elif advantages.dim() == 2:  # at row * stride(0) + (token - row * row_length) * stride(1)
+        row_stride = advantages.stride(0) - layout.row_length * token_stride
+    programs, steps = programs_of(layout.tokens)
+    partial = partials(layout, programs)
+
+    def given(x: torch.Tensor | None) -> torch.Tensor:
+        return logprobs if x is None else x
+
+    if programs:
+        policy_loss_kernel[(programs,)](
+            logprobs, given(old), advantages, given(ref), given(entropy), given(importance), layout.mask,
+            layout.row_arguments()[0], weights.flat, given(weights.counts), given(d_logprobs), given(d_entropy),
+            partial, layout.tokens, *layout.row_arguments()[1:], steps, row_stride, token_stride, *parameters,
+            kl_coef, entropy_coef, OBJECTIVE=objective, ESTIMATOR=kl_estimator, GRADIENT=kl_gradient,
+            OLD=old is not None, REF=ref is not None, HAS_ENTROPY=entropy is not None,
+            HAS_IMPORTANCE=importance is not None, PACKED=layout.cu_seqlens is not None,
+            ROW_ADVANTAGES=row_stride != 0, ROW_WEIGHTS=weights.counts is not None,
+            WANT_LOGPROBS=d_logprobs is not None, WANT_ENTROPY=d_entropy is not None, WIDE=wide(logprobs.dtype),
+            BLOCK=BLOCK,
+        )  # fmt: skip
+    finish_kernel[(1,)](partial, loss, stats, programs, STATS=True, FOLD=FOLD)
+
+
+def value_loss(
+    inputs: list[torch.Tensor | None], layout: Layout, weights: TokenWeights, clip: float, loss: torch.Tensor,
+    d_values: torch.Tensor | None,
+) -> None:  # fmt: skip
+    """Fill loss and d_values (None: not wanted) from values, old_values (None: not clipped) and returns."""
+    values, old, returns = inputs
+    assert values is not None
+    programs, steps = programs_of(layout.tokens)
+    partial = partials(layout, programs)
+    if programs:
+        value_loss_kernel[(programs,)](
+            values, values if old is None else old, returns, layout.mask, weights.flat,
+            values if d_values is None else d_values, partial, layout.tokens, steps, clip,
+            CLIP=old is not None, WANTED=d_values is not None, WIDE=wide(values.dtype), BLOCK=BLOCK,
+        )  # fmt: skip
+    finish_kernel[(1,)](partial, loss, loss, programs, STATS=False, FOLD=FOLD)
