@@ -10,26 +10,26 @@ A program adds the sums of its blocks in order, and one program adds the program
 follows from the number of tokens alone, so the result is the same in every run. Nothing waits for the device.
 """
 
-from typing import NamedTuple
-
 import torch
 import triton
 import triton.language as tl
 
 from .aot import Variant
+from .policy_loss_layout import (
+    BLOCK,
+    Layout,
+    TokenWeights,
+    exp20,
+    load_wide,
+    log_ratio,
+    programs_of,
+    real,
+    row_of,
+    wide,
+)
 
-# Tokens a program holds at a time: over 4 warps 8 a thread, two 16-byte loads in float32, one in bf16; with all
-# inputs and sums in flight that is what fits without spilling.
-BLOCK = 1024
-# Programs, hence partial sums: a full H100 (132 x 16 of these) twice over, and few enough for one last program.
-MAX_PROGRAMS = 4096
 # Partial sums that the last program loads at a time.
 FOLD = 64
-# Tokens a program of the counting kernel holds: one byte each, 16 bytes a thread and load.
-COUNT_BLOCK = 2048
-# Tokens of one count, where rows do not matter.
-COUNT_UNIT = 8192
-
 # Slots of the sums: those of `Stat` in csrc/policy_loss.h, the squares in place of the effective sample size.
 TOKENS = tl.constexpr(0)
 CLIP_LOW = tl.constexpr(1)
@@ -47,67 +47,6 @@ SQUARES = tl.constexpr(12)
 IMPORTANCE_MAX = tl.constexpr(13)
 LOSS = tl.constexpr(14)
 SLOTS = tl.constexpr(16)
-
-
-@triton.jit
-def real(x, WIDE: tl.constexpr):
-    """A float64 argument in the kernel's precision."""
-    return tl.full([1], x, tl.float64).to(WIDE)
-
-
-@triton.jit
-def exp20(x, WIDE: tl.constexpr):
-    """(exp(x), exp(x) - 1) for |x| <= 20 or NaN, without cancellation in the second."""
-    if WIDE == tl.float64:
-        value = tl.exp(x)
-        safe = tl.where((value == 1.0) | (value != value), 2.0, value)
-        minus_one = tl.where(value == 1.0, x, (value - 1.0) * (x / tl.log(safe)))  # Kahan: the errors cancel
-        return value, minus_one
-    # The hardware's exponential loses log2 |x| bits; this polynomial keeps 1e-7 over the range.
-    n = tl.where(x == x, tl.floor(x * 1.44269504 + 0.5), 0.0)
-    r = (x - n * 0.693359375) + n * 2.12194440e-4
-    p = 0.00138146 * r + 0.00836872
-    p = p * r + 0.04166839
-    p = p * r + 0.16666521
-    p = p * r + 0.49999993
-    q = p * (r * r) + r
-    scale = ((n.to(tl.int32) + 127) << 23).to(tl.float32, bitcast=True)
-    value = (q + 1.0) * scale
-    return value, tl.where(n == 0.0, q, value - 1.0)
-
-
-@triton.jit
-def log_ratio(logp, other):
-    """log p - log q clamped to +-20, and where it was; a token the policy forbids is clamped whatever q is."""
-    raw = tl.where(logp == float("-inf"), float("-inf"), logp - other)
-    below = raw < -20.0
-    above = raw > 20.0
-    return tl.where(below, -20.0, tl.where(above, 20.0, raw)), below | above
-
-
-@triton.jit
-def row_of(token, start, cu_seqlens, rows, row_length, search_steps, PACKED: tl.constexpr, BLOCK: tl.constexpr):
-    """The row of every token of the block that begins at `start`."""
-    if PACKED:
-        low = token * 0
-        high = low + rows
-        for _ in range(search_steps):  # cu_seqlens[low] <= token < cu_seqlens[high]
-            middle = (low + high) // 2
-            before = tl.load(cu_seqlens + middle) <= token
-            low = tl.where(before, middle, low)
-            high = tl.where(before, high, middle)
-        return low
-    # One 64-bit division a block; past the end of its first row 32 bits are enough.
-    first = start // row_length
-    left = tl.minimum((first + 1) * row_length - start, BLOCK).to(tl.int32)
-    length = tl.minimum(row_length, BLOCK).to(tl.int32)
-    beyond = tl.arange(0, BLOCK) - left
-    return first + tl.where(beyond < 0, 0, 1 + tl.maximum(beyond, 0) // length).to(tl.int64)
-
-
-@triton.jit
-def load_wide(array, at, counts, WIDE: tl.constexpr):
-    return tl.load(array + at, counts, 0.0).to(WIDE)
 
 
 @triton.jit
@@ -199,18 +138,18 @@ def policy_loss_kernel(
                 at += row * row_stride
             if ROW_WEIGHTS:
                 w = weight / tl.load(counts + row, on, 1).to(WIDE)
-        logp = load_wide(logprobs, token, on, WIDE)
-        A = load_wide(advantages, at, on, WIDE)
+        logp = load_wide(logprobs, token, live, on, WIDE)
+        A = load_wide(advantages, at, live, on, WIDE)
         old = logp
         if OLD:
-            old = load_wide(old_logprobs, token, on, WIDE)
-        l, clamped = log_ratio(logp, old)
-        ratio, minus_one = exp20(l, WIDE)
+            old = load_wide(old_logprobs, token, live, on, WIDE)
+        x, clamped = log_ratio(logp, old)
+        ratio, minus_one = exp20(x, WIDE)
         live_ratio = tl.where(clamped, 0.0, ratio)
         sums = count(sums, TOKENS, on)
         sums = count(sums, CLAMPED, clamped)
-        sums = add(sums, APPROX_K1, -l)
-        sums = add(sums, APPROX_K3, minus_one - l)
+        sums = add(sums, APPROX_K1, -x)
+        sums = add(sums, APPROX_K3, minus_one - x)
         sums = add(sums, RATIO, tl.where(on, ratio, 0.0))
         sums = raise_to(sums, RATIO_MAX, tl.where(on, ratio, 0.0))
         if OBJECTIVE == 0:
@@ -223,20 +162,20 @@ def policy_loss_kernel(
             sums = count(sums, CLIP_HIGH, above)
             sums = count(sums, CLIP_DUAL, over)
         if HAS_IMPORTANCE:
-            v = load_wide(importance, token, on, WIDE)
+            v = load_wide(importance, token, live, on, WIDE)
             value = v * value
             slope = v * slope
             sums = add(sums, IMPORTANCE, v)
             sums = add(sums, SQUARES, v * v)
             sums = raise_to(sums, IMPORTANCE_MAX, v)
         if REF:
-            ref = load_wide(ref_logprobs, token, on, WIDE)
+            ref = load_wide(ref_logprobs, token, live, on, WIDE)
             k, k_value, k_slope = _penalty(logp, ref, ratio, live_ratio, ESTIMATOR, GRADIENT, WIDE)
             value += real(kl_coef, WIDE) * k_value
             slope += real(kl_coef, WIDE) * k_slope
             sums = add(sums, KL, k)
         if HAS_ENTROPY:
-            H = load_wide(entropy, token, on, WIDE)
+            H = load_wide(entropy, token, live, on, WIDE)
             value -= real(entropy_coef, WIDE) * H
             sums = add(sums, ENTROPY, H)
         # A forbidden token has an infinite ratio to nothing: what is not on contributes exactly 0.
@@ -259,13 +198,13 @@ def value_loss_kernel(
         token = (tl.program_id(0).to(tl.int64) * steps + step) * BLOCK + tl.arange(0, BLOCK)
         live = token < tokens
         on = live & (tl.load(mask + token, live, 0) != 0)
-        v = load_wide(values, token, on, WIDE)
-        target = load_wide(returns, token, on, WIDE)
+        v = load_wide(values, token, live, on, WIDE)
+        target = load_wide(returns, token, live, on, WIDE)
         error = v - target
         slope = error
         if CLIP:
             c = real(clip, WIDE)
-            old = load_wide(old_values, token, on, WIDE)
+            old = load_wide(old_values, token, live, on, WIDE)
             clipped = tl.where(v < old - c, old - c, tl.where(v > old + c, old + c, v)) - target
             held = tl.abs(clipped) > tl.abs(error)
             error = tl.where(held, clipped, error)
@@ -297,108 +236,9 @@ def finish_kernel(partial, loss, stats, programs, STATS: tl.constexpr, FOLD: tl.
         )
         absolute = largest | (slot == TOKENS) | (slot == CLAMPED)
         mean = tl.where(absolute, total, total * scale)
-        tl.store(stats + slot, tl.where(slot == SQUARES, effective, mean).to(stats.dtype.element_ty), slot < LOSS)
-
-
-@triton.jit
-def count_kernel(mask, cu_seqlens, counts, tokens, unit, PACKED: tl.constexpr, BLOCK: tl.constexpr):
-    """Counting tokens of every row, or of every `unit` tokens."""
-    row = tl.program_id(0).to(tl.int64)
-    if PACKED:  # bounds on the device are not checked, so they are not trusted
-        begin = tl.maximum(tl.load(cu_seqlens + row).to(tl.int64), 0)
-        end = tl.minimum(tl.load(cu_seqlens + row + 1).to(tl.int64), tokens)
-    else:
-        begin = row * unit
-        end = tl.minimum(begin + unit, tokens)
-    total = tl.zeros([BLOCK], tl.int32)
-    for first in range(begin, end, BLOCK):
-        token = first + tl.arange(0, BLOCK)
-        total += (tl.load(mask + token, token < end, 0) != 0).to(tl.int32)
-    tl.store(counts + row, tl.sum(total, 0).to(tl.int64))
-
-
-@triton.jit
-def weight_kernel(counts, weight, units, SEQUENCES: tl.constexpr, BLOCK: tl.constexpr):
-    """1 / number of tokens, or of rows that have any; 0 if there are none."""
-    total = tl.zeros([BLOCK], tl.int64)
-    for first in range(0, units, BLOCK):
-        at = first + tl.arange(0, BLOCK)
-        n = tl.load(counts + at, at < units, 0)
-        if SEQUENCES:
-            n = (n > 0).to(tl.int64)
-        total += n
-    n = tl.sum(total, 0).to(tl.float64)
-    tl.store(weight, tl.where(n > 0, 1.0 / tl.maximum(n, 1.0), 0.0))
-
-
-class Layout(NamedTuple):
-    """Which tokens count and to which row they belong: rows x row_length, or packed with cu_seqlens [rows + 1]."""
-
-    mask: torch.Tensor
-    cu_seqlens: torch.Tensor | None
-    tokens: int
-    rows: int
-    row_length: int
-
-    @classmethod
-    def of(cls, x: torch.Tensor, mask: torch.Tensor, cu_seqlens: torch.Tensor | None) -> "Layout":
-        mask = mask.contiguous()
-        if cu_seqlens is not None:
-            return cls(mask, cu_seqlens, x.numel(), cu_seqlens.shape[0] - 1, 1)
-        rows = x.shape[0] if x.dim() == 2 else 1
-        return cls(mask, None, x.numel(), rows, max(x.shape[-1], 1))
-
-    def row_arguments(self) -> tuple[torch.Tensor, int, int, int]:
-        """cu_seqlens, rows, row_length and the bisections that find one of `rows`."""
-        bounds = self.mask if self.cu_seqlens is None else self.cu_seqlens
-        return bounds, self.rows, self.row_length, max(self.rows - 1, 0).bit_length()
-
-    def counts(self, by_row: bool) -> torch.Tensor:
-        """Counting tokens of every row, or of every COUNT_UNIT tokens."""
-        units = self.rows if by_row else triton.cdiv(self.tokens, COUNT_UNIT)
-        packed = by_row and self.cu_seqlens is not None
-        counts = torch.empty(units, dtype=torch.int64, device=self.mask.device)
-        if units:
-            count_kernel[(units,)](
-                self.mask, self.cu_seqlens if packed else self.mask, counts, self.tokens,
-                self.row_length if by_row else COUNT_UNIT, PACKED=packed, BLOCK=COUNT_BLOCK,
-            )  # fmt: skip
-        return counts
-
-
-class TokenWeights(NamedTuple):
-    """Weight of a counting token: `flat` ([1] float64), over the row's count where `counts` is given."""
-
-    flat: torch.Tensor
-    counts: torch.Tensor | None
-
-
-def token_weights(
-    layout: Layout, aggregation: int, denominator_tensor: torch.Tensor | None, denominator: float
-) -> TokenWeights:
-    """`aggregation` as csrc/policy_loss.h numbers it; a denominator replaces the number of tokens or rows."""
-    by_row, sequences = aggregation == 1, aggregation in (1, 2)
-    counted = denominator_tensor is None and denominator == 0
-    counts = layout.counts(sequences) if counted or by_row else None
-    flat = torch.empty(1, dtype=torch.float64, device=layout.mask.device)
-    if denominator_tensor is not None:
-        divisor = denominator_tensor.reshape(1).double()
-        flat = torch.where(divisor > 0, 1 / divisor, float("nan"))
-    elif counted and counts is not None:
-        weight_kernel[(1,)](counts, flat, counts.shape[0], SEQUENCES=sequences, BLOCK=BLOCK)
-    else:
-        flat.fill_(1 / denominator)
-    return TokenWeights(flat, counts if by_row else None)
-
-
-def programs_of(tokens: int) -> tuple[int, int]:
-    """(programs, blocks of each)."""
-    steps = triton.cdiv(triton.cdiv(tokens, BLOCK), MAX_PROGRAMS)
-    return triton.cdiv(tokens, BLOCK * max(steps, 1)), steps
-
-
-def wide(dtype: torch.dtype) -> tl.dtype:
-    return tl.float64 if dtype == torch.float64 else tl.float32
+        tl.store(
+            stats + slot, tl.where(slot == SQUARES, effective, mean).to(stats.dtype.element_ty), slot < LOSS
+        )
 
 
 def partials(layout: Layout, programs: int) -> torch.Tensor:
@@ -460,3 +300,53 @@ def value_loss(
             CLIP=old is not None, WANTED=d_values is not None, WIDE=wide(values.dtype), BLOCK=BLOCK,
         )  # fmt: skip
     finish_kernel[(1,)](partial, loss, loss, programs, STATS=False, FOLD=FOLD)
+
+
+def _variants() -> list[Variant]:
+    """The block at its size: clipped alone, and with every input, both layouts."""
+    sizes = ("tokens", "rows", "row_length", "search_steps", "steps", "row_stride", "token_stride")
+    numbers = ("low", "high", "dual", "cap", "kl_coef", "entropy_coef")
+    names = ("logprobs", "old_logprobs", "advantages", "ref_logprobs", "entropy", "importance")
+    outputs = {"d_logprobs": "*fp32", "d_entropy": "*fp32", "partial": "*fp64"}
+    layout = {"mask": "*i1", "cu_seqlens": "*i32", "flat_weight": "*fp64", "counts": "*i64"}
+    choices = ("REF", "HAS_ENTROPY", "HAS_IMPORTANCE", "ROW_ADVANTAGES", "ROW_WEIGHTS", "WANT_ENTROPY")
+    tile = {"WIDE": tl.float32, "BLOCK": BLOCK}
+    found = []
+    for dtype in ("*fp32", "*bf16"):
+        signature = dict.fromkeys(names, dtype) | layout | outputs
+        signature |= dict.fromkeys(sizes, "i32") | dict.fromkeys(numbers, "fp64")
+        for objective, full, packed in (
+            (0, False, False),
+            (1, False, False),
+            (1, True, False),
+            (1, True, True),
+        ):
+            kl = {"OBJECTIVE": objective, "ESTIMATOR": 2, "GRADIENT": 2, "OLD": objective == 1}
+            flags = dict.fromkeys(choices, full) | {"PACKED": packed, "WANT_LOGPROBS": True}
+            stride = {} if full else {"token_stride": 1}
+            found.append(
+                Variant(
+                    policy_loss_kernel,
+                    signature,
+                    kl | flags | stride | tile,
+                    divisible=("tokens", "row_length"),
+                )
+            )
+        value = dict.fromkeys(("values", "old_values", "returns"), dtype) | {
+            "mask": "*i1",
+            "flat_weight": "*fp64",
+        }
+        value |= {"d_values": "*fp32", "partial": "*fp64", "tokens": "i32", "steps": "i32", "clip": "fp64"}
+        found.append(
+            Variant(
+                value_loss_kernel,
+                value,
+                {"CLIP": True, "WANTED": True} | tile,
+                divisible=("tokens", "row_length"),
+            )
+        )
+    finish = {"partial": "*fp64", "loss": "*fp32", "stats": "*fp32", "programs": "i32"}
+    return [*found, Variant(finish_kernel, finish, {"STATS": True, "FOLD": FOLD})]
+
+
+VARIANTS = _variants()

@@ -54,7 +54,9 @@ def _flat(x: torch.Tensor | None) -> torch.Tensor | None:
     return None if x is None else x.contiguous()
 
 
-def _layout_cpu(x: torch.Tensor, cu_seqlens: torch.Tensor | None) -> tuple[torch.Tensor | None, int, int, int]:
+def _layout_cpu(
+    x: torch.Tensor, cu_seqlens: torch.Tensor | None
+) -> tuple[torch.Tensor | None, int, int, int]:
     """(cu_seqlens as int64, tokens, rows, row length)."""
     if x.dim() == 2:
         return None, x.numel(), x.shape[0], x.shape[1]
@@ -100,9 +102,7 @@ def _outputs(like: torch.Tensor, shapes: tuple[tuple[int, ...], ...]) -> list[to
     return [torch.empty(shape, dtype=dtype, device=like.device) for shape in shapes]
 
 
-def _shapes(
-    logprobs: torch.Tensor, want_logprobs: bool, want_entropy: bool
-) -> tuple[tuple[int, ...], ...]:
+def _shapes(logprobs: torch.Tensor, want_logprobs: bool, want_entropy: bool) -> tuple[tuple[int, ...], ...]:
     """loss, stats, d_logprobs, d_entropy; an unwanted gradient is empty, since an operator returns no None."""
     shape = tuple(logprobs.shape)
     return (), (len(METRICS),), shape if want_logprobs else (0,), shape if want_entropy else (0,)
@@ -137,13 +137,14 @@ def _policy_loss_triton(
     kl_gradient: int, entropy_coef: float, want_logprobs: bool, want_entropy: bool,
 ) -> tuple[torch.Tensor, ...]:  # fmt: skip
     from ..kernels import policy_loss as kernels
+    from ..kernels.policy_loss_layout import Layout, token_weights
 
     outputs = _outputs(logprobs, _shapes(logprobs, want_logprobs, want_entropy))
-    layout = kernels.Layout.of(logprobs, mask, _bounds_triton(logprobs, cu_seqlens))
+    layout = Layout.of(logprobs, mask, _bounds_triton(logprobs, cu_seqlens))
     number, tensor = _denominator_triton(denominator, denominator_tensor)
     kernels.policy_loss(
         [_flat(x) for x in (logprobs, old_logprobs, ref_logprobs, entropy, importance)], advantages, layout,
-        kernels.token_weights(layout, aggregation, tensor, number), objective, parameters, kl_coef, kl_estimator,
+        token_weights(layout, aggregation, tensor, number), objective, parameters, kl_coef, kl_estimator,
         kl_gradient, entropy_coef, outputs[0], outputs[1], outputs[2] if want_logprobs else None,
         outputs[3] if want_entropy else None,
     )  # fmt: skip
@@ -211,11 +212,12 @@ def _value_loss_triton(
     denominator_tensor: torch.Tensor | None, denominator: float, clip: float, wanted: bool,
 ) -> tuple[torch.Tensor, ...]:  # fmt: skip
     from ..kernels import policy_loss as kernels
+    from ..kernels.policy_loss_layout import Layout, token_weights
 
     loss, d_values = _outputs(values, _value_shapes(values, wanted))
-    layout = kernels.Layout.of(values, mask, None)
+    layout = Layout.of(values, mask, None)
     number, tensor = _denominator_triton(denominator, denominator_tensor)
-    weights = kernels.token_weights(layout, 0, tensor, number)
+    weights = token_weights(layout, 0, tensor, number)
     inputs = [_flat(x) for x in (values, old_values, returns)]
     kernels.value_loss(inputs, layout, weights, clip, loss, d_values if wanted else None)
     return loss, d_values
@@ -275,9 +277,10 @@ def _importance_weights_triton(
     level: int, mode: int, low: float, high: float, normalize: bool,
 ) -> tuple[torch.Tensor, ...]:  # fmt: skip
     from ..kernels import importance_weights as kernels
+    from ..kernels.policy_loss_layout import Layout
 
     weights, stats = _outputs(logprobs, _importance_shapes(logprobs))
-    layout = kernels.Layout.of(logprobs, mask, _bounds_triton(logprobs, cu_seqlens))
+    layout = Layout.of(logprobs, mask, _bounds_triton(logprobs, cu_seqlens))
     kernels.importance_weights(
         _flat(logprobs), _flat(behavior_logprobs), layout, level, mode, low, high, normalize, weights, stats
     )
