@@ -1,7 +1,7 @@
 """Importance-weight kernels: exp(log p - log b) of every token or row, bounded, and their statistics.
 
-Roofline, per token of e bytes an element: 2 e read, mask 1, 4 written (float32: 13 bytes), 30 flops: bandwidth-
-bound. Row levels read the inputs once for the rows' sums and the mask again for the weights.
+Roofline, per token of e bytes an element: 2 e read, mask 1, 4 written (float32: 13 bytes), 30 flops:
+bandwidth-bound. Row levels read the inputs once for the rows' sums and the mask again for the weights.
 """
 
 import torch
@@ -58,8 +58,8 @@ def row_log_kernel(
     logprobs, behavior, mask, cu_seqlens, row_logs, tokens, row_length,
     MEAN: tl.constexpr, PACKED: tl.constexpr, WIDE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Sum or mean of a row's log-ratios, clamped to +-20. Blocks start at the row's beginning, so that the sum does
-    not depend on where the row lies."""
+    """Sum or mean of a row's log-ratios, clamped to +-20. Blocks start at the row's beginning, so that the sum
+    does not depend on where the row lies."""
     row = tl.program_id(0).to(tl.int64)
     begin, end = bounds_of(row, cu_seqlens, tokens, row_length, PACKED)
     total = tl.zeros([1], tl.float64)
@@ -145,10 +145,10 @@ def finish_kernel(partial, stats, scale_out, programs, NORMALIZE: tl.constexpr, 
 
 
 def importance_weights(
-    logprobs: torch.Tensor, behavior_logprobs: torch.Tensor, layout: Layout, level: int, mode: int, low: float,
-    high: float, normalize: bool, weights: torch.Tensor, stats: torch.Tensor,
+    logprobs: torch.Tensor, behavior_logprobs: torch.Tensor, layout: Layout, level: int, mode: int,
+    low: float, high: float, normalize: bool, weights: torch.Tensor, stats: torch.Tensor,
 ) -> None:  # fmt: skip
-    """Fill weights and stats from contiguous inputs; `level` and `mode` as csrc/policy_loss.h numbers them."""
+    """Fill weights and stats from contiguous inputs; `level`, `mode` as csrc/policy_loss.h numbers them."""
     programs, steps = programs_of(layout.tokens)
     packed, kind = layout.cu_seqlens is not None, wide(logprobs.dtype)
     bounds, rows, row_length, search_steps = layout.row_arguments()

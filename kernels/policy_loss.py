@@ -1,10 +1,10 @@
-"""Policy-loss kernels: objective, KL, entropy and importance of every token, their gradient, sums and metrics.
+"""Policy-loss kernels: objective, KL, entropy and importance of every token, gradient, sums and metrics.
 
     loss = sum_t w_t (importance_t L_t + kl_coef K_t - entropy_coef H_t)
 
-Roofline, per token of e bytes an element: logprobs, old_logprobs, advantages 3 e read, mask 1, gradient 4 written
-(float32: 17 bytes, 5.7 ns a thousand of 3 TB/s), plus e for each of ref_logprobs, entropy, importance, for 60 to
-100 flops and up to 15 block sums: bandwidth-bound. The mask is read once more to count tokens.
+Roofline, per token of e bytes an element: logprobs, old_logprobs, advantages 3 e read, mask 1, gradient 4
+written (float32: 17 bytes, 5.7 ns a thousand tokens of 3 TB/s), plus e for each of ref_logprobs, entropy,
+importance, for 60 to 100 flops and up to 15 block sums: bandwidth-bound. The mask is read once more to count.
 
 A program adds the sums of its blocks in order, and one program adds the programs' sums in order: the partition
 follows from the number of tokens alone, so the result is the same in every run. Nothing waits for the device.
@@ -75,7 +75,7 @@ def _reinforce(logp, A):
 
 @triton.jit
 def _ppo_clip(A, ratio, live_ratio, low, high, dual, cap):
-    """L = -A bound, where the sign of A decides which bound binds; the gradient passes where it is the ratio."""
+    """L = -A bound: A's sign decides which bound binds; the gradient passes where that is the ratio."""
     capped = tl.where(ratio > cap, cap, ratio)
     clipped = tl.where(ratio < low, low, tl.where(ratio > high, high, ratio))
     upper = tl.where(capped < clipped, clipped, capped)
@@ -113,10 +113,42 @@ def _penalty(
 
 
 @triton.jit
+def _ratios(sums, logp, old, on, WIDE: tl.constexpr):
+    """(sums, ratio, d ratio / d log p): the latter is 0 where the log-ratio was clamped."""
+    x, clamped = log_ratio(logp, old)
+    ratio, minus_one = exp20(x, WIDE)
+    counted = tl.where(on, ratio, 0.0)
+    sums = count(sums, TOKENS, on)
+    sums = count(sums, CLAMPED, clamped)
+    sums = add(sums, APPROX_K1, -x)
+    sums = add(sums, APPROX_K3, minus_one - x)
+    sums = add(sums, RATIO, counted)
+    sums = raise_to(sums, RATIO_MAX, counted)
+    return sums, ratio, tl.where(clamped, 0.0, ratio)
+
+
+@triton.jit
+def _surrogate(
+    sums, logp, A, ratio, live_ratio, low, high, dual, cap, OBJECTIVE: tl.constexpr, WIDE: tl.constexpr
+):
+    """(sums, loss, d loss / d log p) of the objective, as csrc/policy_loss.h numbers them."""
+    if OBJECTIVE == 0:
+        value, slope = _reinforce(logp, A)
+    else:
+        value, slope, below, above, over = _ppo_clip(
+            A, ratio, live_ratio, real(low, WIDE), real(high, WIDE), real(dual, WIDE), real(cap, WIDE)
+        )
+        sums = count(sums, CLIP_LOW, below)
+        sums = count(sums, CLIP_HIGH, above)
+        sums = count(sums, CLIP_DUAL, over)
+    return sums, value, slope
+
+
+@triton.jit
 def policy_loss_kernel(
-    logprobs, old_logprobs, advantages, ref_logprobs, entropy, importance, mask, cu_seqlens, flat_weight, counts,
-    d_logprobs, d_entropy, partial, tokens, rows, row_length, search_steps, steps, row_stride, token_stride,
-    low: tl.float64, high: tl.float64, dual: tl.float64, cap: tl.float64, kl_coef: tl.float64,
+    logprobs, old_logprobs, advantages, ref_logprobs, entropy, importance, mask, cu_seqlens, flat_weight,
+    counts, d_logprobs, d_entropy, partial, tokens, rows, row_length, search_steps, steps, row_stride,
+    token_stride, low: tl.float64, high: tl.float64, dual: tl.float64, cap: tl.float64, kl_coef: tl.float64,
     entropy_coef: tl.float64,
     OBJECTIVE: tl.constexpr, ESTIMATOR: tl.constexpr, GRADIENT: tl.constexpr, OLD: tl.constexpr,
     REF: tl.constexpr, HAS_ENTROPY: tl.constexpr, HAS_IMPORTANCE: tl.constexpr, PACKED: tl.constexpr,
@@ -139,28 +171,14 @@ def policy_loss_kernel(
             if ROW_WEIGHTS:
                 w = weight / tl.load(counts + row, on, 1).to(WIDE)
         logp = load_wide(logprobs, token, live, on, WIDE)
-        A = load_wide(advantages, at, live, on, WIDE)
         old = logp
         if OLD:
             old = load_wide(old_logprobs, token, live, on, WIDE)
-        x, clamped = log_ratio(logp, old)
-        ratio, minus_one = exp20(x, WIDE)
-        live_ratio = tl.where(clamped, 0.0, ratio)
-        sums = count(sums, TOKENS, on)
-        sums = count(sums, CLAMPED, clamped)
-        sums = add(sums, APPROX_K1, -x)
-        sums = add(sums, APPROX_K3, minus_one - x)
-        sums = add(sums, RATIO, tl.where(on, ratio, 0.0))
-        sums = raise_to(sums, RATIO_MAX, tl.where(on, ratio, 0.0))
-        if OBJECTIVE == 0:
-            value, slope = _reinforce(logp, A)
-        else:
-            value, slope, below, above, over = _ppo_clip(
-                A, ratio, live_ratio, real(low, WIDE), real(high, WIDE), real(dual, WIDE), real(cap, WIDE)
-            )
-            sums = count(sums, CLIP_LOW, below)
-            sums = count(sums, CLIP_HIGH, above)
-            sums = count(sums, CLIP_DUAL, over)
+        sums, ratio, live_ratio = _ratios(sums, logp, old, on, WIDE)
+        A = load_wide(advantages, at, live, on, WIDE)
+        sums, value, slope = _surrogate(
+            sums, logp, A, ratio, live_ratio, low, high, dual, cap, OBJECTIVE, WIDE
+        )
         if HAS_IMPORTANCE:
             v = load_wide(importance, token, live, on, WIDE)
             value = v * value
@@ -178,7 +196,6 @@ def policy_loss_kernel(
             H = load_wide(entropy, token, live, on, WIDE)
             value -= real(entropy_coef, WIDE) * H
             sums = add(sums, ENTROPY, H)
-        # A forbidden token has an infinite ratio to nothing: what is not on contributes exactly 0.
         sums = add(sums, LOSS, tl.where(on, w * value, 0.0))
         if WANT_LOGPROBS:
             tl.store(d_logprobs + token, tl.where(on, w * slope, 0.0), live)
@@ -253,8 +270,8 @@ def policy_loss(
 ) -> None:  # fmt: skip
     """Fill loss, stats and the gradients (None: not wanted).
 
-    `inputs`: logprobs, old_logprobs, ref_logprobs, entropy, importance, contiguous or None. `advantages`: one per
-    token or one per row, any strides.
+    `inputs`: logprobs, old_logprobs, ref_logprobs, entropy, importance, contiguous or None. `advantages`: one
+    per token or one per row, any strides.
     """
     logprobs, old, ref, entropy, importance = inputs
     assert logprobs is not None
@@ -272,14 +289,14 @@ def policy_loss(
     if programs:
         policy_loss_kernel[(programs,)](
             logprobs, given(old), advantages, given(ref), given(entropy), given(importance), layout.mask,
-            layout.row_arguments()[0], weights.flat, given(weights.counts), given(d_logprobs), given(d_entropy),
-            partial, layout.tokens, *layout.row_arguments()[1:], steps, row_stride, token_stride, *parameters,
+            layout.row_arguments()[0], weights.flat, given(weights.counts), given(d_logprobs),
+            given(d_entropy), partial, layout.tokens, *layout.row_arguments()[1:], steps, row_stride, token_stride, *parameters,
             kl_coef, entropy_coef, OBJECTIVE=objective, ESTIMATOR=kl_estimator, GRADIENT=kl_gradient,
             OLD=old is not None, REF=ref is not None, HAS_ENTROPY=entropy is not None,
             HAS_IMPORTANCE=importance is not None, PACKED=layout.cu_seqlens is not None,
             ROW_ADVANTAGES=row_stride != 0, ROW_WEIGHTS=weights.counts is not None,
-            WANT_LOGPROBS=d_logprobs is not None, WANT_ENTROPY=d_entropy is not None, WIDE=wide(logprobs.dtype),
-            BLOCK=BLOCK,
+            WANT_LOGPROBS=d_logprobs is not None, WANT_ENTROPY=d_entropy is not None,
+            WIDE=wide(logprobs.dtype), BLOCK=BLOCK,
         )  # fmt: skip
     finish_kernel[(1,)](partial, loss, stats, programs, STATS=True, FOLD=FOLD)
 

@@ -1,7 +1,7 @@
-"""What the policy-loss and importance-weight kernels share: which tokens count, to which row they belong and with
-what weight, the cut of the tokens into programs, and exact small functions.
+"""What the policy-loss and importance-weight kernels share: which tokens count, their rows and weights, the cut
+of the tokens into programs, and small functions without cancellation.
 
-Roofline: the counts read the mask once, 1 byte a token; everything else is arithmetic beside someone else's loads.
+Roofline: the counts read the mask once, 1 byte a token; the rest is arithmetic beside other kernels' loads.
 """
 
 from typing import NamedTuple
@@ -12,10 +12,11 @@ import triton.language as tl
 
 from .aot import Variant
 
-# Tokens a program holds at a time: over 4 warps 8 a thread, two 16-byte loads in float32, one in bf16; with all
-# inputs and sums in flight that is what fits without spilling.
+# Tokens a program holds at a time: over 4 warps 8 a thread, two 16-byte loads in float32, one in bf16; with
+# all inputs and sums in flight that is what fits without spilling.
 BLOCK = 1024
-# Programs, hence partial sums: a full H100 (132 x 16 of these) twice over, and few enough for one last program.
+# Programs, hence partial sums: a full H100 (132 multiprocessors, 5 of these each) six times over, and few enough
+# for one last program.
 MAX_PROGRAMS = 4096
 # Tokens a program of the counting kernel holds: one byte each, 16 bytes a thread and load.
 COUNT_BLOCK = 2048
@@ -52,7 +53,7 @@ def exp20(x, WIDE: tl.constexpr):
 
 @triton.jit
 def log_ratio(logp, other):
-    """log p - log q clamped to +-20, and where it was; a token the policy forbids is clamped whatever q is."""
+    """log p - log q clamped to +-20, and where it was; a token the policy forbids is clamped for any q."""
     raw = tl.where(logp == float("-inf"), float("-inf"), logp - other)
     below = raw < -20.0
     above = raw > 20.0
@@ -89,7 +90,7 @@ def load_wide(array, at, live, on, WIDE: tl.constexpr):
 
 @triton.jit
 def bounds_of(row, cu_seqlens, tokens, row_length, PACKED: tl.constexpr):
-    """First token of the row and the one behind its last. cu_seqlens on the device is not checked, so not trusted."""
+    """A row's first token and the one behind its last; cu_seqlens on a device is unchecked, so not trusted."""
     if PACKED:
         begin = tl.maximum(tl.load(cu_seqlens + row).to(tl.int64), 0)
         return begin, tl.minimum(tl.load(cu_seqlens + row + 1).to(tl.int64), tokens)
@@ -123,7 +124,7 @@ def weight_kernel(counts, weight, units, SEQUENCES: tl.constexpr, BLOCK: tl.cons
 
 
 class Layout(NamedTuple):
-    """Which tokens count and to which row they belong: rows x row_length, or packed with cu_seqlens [rows + 1]."""
+    """Which tokens count, and their rows: rows x row_length, or packed with cu_seqlens [rows + 1]."""
 
     mask: torch.Tensor
     cu_seqlens: torch.Tensor | None
@@ -193,18 +194,14 @@ def wide(dtype: torch.dtype) -> tl.dtype:
 
 
 def _variants() -> list[Variant]:
-    sizes = {"tokens": "i32", "unit": "i32"}
-    pointers = {"mask": "*i1", "counts": "*i64", "cu_seqlens": "*i32"}
-    return [
-        Variant(count_kernel, pointers | sizes, {"PACKED": packed, "BLOCK": COUNT_BLOCK}, divisible=("tokens", "row_length", "unit"))
-        for packed in (False, True)
-    ] + [
-        Variant(
-            weight_kernel, {"counts": "*i64", "weight": "*fp64", "units": "i32"},
-            {"SEQUENCES": sequences, "BLOCK": BLOCK},
-        )
-        for sequences in (False, True)
-    ]  # fmt: skip
+    signature = {"mask": "*i1", "counts": "*i64", "cu_seqlens": "*i32", "tokens": "i32", "unit": "i32"}
+    totals = {"counts": "*i64", "weight": "*fp64", "units": "i32"}
+    found = []
+    for yes in (False, True):
+        block = {"PACKED": yes, "BLOCK": COUNT_BLOCK}
+        found.append(Variant(count_kernel, signature, block, divisible=("tokens", "unit")))
+        found.append(Variant(weight_kernel, totals, {"SEQUENCES": yes, "BLOCK": BLOCK}))
+    return found
 
 
 VARIANTS = _variants()

@@ -203,7 +203,8 @@ def policy_loss(
     rows.update({name: picked(x) for name, x in optional.items() if x is not None})
     weights = _row_weights([int(m.sum()) for m in masks], aggregation, denominator)  # type: ignore[arg-type]
     total = _wide(logprobs).flatten()[:0].sum()  # 0, on the graph even if every row is empty
-    seen: dict[str, list[torch.Tensor]] = {}
+    columns = [*rows, "kl"] if ref_logprobs is not None else list(rows)
+    seen = {name: [total.detach().new_empty(0)] for name in columns}  # a batch without rows has metrics too
     for i, weight in enumerate(weights):
         row = {name: values[i] for name, values in rows.items()}
         log_ratio, clamped = _log_ratio(row["logp"], row["old"].detach())
