@@ -19,6 +19,7 @@ from .policy_loss_layout import (
     programs_of,
     real,
     row_of,
+    warps,
     wide,
 )
 
@@ -156,14 +157,14 @@ def importance_weights(
     if level and rows:
         row_log_kernel[(rows,)](
             logprobs, behavior_logprobs, layout.mask, bounds, row_logs, layout.tokens, row_length,
-            MEAN=level == 2, PACKED=packed, WIDE=kind, BLOCK=BLOCK,
+            MEAN=level == 2, PACKED=packed, WIDE=kind, BLOCK=BLOCK, num_warps=warps(logprobs.dtype),
         )  # fmt: skip
     partial = torch.empty((programs, SLOTS.value), dtype=torch.float64, device=weights.device)
     if programs:
         weights_kernel[(programs,)](
             logprobs, behavior_logprobs, layout.mask, bounds, row_logs, weights, partial, layout.tokens, rows,
             row_length, search_steps, steps, low, high, BY_ROW=level != 0, DROP=mode == 1, PACKED=packed,
-            WIDE=kind, BLOCK=BLOCK,
+            WIDE=kind, BLOCK=BLOCK, num_warps=warps(logprobs.dtype),
         )  # fmt: skip
     scale = weights.new_empty(1)
     finish_kernel[(1,)](partial, stats, scale, programs, NORMALIZE=normalize, FOLD=FOLD)

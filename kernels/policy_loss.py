@@ -25,6 +25,7 @@ from .policy_loss_layout import (
     programs_of,
     real,
     row_of,
+    warps,
     wide,
 )
 
@@ -296,7 +297,7 @@ def policy_loss(
             HAS_IMPORTANCE=importance is not None, PACKED=layout.cu_seqlens is not None,
             ROW_ADVANTAGES=row_stride != 0, ROW_WEIGHTS=weights.counts is not None,
             WANT_LOGPROBS=d_logprobs is not None, WANT_ENTROPY=d_entropy is not None,
-            WIDE=wide(logprobs.dtype), BLOCK=BLOCK,
+            WIDE=wide(logprobs.dtype), BLOCK=BLOCK, num_warps=warps(logprobs.dtype),
         )  # fmt: skip
     finish_kernel[(1,)](partial, loss, stats, programs, STATS=True, FOLD=FOLD)
 
@@ -315,21 +316,25 @@ def value_loss(
             values, values if old is None else old, returns, layout.mask, weights.flat,
             values if d_values is None else d_values, partial, layout.tokens, steps, clip,
             CLIP=old is not None, WANTED=d_values is not None, WIDE=wide(values.dtype), BLOCK=BLOCK,
+            num_warps=warps(values.dtype),
         )  # fmt: skip
     finish_kernel[(1,)](partial, loss, loss, programs, STATS=False, FOLD=FOLD)
 
 
 def _variants() -> list[Variant]:
-    """The block at its size: clipped alone, and with every input, both layouts."""
+    """Reinforce and PPOClip alone, and PPOClip with every input, in both layouts; float64 in the last."""
     sizes = ("tokens", "rows", "row_length", "search_steps", "steps", "row_stride", "token_stride")
     numbers = ("low", "high", "dual", "cap", "kl_coef", "entropy_coef")
     names = ("logprobs", "old_logprobs", "advantages", "ref_logprobs", "entropy", "importance")
-    outputs = {"d_logprobs": "*fp32", "d_entropy": "*fp32", "partial": "*fp64"}
     layout = {"mask": "*i1", "cu_seqlens": "*i32", "flat_weight": "*fp64", "counts": "*i64"}
     choices = ("REF", "HAS_ENTROPY", "HAS_IMPORTANCE", "ROW_ADVANTAGES", "ROW_WEIGHTS", "WANT_ENTROPY")
-    tile = {"WIDE": tl.float32, "BLOCK": BLOCK}
+    even = ("tokens", "row_length")
     found = []
-    for dtype in ("*fp32", "*bf16"):
+    for dtype, real_dtype in (("*fp32", "*fp32"), ("*bf16", "*fp32"), ("*fp64", "*fp64")):
+        double = dtype == "*fp64"
+        tile = {"WIDE": tl.float64 if double else tl.float32, "BLOCK": BLOCK}
+        num_warps = warps(torch.float64 if double else torch.float32)
+        outputs = dict.fromkeys(("d_logprobs", "d_entropy", "d_values"), real_dtype) | {"partial": "*fp64"}
         signature = dict.fromkeys(names, dtype) | layout | outputs
         signature |= dict.fromkeys(sizes, "i32") | dict.fromkeys(numbers, "fp64")
         for objective, full, packed in (
@@ -338,30 +343,15 @@ def _variants() -> list[Variant]:
             (1, True, False),
             (1, True, True),
         ):
-            kl = {"OBJECTIVE": objective, "ESTIMATOR": 2, "GRADIENT": 2, "OLD": objective == 1}
-            flags = dict.fromkeys(choices, full) | {"PACKED": packed, "WANT_LOGPROBS": True}
-            stride = {} if full else {"token_stride": 1}
-            found.append(
-                Variant(
-                    policy_loss_kernel,
-                    signature,
-                    kl | flags | stride | tile,
-                    divisible=("tokens", "row_length"),
-                )
-            )
-        value = dict.fromkeys(("values", "old_values", "returns"), dtype) | {
-            "mask": "*i1",
-            "flat_weight": "*fp64",
-        }
-        value |= {"d_values": "*fp32", "partial": "*fp64", "tokens": "i32", "steps": "i32", "clip": "fp64"}
-        found.append(
-            Variant(
-                value_loss_kernel,
-                value,
-                {"CLIP": True, "WANTED": True} | tile,
-                divisible=("tokens", "row_length"),
-            )
-        )
+            flags = {"OBJECTIVE": objective, "ESTIMATOR": 2, "GRADIENT": 2, "OLD": objective == 1}
+            flags |= dict.fromkeys(choices, full) | {"PACKED": packed, "WANT_LOGPROBS": True}
+            flags |= tile | ({} if full else {"token_stride": 1})
+            if full or not double:
+                found.append(Variant(policy_loss_kernel, signature, flags, num_warps, even))
+        value = dict.fromkeys(("values", "old_values", "returns"), dtype) | layout | outputs
+        value |= {"tokens": "i32", "steps": "i32", "clip": "fp64"}
+        flags = {"CLIP": True, "WANTED": True} | tile
+        found.append(Variant(value_loss_kernel, value, flags, num_warps, even))
     finish = {"partial": "*fp64", "loss": "*fp32", "stats": "*fp32", "programs": "i32"}
     return [*found, Variant(finish_kernel, finish, {"STATS": True, "FOLD": FOLD})]
 

@@ -189,6 +189,11 @@ def programs_of(tokens: int) -> tuple[int, int]:
     return triton.cdiv(tokens, BLOCK * max(steps, 1)), steps
 
 
+def warps(dtype: torch.dtype) -> int:
+    """4; a float64 takes two registers, so its block is spread over 8."""
+    return 8 if dtype == torch.float64 else 4
+
+
 def wide(dtype: torch.dtype) -> tl.dtype:
     return tl.float64 if dtype == torch.float64 else tl.float32
 
