@@ -33,7 +33,7 @@ def real(x, WIDE: tl.constexpr):
 @triton.jit
 def exp20(x, WIDE: tl.constexpr):
     """(exp(x), exp(x) - 1) for |x| <= 20 or NaN, without cancellation in the second."""
-    if WIDE == tl.float64:
+    if tl.float64 == WIDE:
         value = tl.exp(x)
         safe = tl.where((value == 1.0) | (value != value), 2.0, value)
         minus_one = tl.where(value == 1.0, x, (value - 1.0) * (x / tl.log(safe)))  # Kahan: the errors cancel

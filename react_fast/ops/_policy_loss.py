@@ -119,7 +119,7 @@ def _policy_loss_cpu(
     inputs = [_flat(x) for x in given]
     bounds, tokens, rows, row_length = _layout_cpu(logprobs, cu_seqlens)
     loss, stats, d_logprobs, d_entropy = _outputs(logprobs, _shapes(logprobs, want_logprobs, want_entropy))
-    _core.policy_loss(
+    _core.policy_loss(  # type: ignore[call-arg, arg-type]  # a list of unknown length
         *[address(x) for x in inputs], address(bounds), tokens, rows, row_length, DTYPE[logprobs.dtype],
         per_row(advantages, logprobs), objective, parameters, aggregation,
         _denominator_cpu(denominator, denominator_tensor), kl_coef, kl_estimator, kl_gradient, entropy_coef,
@@ -199,7 +199,7 @@ def _value_loss_cpu(
 ) -> tuple[torch.Tensor, ...]:  # fmt: skip
     inputs = [_flat(x) for x in (values, old_values, returns, mask)]
     loss, d_values = _outputs(values, _value_shapes(values, wanted))
-    _core.value_loss(
+    _core.value_loss(  # type: ignore[call-arg, arg-type]  # a list of unknown length
         *[address(x) for x in inputs], values.numel(), DTYPE[values.dtype], clip,
         _denominator_cpu(denominator, denominator_tensor), loss.data_ptr(), d_values.data_ptr() if wanted else 0,
         torch.get_num_threads(),
@@ -235,8 +235,9 @@ def _value_loss_setup(ctx: Any, inputs: tuple, output: tuple) -> None:
 
 
 def _value_loss_grad(ctx: Any, upstream: torch.Tensor | None, *_: Any) -> tuple:
-    wanted = upstream is not None and ctx.needs_input_grad[0]
-    return _scaled(ctx.saved_tensors[0], upstream, ctx.dtype) if wanted else None, *[None] * 7
+    if upstream is None or not ctx.needs_input_grad[0]:
+        return (None,) * 8
+    return _scaled(ctx.saved_tensors[0], upstream, ctx.dtype), *[None] * 7
 
 
 value_loss_op = register(
@@ -265,7 +266,7 @@ def _importance_weights_cpu(
     inputs = [_flat(x) for x in (logprobs, behavior_logprobs, mask)]
     bounds, tokens, rows, row_length = _layout_cpu(logprobs, cu_seqlens)
     weights, stats = _outputs(logprobs, _importance_shapes(logprobs))
-    _core.importance_weights(
+    _core.importance_weights(  # type: ignore[call-arg, arg-type]  # a list of unknown length
         *[address(x) for x in inputs], address(bounds), tokens, rows, row_length, DTYPE[logprobs.dtype], level,
         mode, low, high, normalize, weights.data_ptr(), stats.data_ptr(), torch.get_num_threads(),
     )  # fmt: skip
@@ -282,8 +283,9 @@ def _importance_weights_triton(
     weights, stats = _outputs(logprobs, _importance_shapes(logprobs))
     layout = Layout.of(logprobs, mask, _bounds_triton(logprobs, cu_seqlens))
     kernels.importance_weights(
-        _flat(logprobs), _flat(behavior_logprobs), layout, level, mode, low, high, normalize, weights, stats
-    )
+        logprobs.contiguous(), behavior_logprobs.contiguous(), layout, level, mode, low, high, normalize, weights,
+        stats,
+    )  # fmt: skip
     return weights, stats
 
 
