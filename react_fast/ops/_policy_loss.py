@@ -119,8 +119,9 @@ def _policy_loss_cpu(
     inputs = [_flat(x) for x in given]
     bounds, tokens, rows, row_length = _layout_cpu(logprobs, cu_seqlens)
     loss, stats, d_logprobs, d_entropy = _outputs(logprobs, _shapes(logprobs, want_logprobs, want_entropy))
-    _core.policy_loss(  # type: ignore[call-arg, arg-type]  # a list of unknown length
-        *[address(x) for x in inputs], address(bounds), tokens, rows, row_length, DTYPE[logprobs.dtype],
+    pointers: Any = [address(x) for x in inputs]
+    _core.policy_loss(  # type: ignore[call-arg]
+        *pointers, address(bounds), tokens, rows, row_length, DTYPE[logprobs.dtype],
         per_row(advantages, logprobs), objective, parameters, aggregation,
         _denominator_cpu(denominator, denominator_tensor), kl_coef, kl_estimator, kl_gradient, entropy_coef,
         loss.data_ptr(), stats.data_ptr(), d_logprobs.data_ptr() if want_logprobs else 0,
@@ -199,8 +200,9 @@ def _value_loss_cpu(
 ) -> tuple[torch.Tensor, ...]:  # fmt: skip
     inputs = [_flat(x) for x in (values, old_values, returns, mask)]
     loss, d_values = _outputs(values, _value_shapes(values, wanted))
-    _core.value_loss(  # type: ignore[call-arg, arg-type]  # a list of unknown length
-        *[address(x) for x in inputs], values.numel(), DTYPE[values.dtype], clip,
+    pointers: Any = [address(x) for x in inputs]
+    _core.value_loss(  # type: ignore[call-arg]
+        *pointers, values.numel(), DTYPE[values.dtype], clip,
         _denominator_cpu(denominator, denominator_tensor), loss.data_ptr(), d_values.data_ptr() if wanted else 0,
         torch.get_num_threads(),
     )  # fmt: skip
@@ -266,8 +268,9 @@ def _importance_weights_cpu(
     inputs = [_flat(x) for x in (logprobs, behavior_logprobs, mask)]
     bounds, tokens, rows, row_length = _layout_cpu(logprobs, cu_seqlens)
     weights, stats = _outputs(logprobs, _importance_shapes(logprobs))
-    _core.importance_weights(  # type: ignore[call-arg, arg-type]  # a list of unknown length
-        *[address(x) for x in inputs], address(bounds), tokens, rows, row_length, DTYPE[logprobs.dtype], level,
+    pointers: Any = [address(x) for x in inputs]
+    _core.importance_weights(  # type: ignore[call-arg]
+        *pointers, address(bounds), tokens, rows, row_length, DTYPE[logprobs.dtype], level,
         mode, low, high, normalize, weights.data_ptr(), stats.data_ptr(), torch.get_num_threads(),
     )  # fmt: skip
     return weights, stats
