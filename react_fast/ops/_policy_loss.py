@@ -54,7 +54,9 @@ def _flat(x: torch.Tensor | None) -> torch.Tensor | None:
     return None if x is None else x.contiguous()
 
 
-def _layout_cpu(x: torch.Tensor, cu_seqlens: torch.Tensor | None) -> tuple[torch.Tensor | None, int, int, int]:
+def _layout_cpu(
+    x: torch.Tensor, cu_seqlens: torch.Tensor | None
+) -> tuple[torch.Tensor | None, int, int, int]:
     """(cu_seqlens as int64, tokens, rows, row length)."""
     if x.dim() == 2:
         return None, x.numel(), x.shape[0], x.shape[1]
@@ -78,6 +80,18 @@ def _denominator_cpu(number: float, tensor: torch.Tensor | None) -> float:
     return _check.number("denominator", float(tensor), low=0.0, low_open=True)
 
 
+def _bounds_triton(x: torch.Tensor, cu_seqlens: torch.Tensor | None) -> torch.Tensor | None:
+    """Checked on the CPU; on a device the check would synchronise, and the kernels stay inside the arrays."""
+    return _layout_cpu(x, cu_seqlens)[0] if x.device.type == "cpu" else _flat(cu_seqlens)
+
+
+def _denominator_triton(number: float, tensor: torch.Tensor | None) -> tuple[float, torch.Tensor | None]:
+    """Checked on the CPU; on a device a tensor that is not above 0 makes the loss NaN."""
+    if tensor is not None and tensor.device.type == "cpu":
+        return _denominator_cpu(number, tensor), None
+    return number, tensor
+
+
 def _scaled(saved: torch.Tensor, upstream: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """Saved gradients stay wide until here: in float16, 1 / n would vanish before the loss scale reaches it."""
     return (saved * upstream).to(dtype)
@@ -88,9 +102,7 @@ def _outputs(like: torch.Tensor, shapes: tuple[tuple[int, ...], ...]) -> list[to
     return [torch.empty(shape, dtype=dtype, device=like.device) for shape in shapes]
 
 
-def _shapes(
-    logprobs: torch.Tensor, want_logprobs: bool, want_entropy: bool
-) -> tuple[tuple[int, ...], ...]:
+def _shapes(logprobs: torch.Tensor, want_logprobs: bool, want_entropy: bool) -> tuple[tuple[int, ...], ...]:
     """loss, stats, d_logprobs, d_entropy; an unwanted gradient is empty, since an operator returns no None."""
     shape = tuple(logprobs.shape)
     return (), (len(METRICS),), shape if want_logprobs else (0,), shape if want_entropy else (0,)
@@ -107,8 +119,9 @@ def _policy_loss_cpu(
     inputs = [_flat(x) for x in given]
     bounds, tokens, rows, row_length = _layout_cpu(logprobs, cu_seqlens)
     loss, stats, d_logprobs, d_entropy = _outputs(logprobs, _shapes(logprobs, want_logprobs, want_entropy))
-    _core.policy_loss(
-        *[address(x) for x in inputs], address(bounds), tokens, rows, row_length, DTYPE[logprobs.dtype],
+    pointers: Any = [address(x) for x in inputs]
+    _core.policy_loss(  # type: ignore[call-arg]
+        *pointers, address(bounds), tokens, rows, row_length, DTYPE[logprobs.dtype],
         per_row(advantages, logprobs), objective, parameters, aggregation,
         _denominator_cpu(denominator, denominator_tensor), kl_coef, kl_estimator, kl_gradient, entropy_coef,
         loss.data_ptr(), stats.data_ptr(), d_logprobs.data_ptr() if want_logprobs else 0,
@@ -125,14 +138,15 @@ def _policy_loss_triton(
     kl_gradient: int, entropy_coef: float, want_logprobs: bool, want_entropy: bool,
 ) -> tuple[torch.Tensor, ...]:  # fmt: skip
     from ..kernels import policy_loss as kernels
+    from ..kernels.policy_loss_layout import Layout, token_weights
 
     outputs = _outputs(logprobs, _shapes(logprobs, want_logprobs, want_entropy))
-    layout = kernels.Layout.of(logprobs, mask, _flat(cu_seqlens))
-    weights = kernels.token_weights(layout, aggregation, denominator_tensor, denominator, outputs[0].dtype)
+    layout = Layout.of(logprobs, mask, _bounds_triton(logprobs, cu_seqlens))
+    number, tensor = _denominator_triton(denominator, denominator_tensor)
     kernels.policy_loss(
-        [_flat(x) for x in (logprobs, old_logprobs, advantages, ref_logprobs, entropy, importance)], layout,
-        weights, per_row(advantages, logprobs), objective, parameters, kl_coef, kl_estimator, kl_gradient,
-        entropy_coef, outputs[0], outputs[1], outputs[2] if want_logprobs else None,
+        [_flat(x) for x in (logprobs, old_logprobs, ref_logprobs, entropy, importance)], advantages, layout,
+        token_weights(layout, aggregation, tensor, number), objective, parameters, kl_coef, kl_estimator,
+        kl_gradient, entropy_coef, outputs[0], outputs[1], outputs[2] if want_logprobs else None,
         outputs[3] if want_entropy else None,
     )  # fmt: skip
     return tuple(outputs)
@@ -186,8 +200,9 @@ def _value_loss_cpu(
 ) -> tuple[torch.Tensor, ...]:  # fmt: skip
     inputs = [_flat(x) for x in (values, old_values, returns, mask)]
     loss, d_values = _outputs(values, _value_shapes(values, wanted))
-    _core.value_loss(
-        *[address(x) for x in inputs], values.numel(), DTYPE[values.dtype], clip,
+    pointers: Any = [address(x) for x in inputs]
+    _core.value_loss(  # type: ignore[call-arg]
+        *pointers, values.numel(), DTYPE[values.dtype], clip,
         _denominator_cpu(denominator, denominator_tensor), loss.data_ptr(), d_values.data_ptr() if wanted else 0,
         torch.get_num_threads(),
     )  # fmt: skip
@@ -199,10 +214,12 @@ def _value_loss_triton(
     denominator_tensor: torch.Tensor | None, denominator: float, clip: float, wanted: bool,
 ) -> tuple[torch.Tensor, ...]:  # fmt: skip
     from ..kernels import policy_loss as kernels
+    from ..kernels.policy_loss_layout import Layout, token_weights
 
     loss, d_values = _outputs(values, _value_shapes(values, wanted))
-    layout = kernels.Layout.of(values, mask, None)
-    weights = kernels.token_weights(layout, 0, denominator_tensor, denominator, loss.dtype)
+    layout = Layout.of(values, mask, None)
+    number, tensor = _denominator_triton(denominator, denominator_tensor)
+    weights = token_weights(layout, 0, tensor, number)
     inputs = [_flat(x) for x in (values, old_values, returns)]
     kernels.value_loss(inputs, layout, weights, clip, loss, d_values if wanted else None)
     return loss, d_values
@@ -220,8 +237,9 @@ def _value_loss_setup(ctx: Any, inputs: tuple, output: tuple) -> None:
 
 
 def _value_loss_grad(ctx: Any, upstream: torch.Tensor | None, *_: Any) -> tuple:
-    wanted = upstream is not None and ctx.needs_input_grad[0]
-    return _scaled(ctx.saved_tensors[0], upstream, ctx.dtype) if wanted else None, *[None] * 7
+    if upstream is None or not ctx.needs_input_grad[0]:
+        return (None,) * 8
+    return _scaled(ctx.saved_tensors[0], upstream, ctx.dtype), *[None] * 7
 
 
 value_loss_op = register(
@@ -250,8 +268,9 @@ def _importance_weights_cpu(
     inputs = [_flat(x) for x in (logprobs, behavior_logprobs, mask)]
     bounds, tokens, rows, row_length = _layout_cpu(logprobs, cu_seqlens)
     weights, stats = _outputs(logprobs, _importance_shapes(logprobs))
-    _core.importance_weights(
-        *[address(x) for x in inputs], address(bounds), tokens, rows, row_length, DTYPE[logprobs.dtype], level,
+    pointers: Any = [address(x) for x in inputs]
+    _core.importance_weights(  # type: ignore[call-arg]
+        *pointers, address(bounds), tokens, rows, row_length, DTYPE[logprobs.dtype], level,
         mode, low, high, normalize, weights.data_ptr(), stats.data_ptr(), torch.get_num_threads(),
     )  # fmt: skip
     return weights, stats
@@ -261,13 +280,15 @@ def _importance_weights_triton(
     logprobs: torch.Tensor, behavior_logprobs: torch.Tensor, mask: torch.Tensor, cu_seqlens: torch.Tensor | None,
     level: int, mode: int, low: float, high: float, normalize: bool,
 ) -> tuple[torch.Tensor, ...]:  # fmt: skip
-    from ..kernels import policy_loss as kernels
+    from ..kernels import importance_weights as kernels
+    from ..kernels.policy_loss_layout import Layout
 
     weights, stats = _outputs(logprobs, _importance_shapes(logprobs))
-    layout = kernels.Layout.of(logprobs, mask, _flat(cu_seqlens))
+    layout = Layout.of(logprobs, mask, _bounds_triton(logprobs, cu_seqlens))
     kernels.importance_weights(
-        _flat(logprobs), _flat(behavior_logprobs), layout, level, mode, low, high, normalize, weights, stats
-    )
+        logprobs.contiguous(), behavior_logprobs.contiguous(), layout, level, mode, low, high, normalize, weights,
+        stats,
+    )  # fmt: skip
     return weights, stats
 
 

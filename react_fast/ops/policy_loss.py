@@ -22,7 +22,16 @@ from ._policy_loss import (
 )
 from .backend import use_reference
 
-__all__ = ["Objective", "PPOClip", "PolicyLoss", "Reinforce", "importance_weights", "policy_loss", "value_loss"]
+__all__ = [
+    "Objective",
+    "PPOClip",
+    "PolicyLoss",
+    "Reinforce",
+    "importance_weights",
+    "policy_loss",
+    "value_loss",
+]
+
 
 def policy_loss(
     logprobs: torch.Tensor,
@@ -113,12 +122,16 @@ def policy_loss(
             _check.choice(name, choice, choices)
     kl_coef, entropy_coef = _check.number("kl_coef", kl_coef), _check.number("entropy_coef", entropy_coef)
     if kl_coef and ref_logprobs is None:
-        raise ValueError(f"ref_logprobs must be given when kl_coef is not 0, got None and kl_coef {kl_coef:g}")
+        raise ValueError(
+            f"ref_logprobs must be given when kl_coef is not 0, got None and kl_coef {kl_coef:g}"
+        )
     if entropy_coef and entropy is None:
         raise ValueError(f"entropy must be given when entropy_coef is not 0, got None and {entropy_coef:g}")
     number, tensor = _check_denominator(denominator, aggregation, logprobs)
     if logprobs.dim() == 1 and cu_seqlens is None and aggregation.startswith("seq_"):
-        raise ValueError(f"cu_seqlens must be given for packed logprobs and aggregation {aggregation!r}, got None")
+        raise ValueError(
+            f"cu_seqlens must be given for packed logprobs and aggregation {aggregation!r}, got None"
+        )
     if use_reference():
         return reference.policy_loss(
             logprobs, old_logprobs, advantages, mask, objective=objective, aggregation=aggregation,

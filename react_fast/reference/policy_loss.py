@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -27,7 +28,7 @@ class Reinforce:
 
 @dataclass(frozen=True)
 class PPOClip:
-    """L = -min(min(r, ratio_cap) A, clip(r, ratio_min, ratio_max) A), r = p / p_old; where A < 0, at most -dual_clip A.
+    """L = -min(min(r, ratio_cap) A, clip(r, ratio_min, ratio_max) A), r = p / p_old; A < 0: at most -dual_clip A.
 
     Bounds are absolute ratios: PPO's epsilon 0.2 is (0.8, 1.2). At a bound the gradient is the one inside it.
 
@@ -139,7 +140,7 @@ def _rows(x: torch.Tensor, cu_seqlens: torch.Tensor | None) -> list[torch.Tensor
     if x.dim() == 2:
         return list(x)
     bounds = [0, x.shape[0]] if cu_seqlens is None else cu_seqlens.tolist()
-    return [x[begin:end] for begin, end in zip(bounds, bounds[1:], strict=False)]
+    return [x[begin:end] for begin, end in pairwise(bounds)]
 
 
 def _row_weights(counts: list[int], aggregation: str, denominator: float | None) -> list[float]:
@@ -173,7 +174,7 @@ def policy_loss(
     advantages: torch.Tensor,
     mask: torch.Tensor,
     *,
-    objective: Objective = PPOClip(),  # noqa: B008, a frozen value
+    objective: Objective = PPOClip(),
     aggregation: str = "token_mean",
     ref_logprobs: torch.Tensor | None = None,
     kl_coef: float = 0.0,
@@ -203,7 +204,8 @@ def policy_loss(
     rows.update({name: picked(x) for name, x in optional.items() if x is not None})
     weights = _row_weights([int(m.sum()) for m in masks], aggregation, denominator)  # type: ignore[arg-type]
     total = _wide(logprobs).flatten()[:0].sum()  # 0, on the graph even if every row is empty
-    seen: dict[str, list[torch.Tensor]] = {}
+    columns = [*rows, "kl"] if ref_logprobs is not None else list(rows)
+    seen = {name: [total.detach().new_empty(0)] for name in columns}  # a batch without rows has metrics too
     for i, weight in enumerate(weights):
         row = {name: values[i] for name, values in rows.items()}
         log_ratio, clamped = _log_ratio(row["logp"], row["old"].detach())
