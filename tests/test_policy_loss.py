@@ -56,7 +56,8 @@ def _reference(b, **options):
 def test_loss_and_gradient_equal_float64_reference(backend, shape, dtype, objective):
     b = batch(shape, dtype)
     wide = b.floats(torch.Tensor.double)
-    for aggregation in AGGREGATIONS:
+    # The interpreter is slow; every aggregation runs on it in test_equals_the_printed_equation.
+    for aggregation in AGGREGATIONS if backend == "cpu" else AGGREGATIONS[1:2]:
         options = _options(aggregation, objective=objective, **FULL)
         loss, d_logprobs, d_entropy = b.gradients(**options)
         with rf.use_backend("reference"):
@@ -89,7 +90,8 @@ def test_metrics_equal_float64_reference(backend, dtype, objective):
     top = torch.maximum(x, y)
     bound = (top.exp() + top + 1) * (4 + top) * ADDITIONS / 2 * eps
     for name, value in metrics.items():
-        assert value.shape == () and not value.requires_grad
+        assert value.shape == ()
+        assert not value.requires_grad
         if name.startswith("clip_ratio") or name in ("tokens", "clamped"):
             _close(value * b.mask.sum(), expected[name] * b.mask.sum(), 1e-3)  # counts
         else:
@@ -230,7 +232,8 @@ def test_log_ratio_is_clamped_without_gradient(backend, x):
         leaf, zeros, torch.ones(1), mask, objective=wide_open, ref_logprobs=zeros, kl_coef=0.5
     )
     loss.backward()
-    assert leaf.grad[0, 0] == 0 and leaf.grad[0, 1] != 0
+    assert leaf.grad[0, 0] == 0
+    assert leaf.grad[0, 1] != 0
     assert metrics["clamped"] == 1
     clamped = rf.policy_loss(
         logprobs.clamp(-20, 20),
@@ -252,8 +255,10 @@ def test_a_forbidden_token_stays_put(backend, objective, on_policy):
     b = replace(b, mask=torch.ones(2, 9).bool(), old_logprobs=None if on_policy else b.old_logprobs)
     b.logprobs[1, 4] = float("-inf")
     loss, d_logprobs, _ = b.gradients(objective=objective, **FULL)
-    assert bool(loss.isfinite()) and bool(d_logprobs.isfinite().all())
-    assert d_logprobs[1, 4] == 0 and int((d_logprobs != 0).sum()) > 0
+    assert bool(loss.isfinite())
+    assert bool(d_logprobs.isfinite().all())
+    assert d_logprobs[1, 4] == 0
+    assert int((d_logprobs != 0).sum()) > 0
     with rf.use_backend("reference"):
         expected, e_logprobs, _ = b.gradients(objective=objective, **FULL)
     torch.testing.assert_close(loss, expected, rtol=1e-12, atol=1e-12)

@@ -117,7 +117,8 @@ def test_masked_elements_influence_nothing(backend, poison, objective, dtype):
         options = {**_options(aggregation), "objective": objective}
         clean = _everything(b, **options)
         _assert_same(_everything(dirty, **options), clean)
-        assert bool((clean[2][~b.mask] == 0).all()) and bool((clean[3][~b.mask] == 0).all())
+        assert bool((clean[2][~b.mask] == 0).all())
+        assert bool((clean[3][~b.mask] == 0).all())
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -165,7 +166,7 @@ def test_any_strides(backend):
     b = batch((6, 10, 40))
     for view in (lambda x: x[1].t(), lambda x: x[2, :, ::2], lambda x: x[::2, 3], lambda x: x[:, 4, 1:]):
         _assert_same(
-            _everything(b.each(view), **FULL), _everything(b.each(lambda x: view(x).contiguous()), **FULL)
+            _everything(b.each(view), **FULL), _everything(b.each(lambda x, view=view: view(x).contiguous()), **FULL)
         )
     row = batch((1, 40))
     _assert_same(
@@ -296,9 +297,9 @@ FLAT = {
     [
         ({"logprobs": [[1.0]]}, TypeError, "logprobs must be a torch.Tensor, got list"),
         ({"logprobs": ONES.int()}, TypeError, "logprobs must be float32, bfloat16"),
-        ({"logprobs": torch.ones(1, 2, 3)}, ValueError, r"logprobs must be \[B, T\] or packed \[N\], got \[1, 2, 3\]"),
+        ({"logprobs": torch.ones(1, 2, 3)}, ValueError, r"must be \[B, T\] or packed \[N\], got \[1, 2, 3\]"),
         ({"logprobs": torch.ones(())}, ValueError, r"logprobs must be \[B, T\] or packed"),
-        ({"old_logprobs": torch.ones(2, 4)}, ValueError, r"old_logprobs must be \[2, 3\] like logprobs, got \[2, 4\]"),
+        ({"old_logprobs": torch.ones(2, 4)}, ValueError, r"old_logprobs must be \[2, 3\] like logprobs"),
         ({"old_logprobs": ONES.double()}, TypeError, "old_logprobs must be float32 like logprobs, got float64"),
         ({"old_logprobs": ONES.to("meta")}, ValueError, "old_logprobs must be on cpu like logprobs, got meta"),
         ({"old_logprobs": 0.0}, TypeError, "old_logprobs must be a torch.Tensor, got float"),
@@ -306,7 +307,7 @@ FLAT = {
         ({"entropy": ONES.half()}, TypeError, "entropy must be float32 like logprobs, got float16"),
         ({"importance": ONES.to("meta")}, ValueError, "importance must be on cpu like logprobs"),
         ({"importance": torch.ones(2, 1)}, ValueError, r"importance must be \[2, 3\] like logprobs, got \[2, 1\]"),
-        ({"advantages": torch.ones(3)}, ValueError, r"advantages must be \[2, 3\] like logprobs or one per sequence \[2\]"),
+        ({"advantages": torch.ones(3)}, ValueError, r"advantages must be .* or one per sequence \[2\]"),
         ({"advantages": torch.ones(2, 1)}, ValueError, r"advantages must be \[2, 3\] like logprobs, got \[2, 1\]"),
         ({"advantages": torch.ones(2).double()}, TypeError, "advantages must be float32 like logprobs"),
         ({"advantages": torch.ones(2).to("meta")}, ValueError, "advantages must be on cpu like logprobs"),
@@ -318,7 +319,7 @@ FLAT = {
         ({"objective": "ppo"}, TypeError, r"objective must be one of Reinforce\(\), PPOClip\(\), got 'ppo'"),
         ({"objective": PPOClip}, TypeError, "objective must be one of"),
         ({"aggregation": "mean"}, ValueError, "aggregation must be one of 'token_mean', .* got 'mean'"),
-        ({"aggregation": "token_sum_norm"}, ValueError, "denominator must be given for aggregation 'token_sum_norm'"),
+        ({"aggregation": "token_sum_norm"}, ValueError, "denominator must be given"),
         ({"kl_estimator": "k4"}, ValueError, "kl_estimator must be one of 'k1', 'k2', 'k3', got 'k4'"),
         ({"kl_gradient": "none"}, ValueError, "kl_gradient must be one of 'value', 'k2', 'ratio', got 'none'"),
         ({"kl_coef": 0.1}, ValueError, "ref_logprobs must be given when kl_coef is not 0, got None"),
@@ -336,16 +337,16 @@ FLAT = {
         ({"denominator": torch.ones(2)}, ValueError, r"denominator must be a number or one element, got \[2\]"),
         ({"denominator": torch.ones((), device="meta")}, ValueError, "denominator must be on cpu like logprobs"),
         ({"denominator": "7"}, TypeError, "denominator must be a number, got str"),
-        ({"cu_seqlens": torch.tensor([0, 6])}, ValueError, r"logprobs must be packed \[N\] when cu_seqlens is given"),
+        ({"cu_seqlens": torch.tensor([0, 6])}, ValueError, r"logprobs must be packed"),
         ({**FLAT, "cu_seqlens": [0, 6]}, TypeError, "cu_seqlens must be a torch.Tensor, got list"),
-        ({**FLAT, "cu_seqlens": torch.tensor([0.0, 6.0])}, TypeError, "cu_seqlens must be int64 or int32, got float32"),
+        ({**FLAT, "cu_seqlens": torch.tensor([0.0, 6.0])}, TypeError, "cu_seqlens must be int64 or int32"),
         ({**FLAT, "cu_seqlens": torch.tensor(6)}, ValueError, r"cu_seqlens must be \[B \+ 1\], got \[\]"),
-        ({**FLAT, "cu_seqlens": torch.tensor([0, 5])}, ValueError, r"cu_seqlens must rise from 0 to N = 6, got \[0, 5\]"),
+        ({**FLAT, "cu_seqlens": torch.tensor([0, 5])}, ValueError, r"must rise from 0 to N = 6, got \[0, 5\]"),
         ({**FLAT, "cu_seqlens": torch.tensor([1, 6])}, ValueError, "cu_seqlens must rise from 0 to N = 6"),
         ({**FLAT, "cu_seqlens": torch.tensor([0, 4, 2, 6])}, ValueError, "cu_seqlens must rise from 0 to N = 6"),
         ({**FLAT, "cu_seqlens": torch.tensor([0, 9, 6])}, ValueError, "cu_seqlens must rise from 0 to N = 6"),
-        ({**FLAT, "cu_seqlens": torch.tensor([0, 6]).to("meta")}, ValueError, "cu_seqlens must be on cpu like logprobs"),
-        ({**FLAT, "aggregation": "seq_mean_token_sum"}, ValueError, "cu_seqlens must be given for packed logprobs"),
+        ({**FLAT, "cu_seqlens": torch.tensor([0, 6]).to("meta")}, ValueError, "cu_seqlens must be on cpu"),
+        ({**FLAT, "aggregation": "seq_mean_token_sum"}, ValueError, "cu_seqlens must be given"),
         ({**FLAT, "advantages": torch.ones(2)}, ValueError, "one per sequence needs cu_seqlens"),
     ],
 )  # fmt: skip
