@@ -166,7 +166,8 @@ def test_any_strides(backend):
     b = batch((6, 10, 40))
     for view in (lambda x: x[1].t(), lambda x: x[2, :, ::2], lambda x: x[::2, 3], lambda x: x[:, 4, 1:]):
         _assert_same(
-            _everything(b.each(view), **FULL), _everything(b.each(lambda x, view=view: view(x).contiguous()), **FULL)
+            _everything(b.each(view), **FULL),
+            _everything(b.each(lambda x, view=view: view(x).contiguous()), **FULL),
         )
     row = batch((1, 40))
     _assert_same(
