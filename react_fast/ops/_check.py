@@ -3,6 +3,7 @@
 Wrong type or dtype: TypeError. Wrong shape, device or value: ValueError.
 """
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -62,13 +63,16 @@ def number(
     low: float = float("-inf"),
     high: float = float("inf"),
     low_open: bool = False,
+    infinite: bool = False,
 ) -> float:
-    """A finite Python number in [low, high], or (low, high] with low_open."""
+    """A Python number in [low, high], or (low, high] with low_open; finite unless `infinite`."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name} must be a number, got {type(value).__name__}")
     if not (low < value if low_open else low <= value) or not value <= high:
         bracket = "(" if low_open else "["
         raise ValueError(f"{name} must be in {bracket}{low:g}, {high:g}], got {value:g}")
+    if not infinite and math.isinf(value):
+        raise ValueError(f"{name} must be finite, got {value:g}")
     return float(value)
 
 

@@ -63,10 +63,14 @@ def _layout_cpu(
     if cu_seqlens is None:
         return None, x.shape[0], 1, x.shape[0]
     bounds = cu_seqlens.to(torch.int64).contiguous()
-    steps = bounds.diff()
-    if bounds[0] != 0 or bounds[-1] != x.shape[0] or bool((steps < 0).any()):
-        raise ValueError(f"cu_seqlens must rise from 0 to N = {x.shape[0]}, got {_shortened(bounds)}")
+    check_bounds(bounds, x)
     return bounds, x.shape[0], bounds.shape[0] - 1, 0
+
+
+def check_bounds(bounds: torch.Tensor, x: torch.Tensor) -> None:
+    """Refuse cu_seqlens that do not divide the packed x. Reads them, so only where that is no device sync."""
+    if bounds[0] != 0 or bounds[-1] != x.shape[0] or bool((bounds.diff() < 0).any()):
+        raise ValueError(f"cu_seqlens must rise from 0 to N = {x.shape[0]}, got {_shortened(bounds)}")
 
 
 def _shortened(x: torch.Tensor) -> str:
@@ -74,7 +78,8 @@ def _shortened(x: torch.Tensor) -> str:
     return str(values) if len(values) <= 8 else f"[{', '.join(map(str, values[:4]))}, ..., {values[-1]}]"
 
 
-def _denominator_cpu(number: float, tensor: torch.Tensor | None) -> float:
+def denominator_value(number: float, tensor: torch.Tensor | None) -> float:
+    """The denominator as a number above 0, or 0 for none."""
     if tensor is None:
         return number
     return _check.number("denominator", float(tensor), low=0.0, low_open=True)
@@ -88,7 +93,7 @@ def _bounds_triton(x: torch.Tensor, cu_seqlens: torch.Tensor | None) -> torch.Te
 def _denominator_triton(number: float, tensor: torch.Tensor | None) -> tuple[float, torch.Tensor | None]:
     """Checked on the CPU; on a device a tensor that is not above 0 makes the loss NaN."""
     if tensor is not None and tensor.device.type == "cpu":
-        return _denominator_cpu(number, tensor), None
+        return denominator_value(number, tensor), None
     return number, tensor
 
 
@@ -123,7 +128,7 @@ def _policy_loss_cpu(
     _core.policy_loss(  # type: ignore[call-arg]
         *pointers, address(bounds), tokens, rows, row_length, DTYPE[logprobs.dtype],
         per_row(advantages, logprobs), objective, parameters, aggregation,
-        _denominator_cpu(denominator, denominator_tensor), kl_coef, kl_estimator, kl_gradient, entropy_coef,
+        denominator_value(denominator, denominator_tensor), kl_coef, kl_estimator, kl_gradient, entropy_coef,
         loss.data_ptr(), stats.data_ptr(), d_logprobs.data_ptr() if want_logprobs else 0,
         d_entropy.data_ptr() if want_entropy else 0, torch.get_num_threads(),
     )  # fmt: skip
@@ -203,7 +208,7 @@ def _value_loss_cpu(
     pointers: Any = [address(x) for x in inputs]
     _core.value_loss(  # type: ignore[call-arg]
         *pointers, values.numel(), DTYPE[values.dtype], clip,
-        _denominator_cpu(denominator, denominator_tensor), loss.data_ptr(), d_values.data_ptr() if wanted else 0,
+        denominator_value(denominator, denominator_tensor), loss.data_ptr(), d_values.data_ptr() if wanted else 0,
         torch.get_num_threads(),
     )  # fmt: skip
     return loss, d_values

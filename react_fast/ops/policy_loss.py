@@ -15,6 +15,8 @@ from ._policy_loss import (
     METRICS,
     MODES,
     OBJECTIVES,
+    check_bounds,
+    denominator_value,
     importance_weights_op,
     per_row,
     policy_loss_op,
@@ -133,11 +135,13 @@ def policy_loss(
             f"cu_seqlens must be given for packed logprobs and aggregation {aggregation!r}, got None"
         )
     if use_reference():
+        if cu_seqlens is not None:
+            check_bounds(cu_seqlens, logprobs)
         return reference.policy_loss(
             logprobs, old_logprobs, advantages, mask, objective=objective, aggregation=aggregation,
             ref_logprobs=ref_logprobs, kl_coef=kl_coef, kl_estimator=kl_estimator, kl_gradient=kl_gradient,
-            entropy=entropy, entropy_coef=entropy_coef, importance=importance, denominator=denominator,
-            cu_seqlens=cu_seqlens,
+            entropy=entropy, entropy_coef=entropy_coef, importance=importance,
+            denominator=denominator_value(number, tensor) or None, cu_seqlens=cu_seqlens,
         )  # fmt: skip
     tag, parameters = OBJECTIVES[type(objective)]
     grad = torch.is_grad_enabled()
@@ -194,7 +198,8 @@ def value_loss(
             raise ValueError(f"old_values must be given when clip is, got None and clip {clip:g}")
     number, tensor = _check_denominator(denominator, "token_mean", values)
     if use_reference():
-        return reference.value_loss(values, old_values, returns, mask, clip=clip, denominator=denominator)
+        wanted = denominator_value(number, tensor) or None
+        return reference.value_loss(values, old_values, returns, mask, clip=clip, denominator=wanted)
     wanted = torch.is_grad_enabled() and values.requires_grad
     old = None if clip is None else old_values
     return value_loss_op(values, old, returns, mask, tensor, number, 0.0 if clip is None else clip, wanted)[0]
@@ -238,10 +243,12 @@ def importance_weights(
     _check.choice("level", level, LEVELS)
     _check.choice("mode", mode, MODES)
     low = _check.number("low", low, low=0.0)
-    high = _check.number("high", high, low=low)
+    high = _check.number("high", high, low=low, infinite=True)
     if logprobs.dim() == 1 and cu_seqlens is None and level != "token":
         raise ValueError(f"cu_seqlens must be given for packed logprobs and level {level!r}, got None")
     if use_reference():
+        if cu_seqlens is not None:
+            check_bounds(cu_seqlens, logprobs)
         return reference.importance_weights(
             logprobs, behavior_logprobs, mask, level=level, mode=mode, low=low, high=high, normalize=normalize,
             cu_seqlens=cu_seqlens,

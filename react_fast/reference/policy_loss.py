@@ -147,8 +147,8 @@ def _row_weights(counts: list[int], aggregation: str, denominator: float | None)
     """The weight of every counting token of each row. Rows without counting tokens are no sequences."""
     tokens, sequences = sum(counts), sum(count > 0 for count in counts)
     if aggregation in ("token_mean", "token_sum_norm"):
-        return [1 / float(denominator or max(tokens, 1))] * len(counts)
-    per_sequence = 1 / float(denominator or max(sequences, 1))
+        return [1 / (denominator or max(tokens, 1))] * len(counts)
+    per_sequence = 1 / (denominator or max(sequences, 1))
     if aggregation == "seq_mean_token_sum":
         return [per_sequence] * len(counts)
     return [per_sequence / max(count, 1) for count in counts]
@@ -183,7 +183,7 @@ def policy_loss(
     entropy: torch.Tensor | None = None,
     entropy_coef: float = 0.0,
     importance: torch.Tensor | None = None,
-    denominator: float | torch.Tensor | None = None,
+    denominator: float | None = None,
     cu_seqlens: torch.Tensor | None = None,
 ) -> PolicyLoss:
     masks = [m.bool() for m in _rows(mask, cu_seqlens)]
@@ -202,7 +202,7 @@ def policy_loss(
     rows["old"] = rows["logp"] if old_logprobs is None else picked(old_logprobs)
     optional = {"ref": ref_logprobs, "entropy": entropy, "importance": importance}
     rows.update({name: picked(x) for name, x in optional.items() if x is not None})
-    weights = _row_weights([int(m.sum()) for m in masks], aggregation, denominator)  # type: ignore[arg-type]
+    weights = _row_weights([int(m.sum()) for m in masks], aggregation, denominator)
     total = _wide(logprobs).flatten()[:0].sum()  # 0, on the graph even if every row is empty
     columns = [*rows, "kl"] if ref_logprobs is not None else list(rows)
     seen = {name: [total.detach().new_empty(0)] for name in columns}  # a batch without rows has metrics too
@@ -267,7 +267,7 @@ def value_loss(
     mask: torch.Tensor,
     *,
     clip: float | None = None,
-    denominator: float | torch.Tensor | None = None,
+    denominator: float | None = None,
 ) -> torch.Tensor:
     total, count = _wide(values).flatten()[:0].sum(), 0
     for i in range(mask.shape[0]):
@@ -280,7 +280,7 @@ def value_loss(
             # clamp, not maximum: where both errors are equal the gradient is the unclipped one's
             error = torch.clamp(error, min=(clipped - target) ** 2)
         total, count = total + 0.5 * error.sum(), count + int(m.sum())
-    return total / float(denominator or max(count, 1))
+    return total / (denominator or max(count, 1))
 
 
 @torch.no_grad()
@@ -307,8 +307,8 @@ def importance_weights(
             total = log_weight.sum() if level == "sequence" else _mean(log_weight)
             log_weight = total.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).expand_as(log_weight)
         weight = log_weight.exp()
-        inside = (weight >= low) & (weight <= high)
-        kept = weight.clamp(low, high) if mode == "truncate" else torch.where(inside, weight, 0.0)
+        outside = (weight < low) | (weight > high)  # false for NaN, which stays
+        kept = weight.clamp(low, high) if mode == "truncate" else torch.where(outside, 0.0, weight)
         out[m] = kept
         raw.append(weight)
         applied.append(kept)
@@ -317,12 +317,12 @@ def importance_weights(
         mean = _mean(after)
         scale = torch.where(mean > 0, 1 / mean, 0.0)
         weights, after = weights * scale, after * scale
-    outside = (before < low) | (before > high)
+    dropped = (before < low) | (before > high)
     return weights, {
         "importance/raw_mean": _mean(before),
         "importance/raw_max": _max(before),
         "importance/mean": _mean(after),
         "importance/max": _max(after),
         "importance/ess": _ess(after),
-        "importance/outside": _mean(outside.to(after.dtype)),
+        "importance/outside": _mean(dropped.to(after.dtype)),
     }
