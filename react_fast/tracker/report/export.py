@@ -21,7 +21,7 @@ _INFINITE = {math.inf: "Infinity", -math.inf: "-Infinity"}
 
 
 def write_json(report: Any, path: Path) -> None:
-    """One object: version, meta and the four tables. NaN is null, infinities are "Infinity" and "-Infinity"."""
+    """One object: version, meta, four tables. NaN is null, infinities are "Infinity" and "-Infinity"."""
     tables = {name: [asdict(row) for row in getattr(report, name)] for name in TABLES}
     content = {"version": VERSION, "meta": dict(report.meta), **tables}
     path.write_text(
@@ -40,8 +40,8 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def write_graphml(report: Any, path: Path) -> None:
-    """Tokens of the examples as nodes. Edges: attribution of a response token to a token before it, and the effect
-    of deleting a token on the example's outcome. Zeros and missing numbers have no edge."""
+    """Tokens of the examples as nodes. Edges: attribution of a response token to a token before it, and the
+    effect of deleting an action on the example's outcome. Zeros and missing numbers have no edge."""
     import networkx
 
     graph = networkx.MultiDiGraph(name="react_fast causality report")
@@ -50,7 +50,8 @@ def write_graphml(report: Any, path: Path) -> None:
         prompt = len(heat_map.prompt_tokens)
         for place, token in enumerate(tokens):
             role = "prompt" if place < prompt else "response"
-            graph.add_node(_node(example, place), label=visible(token), role=role, example=example, position=place)
+            values = {"label": visible(token), "role": role, "example": example, "position": place}
+            graph.add_node(_node(example, place), **values)
         for i, row in enumerate(heat_map.scores):
             for place, score in enumerate(row[: prompt + i]):
                 if score and math.isfinite(score):
@@ -66,15 +67,16 @@ def write_graphml(report: Any, path: Path) -> None:
             source = f"e{effect.example}.a{effect.start}-{effect.end}"
             label = visible("".join(effect.tokens))
             graph.add_node(source, label=label, role="action", example=effect.example, position=effect.start)
-        numbers = {"weight": effect.mean, "low": effect.low, "high": effect.high, "p_value": effect.p_value}
+        numbers = {"weight": effect.mean, "low": effect.low, "high": effect.high}
+        numbers |= {} if effect.p_value is None else {"p_value": effect.p_value}
         known = {name: float(value) for name, value in numbers.items() if math.isfinite(value)}
         graph.add_edge(source, outcome, kind="effect", significant=effect.significant, **known)
     networkx.write_graphml(graph, path)
 
 
 def write_parquet(report: Any, path: Path) -> None:
-    """One long table; `record` says what a row is: key_token, position, heat_map (a score) or effect. A column
-    that a record does not have is null. The schema's metadata holds `meta` as JSON."""
+    """One long table; `record` says what a row is: key_token, position, heat_map (a score) or effect.
+    A column that a record does not have is null. The schema's metadata holds `meta` as JSON."""
     try:
         import pyarrow
         from pyarrow import parquet
@@ -83,9 +85,9 @@ def write_parquet(report: Any, path: Path) -> None:
             "to_parquet needs pyarrow, which is not installed: pip install 'react-fast[report]'"
         ) from error
     integer, real, text = pyarrow.int64(), pyarrow.float64(), pyarrow.string()
-    columns = {name: text for name in ("record", "kind", "token")}
-    columns |= {name: integer for name in ("token_id", "example", "start", "end", "target", "count")}
-    columns |= {name: real for name in ("mean", "standard_error", "low", "high", "p_value")}
+    columns = dict.fromkeys(("record", "kind", "token"), text)
+    columns |= dict.fromkeys(("token_id", "example", "start", "end", "target", "count"), integer)
+    columns |= dict.fromkeys(("mean", "standard_error", "low", "high", "p_value"), real)
     columns |= {name: pyarrow.bool_() for name in ("in_response", "significant")}
     meta = json.dumps(_encoded(dict(report.meta)), ensure_ascii=False, allow_nan=False)
     schema = pyarrow.schema(list(columns.items()), metadata={"react_fast": meta})
@@ -102,15 +104,15 @@ def _long(report: Any) -> Iterator[dict[str, Any]]:
         tokens = [*heat_map.prompt_tokens, *heat_map.response_tokens]
         prompt = len(heat_map.prompt_tokens)
         for i, scores in enumerate(heat_map.scores):
-            for place, score in enumerate(scores[: prompt + i]):
+            for source, score in enumerate(scores[: prompt + i]):
                 yield {
-                    "record": "heat_map", "kind": "attribution", "example": example, "token": tokens[place],
-                    "start": place, "end": place + 1, "target": prompt + i, "mean": score,
-                    "in_response": place >= prompt,
+                    "record": "heat_map", "kind": "attribution", "example": example, "token": tokens[source],
+                    "start": source, "end": source + 1, "target": prompt + i, "mean": score,
+                    "in_response": source >= prompt,
                 }  # fmt: skip
     for effect in report.effects:
-        row_ = asdict(effect)
-        yield {"record": "effect", "kind": "effect", **row_, "token": "".join(effect.tokens), "count": effect.samples}
+        values = {**asdict(effect), "token": "".join(effect.tokens), "count": effect.samples}
+        yield {"record": "effect", "kind": "effect", **values}
 
 
 def _node(example: int, place: int) -> str:

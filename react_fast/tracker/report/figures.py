@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..records import PositionMean
-from .text import number
 
 # A whisker may reach this many times as far as the farthest mean before it is cut off with an arrow.
 _REACH = 3.0
@@ -63,7 +62,7 @@ def sign(value: float) -> str:
     return "pos" if value > 0 else "neg" if value < 0 else "zero"
 
 
-def ticks(scale: Scale, wanted: int = 5) -> list[float]:
+def ticks(scale: Scale, wanted: int = 6) -> list[float]:
     """Round numbers inside the scale, about `wanted` of them."""
     rough = (scale.high - scale.low) / wanted
     power = 10.0 ** math.floor(math.log10(rough))
@@ -73,7 +72,7 @@ def ticks(scale: Scale, wanted: int = 5) -> list[float]:
 
 
 def curve(rows: Sequence[PositionMean]) -> dict[str, Any] | None:
-    """Line, band and axes of the mean by position; None without a number. A missing position interrupts the line."""
+    """Line, band and axes of the mean by position; None without one. A missing position breaks the line."""
     rows = sorted((row for row in rows if math.isfinite(row.mean)), key=lambda row: row.position)
     if not rows:
         return None
@@ -97,9 +96,13 @@ def curve(rows: Sequence[PositionMean]) -> dict[str, Any] | None:
             if len(piece) == 1
             for row in [_bounded(piece[0])]
         ],
-        "y_ticks": [{"at": 100 - y(value), "text": number(value)} for value in ticks(y)],
+        "y_ticks": [{"at": 100 - y(value), "text": _tick(value)} for value in ticks(y)],
         "x_ticks": [{"at": x(position), "text": str(position)} for position in range(first, last + 1, step)],
     }
+
+
+def _tick(value: float) -> str:
+    return f"{value:+.6g}".replace("-", "−") if value else "0"
 
 
 def _band(x: Scale, y: Scale, rows: Sequence[PositionMean]) -> str:

@@ -4,7 +4,7 @@ const format = (value) => {
   if (value === null || Number.isNaN(value)) return "–";
   if (value === 0) return "0";
   const size = Math.abs(value);
-  const digits = size < 1e-3 || size >= 1e5 ? size.toExponential(2) : Number(size.toPrecision(3)).toString();
+  const digits = size < 1e-3 || size >= 1e5 ? size.toExponential(2) : size < 999.5 ? size.toPrecision(3) : size.toFixed(0);
   return (value < 0 ? "−" : "+") + digits;
 };
 

@@ -25,7 +25,7 @@ def render(report: Any) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"number": number, "visible": visible, "interval": interval, "probability": probability}
+    environment.filters |= {f.__name__: f for f in (number, visible, interval, probability)}
     return environment.get_template("page.html.j2").render(
         facts=[(str(name).replace("_", " "), _fact(value)) for name, value in report.meta.items()],
         examples=[_example(i, heat_map) for i, heat_map in enumerate(report.heat_maps)],
@@ -46,8 +46,12 @@ def _fact(value: Any) -> str:
 
 
 def _totals(heat_map: HeatMap) -> list[float]:
-    """Attribution of the whole response to each token: sums of the columns. A missing number makes it missing."""
-    return [math.fsum(column) if all(map(math.isfinite, column)) else math.nan for column in zip(*heat_map.scores, strict=True)]
+    """Attribution of the whole response to each token: sums of the columns; NaN if a number is missing."""
+    return [_sum(column) for column in zip(*heat_map.scores, strict=True)]
+
+
+def _sum(scores: Sequence[float]) -> float:
+    return math.fsum(scores) if all(map(math.isfinite, scores)) else math.nan
 
 
 def _example(index: int, heat_map: HeatMap) -> dict[str, Any]:
@@ -72,7 +76,7 @@ def _example(index: int, heat_map: HeatMap) -> dict[str, Any]:
         "prompt": chips[:prompt],
         "response": chips[prompt:],
         "top": top,
-        # Row i has numbers for the P + i tokens before response token i. Four digits are more than a screen shows.
+        # Row i: the P + i tokens before response token i. Four digits are more than a screen shows.
         "rows": [[_rounded(score) for score in row[: prompt + i]] for i, row in enumerate(heat_map.scores)],
     }
 
@@ -94,11 +98,11 @@ def _effects(report: Any) -> list[dict[str, Any]]:
 
 def _attributed(row: EffectRow, totals: Sequence[float]) -> float:
     inside = totals[row.start : row.end]
-    return math.fsum(inside) if inside and all(map(math.isfinite, inside)) else math.nan
+    return _sum(inside) if inside else math.nan
 
 
 def _group(rows: Sequence[EffectRow], attributed: Sequence[float]) -> dict[str, Any]:
-    scale = scale_of([row.mean for row in rows], [bound for row in rows for bound in (row.low, row.high)])
+    scale = scale_of([row.mean for row in rows], _bounds(rows))
     beside = scale_of(attributed)
     return {
         "ends": _ends(scale),
@@ -108,6 +112,7 @@ def _group(rows: Sequence[EffectRow], attributed: Sequence[float]) -> dict[str, 
             {
                 "row": row,
                 "token": visible("".join(row.tokens)),
+                "interval": interval(row.low, row.high) if row.samples > 1 else "not sampled",
                 "effect": whisker(scale, row.mean, row.low, row.high),
                 "attribution": score,
                 "attribution_bar": whisker(beside, score, math.nan, math.nan),
@@ -118,12 +123,20 @@ def _group(rows: Sequence[EffectRow], attributed: Sequence[float]) -> dict[str, 
 
 
 def _table(kind: str, title: str, note: str, tokens: Sequence[KeyToken]) -> dict[str, Any]:
-    scale = scale_of([token.mean for token in tokens], [bound for token in tokens for bound in (token.low, token.high)])
+    scale = scale_of([token.mean for token in tokens], _bounds(tokens))
     rows = [
-        {"token": token, "text": visible(token.token), "whisker": whisker(scale, token.mean, token.low, token.high)}
+        {
+            "token": token,
+            "text": visible(token.token),
+            "whisker": whisker(scale, token.mean, token.low, token.high),
+        }
         for token in tokens
     ]
     return {"kind": kind, "title": title, "note": note, "rows": rows, "ends": _ends(scale)}
+
+
+def _bounds(rows: Sequence[KeyToken] | Sequence[EffectRow]) -> list[float]:
+    return [bound for row in rows for bound in (row.low, row.high)]
 
 
 def _ends(scale: Scale) -> dict[str, Any]:

@@ -7,7 +7,7 @@ _MARKS = {" ": "␣", "\n": "⏎", "\t": "⇥", "\r": "␍", "\x7f": "␡", "\xa
 
 
 def visible(token: str) -> str:
-    """The token with white space, control and format characters as marks that can be seen (and that XML allows)."""
+    """The token with white space, control and format characters as visible marks, which XML allows too."""
     if not token:
         return "∅"
     shown = "".join(_mark(character) for character in token)
@@ -24,15 +24,16 @@ def number(value: float) -> str:
     if value == 0:
         return "0"
     size = abs(value)
-    digits = f"{size:.2e}" if not 1e-3 <= size < 1e5 else f"{size:.{max(0, 2 - math.floor(math.log10(size)))}f}"
+    if not 1e-3 <= size < 1e5:
+        digits = f"{size:.2e}"
+    else:
+        digits = f"{size:.{max(0, 2 - math.floor(math.log10(size)))}f}"
     return ("−" if value < 0 else "+") + digits
 
 
 def interval(low: float, high: float) -> str:
-    """[low, high], or "not sampled" where both are the same number."""
-    if low == high:
-        return "not sampled"
-    return f"[{number(low)}, {number(high)}]"
+    """[low, high], or "–" if it is not known."""
+    return "–" if math.isnan(low) or math.isnan(high) else f"[{number(low)}, {number(high)}]"
 
 
 def probability(value: float) -> str:
