@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..records import PositionMean
+from .text import tick
 
 # A whisker may reach this many times as far as the farthest mean before it is cut off with an arrow.
 _REACH = 3.0
@@ -96,13 +97,9 @@ def curve(rows: Sequence[PositionMean]) -> dict[str, Any] | None:
             if len(piece) == 1
             for row in [_bounded(piece[0])]
         ],
-        "y_ticks": [{"at": 100 - y(value), "text": _tick(value)} for value in ticks(y)],
+        "y_ticks": [{"at": 100 - y(value), "text": tick(value)} for value in ticks(y)],
         "x_ticks": [{"at": x(position), "text": str(position)} for position in range(first, last + 1, step)],
     }
-
-
-def _tick(value: float) -> str:
-    return f"{value:+.6g}".replace("-", "−") if value else "0"
 
 
 def _band(x: Scale, y: Scale, rows: Sequence[PositionMean]) -> str:

@@ -8,12 +8,19 @@ import jinja2
 
 from ..records import EffectRow, HeatMap, KeyToken
 from .figures import Scale, curve, scale_of, sign, whisker
-from .text import interval, number, probability, visible
+from .text import interval, number, probability, tick, visible
 
 _KINDS = (
     ("attribution", "Attribution by token", "Mean over every training sequence that the tracker observed."),
     ("effect", "Effect by token", "Mean over the single-token deletions that were carried out."),
 )
+
+_LABELS = {
+    "every": "observed: one step in",
+    "observed_calls": "micro-batches seen",
+    "observed_tokens": "tokens observed",
+    "interventions": "deletions of single tokens",
+}
 
 
 def render(report: Any) -> str:
@@ -25,9 +32,12 @@ def render(report: Any) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {f.__name__: f for f in (number, visible, interval, probability)}
+    environment.filters |= {f.__name__: f for f in (number, tick, visible, interval, probability)}
     return environment.get_template("page.html.j2").render(
-        facts=[(str(name).replace("_", " "), _fact(value)) for name, value in report.meta.items()],
+        facts=[
+            (_LABELS.get(name, str(name).replace("_", " ")), _fact(value))
+            for name, value in report.meta.items()
+        ],
         examples=[_example(i, heat_map) for i, heat_map in enumerate(report.heat_maps)],
         effects=_effects(report),
         tables=[

@@ -31,6 +31,11 @@ def number(value: float) -> str:
     return ("−" if value < 0 else "+") + digits
 
 
+def tick(value: float) -> str:
+    """Signed, two significant digits, no trailing zeros: room beside an axis is short."""
+    return f"{value:+.2g}".replace("-", "−") if value else "0"
+
+
 def interval(low: float, high: float) -> str:
     """[low, high], or "–" if it is not known."""
     return "–" if math.isnan(low) or math.isnan(high) else f"[{number(low)}, {number(high)}]"
