@@ -12,14 +12,14 @@ from .text import interval, number, probability, tick, visible
 
 _KINDS = (
     ("attribution", "Attribution by token", "Mean over every training sequence that the tracker observed."),
-    ("effect", "Effect by token", "Mean over the single-token deletions that were carried out."),
+    ("effect", "Effect by token", "Mean over the interventions on single tokens that were carried out."),
 )
 
 _LABELS = {
     "every": "observed: one step in",
     "observed_calls": "micro-batches seen",
     "observed_tokens": "tokens observed",
-    "interventions": "deletions of single tokens",
+    "interventions": "interventions on single tokens",
 }
 
 
