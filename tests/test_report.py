@@ -1,0 +1,292 @@
+"""The report says what it was given, loads nothing, and stands any token and any number."""
+
+import json
+import math
+import re
+import sys
+from html.parser import HTMLParser
+from io import StringIO
+from itertools import pairwise
+from xml.etree import ElementTree
+
+import pytest
+
+pytest.importorskip("jinja2")
+
+from react_fast.tracker.records import EffectRow, HeatMap, KeyToken, PositionMean
+from react_fast.tracker.report import CausalityReport
+from react_fast.tracker.report.figures import curve, scale_of, ticks, whisker
+from react_fast.tracker.report.text import interval, number, visible
+
+NAN, INF = math.nan, math.inf
+EVIL = "<script>alert(1)</script>"
+VOID = {"meta", "link", "br", "hr", "img", "input", "line", "polyline", "polygon"}
+
+
+def full_report():
+    heat_map = HeatMap(
+        prompt_tokens=(" Islas", EVIL, "\n"),
+        response_tokens=(" Ilhas", "�"),
+        scores=((0.5, -0.25, 0.0, 0.0, 0.0), (0.25, 0.125, -1.0, 2.0, 0.0)),
+        title=f"es>pt {EVIL}",
+    )
+    # One token, a missing number, an empty response.
+    odd = (HeatMap(("x",), ("y",), ((NAN, 0.0),)), HeatMap(("alone",), (), ()))
+    effects = [
+        EffectRow((" Islas",), 1.5, 1.0, 2.0, 0, 0, 1, False, 8, 0.001, True),
+        EffectRow((EVIL, "\n"), -0.5, -INF, INF, 0, 1, 3, False, 8, 0.5),
+        EffectRow(("x",), NAN, NAN, NAN, 1, 0, 1),
+        EffectRow(('"ghost"',), 0.0, 0.0, 0.0, 9, 0, 1),  # an example without a heat map
+    ]
+    key_tokens = [
+        KeyToken(7, " Ilhas", "attribution", 1234, 0.25, 0.05, 0.15, 0.35, 1e-6, True),
+        KeyToken(8, EVIL, "attribution", 5, -0.1, 0.2, -0.5, 0.3, 0.6, False),
+        KeyToken(9, "\x00", "effect", 2, 0.0, 0.0, 0.0, 0.0, 1.0, False),
+    ]
+    positions = [PositionMean(p, 10, 0.1 * p - 0.2, 0.05, 0.1 * p - 0.3, 0.1 * p - 0.1) for p in (0, 1, 2, 5)]
+    meta = {"model": EVIL, "observed_tokens": 1234567, "seed": 0, "rate": 0.5, "nothing": None}
+    return CausalityReport(key_tokens, positions, (heat_map, *odd), effects, meta)
+
+
+class Page(HTMLParser):
+    """Elements of a page; fails where one is closed that is not open."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.open, self.elements, self.words = [], [], []
+        self.feed(text)
+        self.close()
+        assert self.open == []
+
+    def handle_starttag(self, tag, attrs):
+        self.elements.append((tag, dict(attrs)))
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attrs):
+        self.elements.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        if self.open and self.open[-1] not in ("script", "style"):
+            self.words.append(data.strip())
+
+    def of(self, tag):
+        return [attrs for name, attrs in self.elements if name == tag]
+
+
+@pytest.fixture(params=["full", "empty"])
+def report(request):
+    return full_report() if request.param == "full" else CausalityReport()
+
+
+@pytest.fixture
+def page(report, tmp_path):
+    return Page(report.to_html(tmp_path / "new folder" / "report.html").read_text(encoding="utf-8"))
+
+
+def test_page_loads_nothing(page, report, tmp_path):
+    for _, attrs in page.elements:
+        assert "src" not in attrs
+        assert attrs.get("href", "#").startswith("#")
+    assert not page.of("link")
+    text = report.to_html(tmp_path / "page.html").read_text(encoding="utf-8")
+    assert not re.search(r"https?://|@import|url\(|fetch\(|XMLHttpRequest", text)
+
+
+def test_page_is_well_formed(page, report, tmp_path):
+    text = report.to_html(tmp_path / "page.html").read_text(encoding="utf-8")
+    assert text.startswith("<!DOCTYPE html>\n")
+    assert page.of("html") == [{"lang": "en"}]
+    levels = [int(tag[1]) for tag, _ in page.elements if re.fullmatch("h[1-6]", tag)]
+    assert levels[0] == 1
+    assert levels.count(1) == 1
+    assert all(level <= before + 1 for before, level in pairwise(levels))
+    assert all(attrs.get("scope") in ("row", "col") for attrs in page.of("th"))
+    ids = [attrs["id"] for _, attrs in page.elements if "id" in attrs]
+    assert len(ids) == len(set(ids))
+    assert {attrs["href"][1:] for attrs in page.of("a")} <= set(ids)
+
+
+def test_text_is_escaped(tmp_path):
+    page = Page(full_report().to_html(tmp_path / "page.html").read_text(encoding="utf-8"))
+    # Three heat maps and the page's own script; tokens, title and meta are text.
+    assert len(page.of("script")) == 4
+    assert [word for word in page.words if EVIL in word]
+
+
+def test_page_shows_the_numbers(tmp_path):
+    text = full_report().to_html(tmp_path / "page.html").read_text(encoding="utf-8")
+    page = Page(text)
+    chips = [attrs for attrs in page.of("span") + page.of("button") if "data-total" in attrs]
+    # Column sums of the heat map, in the order prompt, response, of three examples.
+    totals = {attrs["title"].split("  ")[0]: attrs["data-total"] for attrs in chips}
+    assert totals["␣Islas"] == "0.75"
+    assert totals[EVIL] == "-0.125"
+    assert totals["⏎"] == "-1.0"
+    assert totals["␣Ilhas"] == "2.0"
+    assert totals["x"] == ""
+    assert "1,234,567" in page.words
+    assert "[+0.150, +0.350]" in page.words
+    assert "+1.50" in page.words
+    rows = json.loads(re.search(r'<script type="application/json">(.*?)</script>', text)[1])
+    assert rows == [[0.5, -0.25, 0.0], [0.25, 0.125, -1.0, 2.0]]
+
+
+def test_page_of_an_empty_report_says_so(tmp_path):
+    page = Page(CausalityReport().to_html(tmp_path / "page.html").read_text(encoding="utf-8"))
+    assert not page.of("table")
+    assert "No example was explained." in page.words
+    assert "No intervention was carried out." in page.words
+
+
+def test_300_tokens(tmp_path):
+    size = 150
+    rows = tuple(tuple(float(j < size + i) for j in range(2 * size)) for i in range(size))
+    heat_map = HeatMap(("a",) * size, ("b",) * size, rows)
+    page = Page(
+        CausalityReport(heat_maps=[heat_map]).to_html(tmp_path / "p.html").read_text(encoding="utf-8")
+    )
+    assert len(page.of("button")) == size
+
+
+def test_json_comes_back(report, tmp_path):
+    path = report.to_json(tmp_path / "report.json")
+    again = CausalityReport.from_json(path)
+    # repr: NaN is not equal to itself.
+    for name in ("key_tokens", "by_position", "heat_maps", "effects"):
+        assert repr(list(getattr(again, name))) == repr(list(getattr(report, name)))
+    assert again.meta == report.meta
+    json.loads(path.read_text(encoding="utf-8"), parse_constant=lambda name: pytest.fail(name))
+
+
+def test_json_of_another_version_is_refused(tmp_path):
+    path = tmp_path / "report.json"
+    path.write_text('{"version": 99}')
+    with pytest.raises(ValueError, match="version 1, got 99"):
+        CausalityReport.from_json(path)
+
+
+def test_graphml_holds_every_edge(tmp_path):
+    networkx = pytest.importorskip("networkx")
+    path = full_report().to_graphml(tmp_path / "report.graphml")
+    assert ElementTree.parse(path).getroot().tag.endswith("graphml")
+    graph = networkx.read_graphml(path, force_multigraph=True)
+    assert graph["e0.t3"]["e0.t4"][0]["weight"] == 2.0
+    kinds = [kind for _, _, kind in graph.edges(data="kind")]
+    # Six scores of the first heat map are not 0; of the four effects one is NaN.
+    assert kinds.count("attribution") == 6
+    assert kinds.count("effect") == 3
+    assert graph.nodes["e0.t1"]["label"] == EVIL
+    assert graph["e0.a1-3"]["e0.outcome"][0]["weight"] == -0.5
+
+
+def test_empty_graphml(tmp_path):
+    ElementTree.parse(CausalityReport().to_graphml(tmp_path / "report.graphml"))
+
+
+def test_parquet_holds_every_number(tmp_path):
+    parquet = pytest.importorskip("pyarrow.parquet")
+    table = parquet.read_table(full_report().to_parquet(tmp_path / "report.parquet"))
+    rows = table.to_pylist()
+    counts = {name: sum(row["record"] == name for row in rows) for name in set(table["record"].to_pylist())}
+    # Scores before each response token: 3 + 4 + 1.
+    assert counts == {"key_token": 3, "position": 4, "heat_map": 8, "effect": 4}
+    score = next(
+        row for row in rows if row["record"] == "heat_map" and row["target"] == 4 and row["start"] == 3
+    )
+    assert score["token"] == " Ilhas"
+    assert score["mean"] == 2.0
+    assert score["in_response"]
+    assert json.loads(table.schema.metadata[b"react_fast"])["model"] == EVIL
+
+
+def test_parquet_names_the_extra(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    with pytest.raises(ImportError, match=r"pyarrow.*react-fast\[report\]"):
+        CausalityReport().to_parquet(tmp_path / "report.parquet")
+
+
+def test_terminal(report):
+    rich = pytest.importorskip("rich.console")
+    console = rich.Console(record=True, width=120, file=StringIO())
+    report.show(console=console)
+    shown = console.export_text()
+    assert ("␣Ilhas" in shown) == bool(report.key_tokens)
+    assert ("nothing yet" in shown) == (not report.key_tokens)
+
+
+def test_markup_of_the_terminal_is_text():
+    rich = pytest.importorskip("rich.console")
+    console = rich.Console(record=True, width=120, file=StringIO())
+    CausalityReport([KeyToken(1, "[/bold]", "effect", 2, 1.0, 0.1, 0.8, 1.2, 0.1, False)]).show(
+        console=console
+    )
+    assert "[/bold]" in console.export_text()
+
+
+def test_scores_must_fit_their_tokens():
+    with pytest.raises(ValueError, match=r"heat_maps\[0\]\.scores must be \[1, 2\], got \[1, 3\]"):
+        CausalityReport(heat_maps=[HeatMap(("a",), ("b",), ((0.0, 0.0, 0.0),))])
+
+
+@pytest.mark.parametrize(
+    ("token", "shown"),
+    [
+        (" a", "␣a"),
+        ("\n", "⏎"),
+        ("\t", "⇥"),
+        ("", "∅"),
+        ("\x00", "␀"),
+        ("\u200b", "‹200B›"),
+        ("\u0301", "◌\u0301"),
+    ],
+)
+def test_every_token_can_be_seen(token, shown):
+    assert visible(token) == shown
+
+
+@pytest.mark.parametrize(
+    ("value", "shown"),
+    [
+        (0.0, "0"),
+        (-0.0, "0"),
+        (0.25, "+0.250"),
+        (-1234.5, "−1234"),
+        (1e-9, "+1.00e-09"),
+        (NAN, "–"),
+        (-INF, "−∞"),
+    ],
+)
+def test_numbers_have_three_digits(value, shown):
+    assert number(value) == shown
+
+
+def test_interval():
+    assert interval(-1.0, INF) == "[−1.00, +∞]"
+    assert interval(NAN, 1.0) == "–"
+
+
+def test_scale_holds_zero_and_every_mean():
+    scale = scale_of([0.5, 2.0, NAN], [-1e9, INF])
+    assert scale.low < 0 < 2.0 < scale.high
+    # An endless interval may not press the means together: it reaches three times the farthest mean.
+    assert scale.high < 7
+    assert whisker(scale, 2.0, -1e9, INF)["cut_high"]
+    assert whisker(scale, NAN, 0.0, 1.0) is None
+    assert scale_of([]).low < 0 < scale_of([]).high
+
+
+def test_ticks_are_round_and_inside():
+    scale = scale_of([0.0, 0.93])
+    assert ticks(scale) == pytest.approx([0.0, 0.2, 0.4, 0.6, 0.8], abs=1e-12)
+
+
+def test_curve_breaks_where_a_position_is_missing():
+    drawn = curve(full_report().by_position)
+    assert [len(points.split()) for points in drawn["lines"]] == [3, 1]
+    assert len(drawn["bands"]) == 1
+    assert len(drawn["dots"]) == 1
+    assert curve([PositionMean(0, 0, NAN, NAN, NAN, NAN)]) is None
