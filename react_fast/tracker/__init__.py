@@ -1,0 +1,1 @@
+"""The tracker: attribution, intervention, credit and their statistics."""
