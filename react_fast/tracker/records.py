@@ -1,6 +1,8 @@
 """What the tracker finds, as plain Python values: the report draws them, JSON holds them."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -31,7 +33,8 @@ class KeyToken:
 
 @dataclass(frozen=True)
 class PositionMean:
-    """Mean attribution of the tokens at one position of the sequence, counted from 0, with its 95% interval."""
+    """Mean attribution of the tokens at one position of the sequence, counted from 0, with its 95%
+    interval."""
 
     position: int
     count: int
@@ -56,6 +59,12 @@ class HeatMap:
     scores: tuple[tuple[float, ...], ...]
     title: str = ""
 
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> "HeatMap":
+        """The inverse of dataclasses.asdict, after JSON too, which has no tuples."""
+        prompt, response = tuple(values["prompt_tokens"]), tuple(values["response_tokens"])
+        return cls(prompt, response, tuple(tuple(row) for row in values["scores"]), values["title"])
+
 
 @dataclass(frozen=True)
 class EffectRow:
@@ -63,13 +72,13 @@ class EffectRow:
 
     Attributes:
         tokens: texts of the action's tokens.
-        mean, low, high: effect and 95% interval; all three are equal when the response is fixed and nothing was
-            sampled.
+        mean, low, high: effect and 95% interval; all three are equal when the response is fixed and nothing
+            was sampled.
         example: number of the example; the heat map of the same number shows the same text.
         start, end: place in prompt + response.
         in_response: false for a part of the prompt.
         samples: responses that the mean is over.
-        p_value: two-sided, of the effect being 0; NaN with fewer than two samples.
+        p_value: two-sided, of the effect being 0; None when nothing was sampled.
         significant: after Benjamini-Hochberg at 5% over the actions of the example.
     """
 
@@ -82,5 +91,10 @@ class EffectRow:
     end: int = 0
     in_response: bool = False
     samples: int = 1
-    p_value: float = float("nan")
+    p_value: float | None = None
     significant: bool = False
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> "EffectRow":
+        """The inverse of dataclasses.asdict, after JSON too, which has no tuples."""
+        return cls(**{**values, "tokens": tuple(values["tokens"])})
