@@ -264,7 +264,7 @@ def _continuations(
     limit: int,
     eos_id: int | None,
 ) -> dict[tuple[tuple[int, ...], int], list[int]]:
-    """Continuation by (prefix, sample), for pairs of a prefix and the response it holds; sample s has the same
+    """Continuation by (prefix, sample), for pairs of a prefix and its part of the response; sample s has the same
     noise behind every prefix, and a response that has ended is not continued."""
     ended = {tuple(prefix): opening[-1:] == [eos_id] for prefix, opening in wanted}
     keys = [(prefix, s) for prefix, over in ended.items() if not over for s in range(samples)]
