@@ -1,10 +1,12 @@
 """The tracker: equals the reference, finds the causes of known models, disturbs no training, keeps its state."""
 
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from scipy import stats
 from torch import nn
 
 from react_fast import reference, token_logprobs
@@ -354,6 +356,29 @@ def test_a_response_that_has_ended_is_not_continued(policy):
     assert all(ids[:2] == [9, 40] and len(ids) > 2 for ids in seen[2:])  # without its end it goes on
 
 
+def test_a_continuation_ends_with_its_first_end_token():
+    torch.manual_seed(0)
+    model = FirstToken().double()
+    with torch.no_grad():
+        model.table.weight[:, 3] = 5.0  # likely enough to end some early, not all at once
+    tracker = CausalityTracker(model, SimpleNamespace(eos_token_id=3, decode=str))
+    slow = reference.Tracker(model, SimpleNamespace(eos_token_id=3))
+    seen = []
+    effects = tracker.intervene(
+        [4, 5],
+        [6, 7],
+        [(0, 1), (1, 2)],
+        lambda ids: seen.append(ids) or len(ids),
+        samples=20,
+        max_new_tokens=9,
+    )
+    assert {ids[-1] for ids in seen if len(ids) < 9} == {3}
+    assert max(ids.count(3) for ids in seen) == 1
+    assert len({len(ids) for ids in seen}) > 2
+    expected = slow.intervene([4, 5], [6, 7], [(0, 1), (1, 2)], len, samples=20, max_new_tokens=9)
+    assert effects.values.tolist() == expected
+
+
 def test_samples_are_keyed():
     model = Recurrent()
     effects = [CausalityTracker(model, seed=seed).intervene(PROMPT, RESPONSE, samples=n).values
@@ -368,6 +393,9 @@ def test_intervals_hold_the_mean_and_bootstrap_is_another():
     student = tracker.intervene(PROMPT, RESPONSE, samples=6)
     bootstrap = tracker.intervene(PROMPT, RESPONSE, samples=6, interval="bootstrap")
     assert torch.equal(student.values, bootstrap.values)
+    for i, row in enumerate(student.values.numpy()[:3]):  # behind the response's last token all is 0
+        expected = stats.ttest_1samp(row, 0).confidence_interval(0.95)
+        np.testing.assert_allclose([student.low[i], student.high[i]], expected, rtol=1e-12)
     for effects in (student, bootstrap):
         assert bool((effects.low <= effects.mean).all())
         assert bool((effects.mean <= effects.high).all())
@@ -376,15 +404,15 @@ def test_intervals_hold_the_mean_and_bootstrap_is_another():
 
 def test_replacement_keeps_the_places():
     model = Recurrent().double()
-    effects = CausalityTracker(model, interventions=Replacement(2)).intervene(PROMPT, RESPONSE)
+    spans = [(i, i + size) for i in range(6) for size in (1, 2)]
+    effects = CausalityTracker(model, interventions=Replacement(2)).intervene(PROMPT, RESPONSE, spans)
     ids = torch.tensor([PROMPT + RESPONSE])
-    for i in range(7):
+    for i, (start, end) in enumerate(spans):
         changed = ids.clone()
-        changed[0, i] = 2
-        logp = [token_logprobs(model(x)[:, :-1], x[:, 1:])[0] for x in (ids, changed)]
-        outside = [t for t in range(2, 6) if t != i - 1]
-        expected = (logp[0] - logp[1])[outside].sum().detach()
-        torch.testing.assert_close(effects.mean[i], expected, **CLOSE)
+        changed[0, start:end] = 2
+        logp = [token_logprobs(model(x)[:, :-1], x[:, 1:])[0].detach() for x in (ids, changed)]
+        outside = [t - 1 for t in range(3, 7) if not start <= t < end]
+        torch.testing.assert_close(effects.mean[i], (logp[0] - logp[1])[outside].sum(), **CLOSE)
 
 
 def test_words_are_spans_and_the_last_prompt_token_stays():
