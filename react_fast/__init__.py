@@ -4,7 +4,7 @@ import importlib as _importlib
 from typing import Any as _Any
 
 from . import reference
-from .ops.attribution import attribution_scores
+from .ops.attribution import RunningMoments, attribution_scores
 from .ops.backend import get_backend, set_backend, use_backend
 from .ops.logprob import token_logprobs
 from .ops.policy_loss import PolicyLoss, PPOClip, Reinforce, importance_weights, policy_loss, value_loss
@@ -29,6 +29,7 @@ __all__ = [
     "PPOClip",
     "PolicyLoss",
     "Reinforce",
+    "RunningMoments",
     "__version__",
     "attribution_scores",
     "get_backend",
