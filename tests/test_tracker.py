@@ -492,6 +492,18 @@ def test_merged_trackers_equal_one_that_saw_both():
     assert parts[0].calls == whole.calls
 
 
+@pytest.mark.parametrize("widths", [(6, 9), (9, 6)])
+def test_trackers_of_other_lengths_merge(widths):
+    model = Recurrent()
+    left, right = CausalityTracker(model), CausalityTracker(model)
+    for tracker, width in zip((left, right), widths, strict=True):
+        ids = torch.ones(2, width, dtype=torch.int64)
+        _observe(tracker, ids, ids)
+    left.merge(right)
+    assert left.by_position.count[:9].tolist() == [4] * 5 + [2] * 3 + [0]
+    assert right.by_position.count.sum() == 2 * (widths[1] - 1)
+
+
 def test_explain_generates_greedily_where_no_response_is_given():
     model, tokenizer = _transformer()
     tracker = CausalityTracker(model, tokenizer)

@@ -219,4 +219,6 @@ class RunningMoments:
         for name in ("count", "mean", "m2"):
             _check.shape(name, state[name], self.count.shape, "these moments")
         device = self.count.device
-        self.count, self._mean, self._m2 = (state[name].to(device).clone() for name in ("count", "mean", "m2"))
+        self.count, self._mean, self._m2 = (
+            state[name].to(device).clone() for name in ("count", "mean", "m2")
+        )

@@ -325,11 +325,10 @@ class CausalityTracker:
             raise ValueError(
                 f"other must have {self.policy.vocab_size} tokens, got {other.policy.vocab_size}"
             )
-        size = max(self._length, other._length)
-        self._reach(size)
+        self._reach(other._length)
         self.by_token.merge(other.by_token)
         self.effects_by_token.merge(other.effects_by_token)
-        self.by_position.merge(_resized(other.by_position, size, self.policy.device))
+        self.by_position.merge(_resized(other.by_position, self._length, self.policy.device))
         shift = len(self.heat_maps)
         self.calls += other.calls
         self.heat_maps += other.heat_maps
