@@ -5,7 +5,7 @@ from typing import Any as _Any
 
 from . import reference
 from .ops.advantage import discounted_returns, gae, group_advantages, merge_moments, moments, whiten
-from .ops.attribution import attribution_scores
+from .ops.attribution import RunningMoments, attribution_scores
 from .ops.backend import get_backend, set_backend, use_backend
 from .ops.logprob import token_logprobs
 from .ops.policy_loss import PolicyLoss, PPOClip, Reinforce, importance_weights, policy_loss, value_loss
@@ -15,6 +15,7 @@ __version__ = "0.1.0"
 # Names that need the `train` extra are imported when first used, so that `import react_fast` needs torch and
 # numpy only.
 _LAZY: dict[str, str] = {
+    "CausalityTracker": ".tracker",
     "GRPO": ".trainer.algorithms",
     "REINFORCE": ".trainer.algorithms",
     "RunConfig": ".trainer.config",
@@ -29,6 +30,7 @@ __all__ = [
     "PPOClip",
     "PolicyLoss",
     "Reinforce",
+    "RunningMoments",
     "__version__",
     "attribution_scores",
     "discounted_returns",

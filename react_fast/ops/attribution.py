@@ -140,3 +140,85 @@ _scores_backward = register(
     triton=_scores_backward_triton,
     fake=_scores_backward_fake,
 )
+
+
+class RunningMoments:
+    """Count, mean and M2 (sum of squared deviations) of a stream of scores, for every id.
+
+    A batch's moments are merged into those before it, so the result does not depend, to rounding, on how the
+    stream is cut, and two states merge as if one had seen both. Plain torch; sums are float64.
+
+    Args:
+        size: ids are in [0, size).
+        device: of the state and of what `update` gets.
+    Source: Welford 1962; Chan, Golub & LeVeque 1979 for merging.
+    """
+
+    def __init__(self, size: int, device: torch.device | str | None = None) -> None:
+        if isinstance(size, bool) or not isinstance(size, int) or size < 0:
+            raise ValueError(f"size must be a whole number of ids, got {size!r}")
+        self.count = torch.zeros(size, dtype=torch.int64, device=device)
+        self._mean = torch.zeros(size, dtype=torch.float64, device=device)
+        self._m2 = torch.zeros(size, dtype=torch.float64, device=device)
+
+    def update(self, scores: torch.Tensor, ids: torch.Tensor, mask: torch.Tensor | None = None) -> None:
+        """Add scores [...] under their ids [...]; those with `mask` false do not exist.
+
+        Raises: TypeError for another dtype, ValueError if shapes or devices differ, IndexError for a counting id
+            outside [0, size).
+        """
+        _check.floating("scores", scores)
+        _check.integer("ids", ids)
+        _check.shape("ids", ids, scores.shape, "scores")
+        _check.device("scores", scores, self.count.device, "the moments")
+        _check.device("ids", ids, scores.device, "scores")
+        values, places = scores.detach().reshape(-1).double(), ids.reshape(-1).long()
+        if mask is not None:
+            keep = _check.mask("mask", mask, scores.shape, "scores", scores.device).reshape(-1)
+            values, places = values[keep], places[keep]
+        size = len(self.count)
+        if places.numel() and not 0 <= int(places.min()) <= int(places.max()) < size:
+            raise IndexError(f"ids must be in [0, {size}), got {int(places.min())} to {int(places.max())}")
+        batch = RunningMoments(size, self.count.device)
+        batch.count.index_add_(0, places, torch.ones_like(places))
+        batch._mean.index_add_(0, places, values)
+        batch._mean /= batch.count.clamp_min(1)
+        batch._m2.index_add_(0, places, (values - batch._mean[places]) ** 2)
+        self.merge(batch)
+
+    def merge(self, other: "RunningMoments") -> None:
+        """Add what `other`, of the same size, has seen."""
+        _check.shape("other", other.count, self.count.shape, "these moments")
+        share = other.count.double() / (self.count + other.count).clamp_min(1)
+        delta = other._mean - self._mean
+        self._mean = self._mean + delta * share
+        self._m2 = self._m2 + other._m2 + delta * delta * self.count * share
+        self.count = self.count + other.count
+
+    @property
+    def mean(self) -> torch.Tensor:
+        """[size] float64; 0 without observations."""
+        return self._mean
+
+    @property
+    def variance(self) -> torch.Tensor:
+        """[size] float64, M2 / (count - 1); NaN for fewer than two observations."""
+        return torch.where(self.count > 1, self._m2 / (self.count - 1), torch.nan)
+
+    @property
+    def standard_error(self) -> torch.Tensor:
+        """[size] float64, of the mean; NaN for fewer than two observations."""
+        return (self.variance / self.count).sqrt()
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        """Copies of "count", "mean" and "m2"."""
+        return {"count": self.count.clone(), "mean": self._mean.clone(), "m2": self._m2.clone()}
+
+    def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
+        """Go back to a state of the same size."""
+        for name in ("count", "mean", "m2"):
+            _check.shape(name, state[name], self.count.shape, "these moments")
+        device = self.count.device
+        self.count, self._mean, self._m2 = (
+            state[name].to(device).clone() for name in ("count", "mean", "m2")
+        )

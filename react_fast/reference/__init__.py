@@ -7,11 +7,13 @@ from .advantage import discounted_returns, gae, group_advantages, merge_moments,
 from .attribution import attribution_scores
 from .logprob import token_logprobs
 from .policy_loss import PolicyLoss, PPOClip, Reinforce, importance_weights, policy_loss, value_loss
+from .tracker import Tracker
 
 __all__ = [
     "PPOClip",
     "PolicyLoss",
     "Reinforce",
+    "Tracker",
     "attribution_scores",
     "discounted_returns",
     "gae",

@@ -1,0 +1,238 @@
+"""The policy as the tracker uses it: embedding output, log-probabilities, samples. Parameters' gradients are
+never touched.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from ..ops.logprob import token_logprobs
+
+# Sequences of one forward. Eight to sixteen were best on CPUs; the logits of sixteen long ones fit in memory.
+ROWS = 16
+
+Noise = Callable[[int, int, int], torch.Tensor]
+
+
+class Policy:
+    """A causal language model: `model(ids [B, T]) -> logits [B, T, V]`, or a Hugging Face one.
+
+    Args:
+        model: its token embedding is `get_input_embeddings()`, or the only nn.Embedding in it. Padding stands
+            on the right, so a module without an attention mask must be causal.
+    Raises: TypeError if it is no nn.Module, ValueError if the embedding is not found.
+    """
+
+    def __init__(self, model: Any) -> None:
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+        self.model = model
+        self.embedding = _embedding(model)
+        self.vocab_size = int(self.embedding.weight.shape[0])
+        self.hugging_face = hasattr(model, "generate")
+
+    @property
+    def device(self) -> torch.device:
+        return self.embedding.weight.device
+
+    def logits(self, ids: torch.Tensor, attention_mask: torch.Tensor | None = None) -> torch.Tensor:
+        """[B, T] -> [B, T, V]."""
+        if not self.hugging_face:
+            return self.model(ids)
+        return self.model(input_ids=ids, attention_mask=attention_mask, use_cache=False).logits
+
+    @contextmanager
+    def evaluation(self) -> Iterator[None]:
+        """Without dropout; the mode comes back at the end."""
+        was_training = self.model.training
+        self.model.eval()
+        try:
+            yield
+        finally:
+            self.model.train(was_training)
+
+    @contextmanager
+    def embedded(self) -> Iterator[list[torch.Tensor]]:
+        """Embedding outputs of the forwards inside, as leaves that nothing before them hangs on."""
+        leaves: list[torch.Tensor] = []
+
+        def cut(module: nn.Module, args: Any, output: torch.Tensor) -> torch.Tensor:
+            leaves.append(output.detach().requires_grad_())
+            return leaves[-1]
+
+        handle = self.embedding.register_forward_hook(cut)
+        try:
+            with torch.enable_grad():
+                yield leaves
+        finally:
+            handle.remove()
+
+    @contextmanager
+    def watched(
+        self, input_ids: torch.Tensor, record: Callable[[torch.Tensor, torch.Tensor], None]
+    ) -> Iterator[None]:
+        """Calls record(gradient, embedding output), [B, T, D] each, when a backward inside reaches the
+        embedding output of a forward on `input_ids` inside.
+
+        Raises: ValueError if the forward embeds another shape; RuntimeError if the output was changed in
+            place before the backward, or at the end if no gradient arrived.
+        """
+        arrived: list[bool] = []
+
+        def receive(grad: torch.Tensor, activation: torch.Tensor, version: int) -> None:
+            if activation._version != version:
+                raise RuntimeError("the embedding output was changed in place after the forward; use a copy")
+            with torch.no_grad():
+                record(grad, activation)
+            arrived.append(True)
+
+        def watch(module: nn.Module, args: Any, output: torch.Tensor) -> None:
+            if not torch.is_grad_enabled():
+                return
+            shape = list(output.shape[:-1])
+            if shape != list(input_ids.shape):
+                raise ValueError(
+                    f"input_ids must be {shape} like what the model embeds, got {list(input_ids.shape)}"
+                )
+            if not output.requires_grad:  # a frozen embedding
+                output.requires_grad_()
+            activation = output.detach()
+            version = activation._version
+            output.register_hook(lambda grad: receive(grad, activation, version))
+
+        handle = self.embedding.register_forward_hook(watch)
+        try:
+            yield
+        finally:
+            handle.remove()
+        if not arrived:
+            raise RuntimeError(
+                "observe must enclose the forward and the backward, got no gradient at the embedding"
+            )
+
+    @torch.no_grad()
+    def response_logprobs(self, rows: Sequence[Sequence[int]], starts: Sequence[int]) -> torch.Tensor:
+        """Log-probability of every token from `starts[i]` on in row i.
+
+        Returns: [N, T] float64, T the longest row; column t belongs to token t; 0 before the start and behind
+            the end.
+        """
+        width = max(map(len, rows))
+        out = torch.zeros(len(rows), width, dtype=torch.float64, device=self.device)
+        with self.evaluation():
+            for first in range(0, len(rows), ROWS):
+                ids, mask = self.padded(rows[first : first + ROWS])
+                begin = torch.tensor(starts[first : first + ROWS], device=self.device)
+                counted = mask & (torch.arange(ids.shape[1], device=self.device) >= begin[:, None])
+                logits = self.logits(ids, mask.long())
+                found = logprobs(logits[:, :-1], ids[:, 1:], counted[:, 1:])
+                out[first : first + ROWS, 1 : ids.shape[1]] = found
+        return out
+
+    def padded(self, rows: Sequence[Sequence[int]]) -> tuple[torch.Tensor, torch.Tensor]:
+        """(ids [N, T] padded on the right with id 0, mask [N, T])."""
+        lengths = torch.tensor([len(row) for row in rows])
+        ids = torch.zeros(len(rows), int(lengths.max()), dtype=torch.int64)
+        for i, row in enumerate(rows):
+            ids[i, : len(row)] = torch.tensor(row)
+        return ids.to(self.device), (torch.arange(ids.shape[1]) < lengths[:, None]).to(self.device)
+
+    @torch.no_grad()
+    def continuations(
+        self,
+        prefixes: Sequence[Sequence[int]],
+        *,
+        streams: Sequence[int],
+        limit: int,
+        eos_id: int | None,
+        noise: Noise | None,
+    ) -> list[list[int]]:
+        """One sampled continuation of every prefix, the end token included.
+
+        Args:
+            prefixes: not empty, each at least one token.
+            streams: number of the random stream of every row; rows with the same stream and prefix are equal.
+            limit: most tokens of a continuation.
+            eos_id: token that ends one, or None.
+            noise: (stream, position, V) -> [V] added to the log-probabilities before the largest is taken:
+                with Gumbel noise that is a sample at temperature 1. None: greedy.
+        """
+        found: list[list[int]] = [[] for _ in prefixes]
+        lengths = sorted({len(prefix) for prefix in prefixes})
+        with self.evaluation():
+            for length in lengths:
+                rows = [i for i, prefix in enumerate(prefixes) if len(prefix) == length]
+                for first in range(0, len(rows), ROWS):
+                    part = rows[first : first + ROWS]
+                    ids = torch.tensor([list(prefixes[i]) for i in part], device=self.device)
+                    chosen = self._continue(ids, [streams[i] for i in part], limit, eos_id, noise)
+                    for i, tokens in zip(part, chosen.tolist(), strict=True):
+                        found[i] = tokens[: tokens.index(eos_id) + 1] if eos_id in tokens else tokens
+        return found
+
+    def _continue(
+        self, ids: torch.Tensor, streams: list[int], limit: int, eos_id: int | None, noise: Noise | None
+    ) -> torch.Tensor:
+        """At most `limit` tokens behind prefixes of one length, which therefore need no padding."""
+        cache: Any = None
+        start = ids.shape[1]
+        for position in range(limit):
+            if self.hugging_face:
+                step = ids if cache is None else ids[:, -1:]
+                out = self.model(input_ids=step, past_key_values=cache, use_cache=True)
+                logits, cache = out.logits[:, -1], out.past_key_values
+            else:
+                logits = self.model(ids)[:, -1]
+            scores = torch.log_softmax(logits.double(), -1)
+            if noise is not None:
+                drawn = {stream: noise(stream, position, scores.shape[1]) for stream in set(streams)}
+                scores = scores + torch.stack([drawn[stream] for stream in streams]).to(scores)
+            ids = torch.cat([ids, scores.argmax(-1, keepdim=True)], 1)
+            if eos_id is not None and bool((ids[:, start:] == eos_id).any(1).all()):
+                break
+        return ids[:, start:]
+
+
+def logprobs(logits: torch.Tensor, ids: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
+    """[..., V], [...] -> [...]: token_logprobs alone, without the entropy."""
+    found = token_logprobs(logits, ids, mask=mask)
+    assert isinstance(found, torch.Tensor)
+    return found
+
+
+def gumbel(seed: int) -> Noise:
+    """Standard Gumbel noise keyed (seed, stream, position): the largest of log p + noise is a sample from p.
+
+    Two policies, or two prefixes, under the same noise choose the same token unless their probabilities
+    differ, which is what pairs an intervention with its control.
+
+    Source: Oberst & Sontag 2019 (arXiv:1905.05824).
+    """
+
+    def draw(stream: int, position: int, size: int) -> torch.Tensor:
+        key, counter = (
+            np.array([seed, stream], dtype=np.uint64),
+            np.array([0, 0, 0, position], dtype=np.uint64),
+        )
+        return torch.from_numpy(
+            np.random.Generator(np.random.Philox(key=key, counter=counter)).gumbel(size=size)
+        )
+
+    return draw
+
+
+def _embedding(model: nn.Module) -> Any:
+    find: Any = getattr(model, "get_input_embeddings", None)
+    found = find() if find is not None else None
+    if found is None:
+        every = [module for module in model.modules() if isinstance(module, nn.Embedding)]
+        if len(every) != 1:
+            raise ValueError(
+                f"model must have get_input_embeddings() or exactly one nn.Embedding, got {len(every)}"
+            )
+        found = every[0]
+    return found

@@ -1,0 +1,80 @@
+"""Intervals and tests. numpy float64 in and out, any shape."""
+
+import numpy as np
+from scipy import special
+
+LEVEL = 0.95
+RESAMPLES = 2000
+
+
+def student_interval(
+    mean: np.ndarray, standard_error: np.ndarray, count: np.ndarray, *, level: float = LEVEL
+) -> tuple[np.ndarray, np.ndarray]:
+    """Interval of a mean: mean -+ t * standard_error, with the quantile of Student's t at count - 1 degrees.
+
+    Exact for independent normal observations. Tokens of one response, or responses of one policy while it
+    trains, are neither: such an interval says how steady a mean is, and is too narrow as a statement about
+    new text.
+
+    Args:
+        mean, standard_error, count: of the observations, same shape.
+        level: probability inside.
+    Returns: (low, high); -inf and inf for fewer than two observations.
+    Source: Student 1908.
+    """
+    degrees = np.maximum(np.asarray(count, dtype=float) - 1, 1)
+    half = special.stdtrit(degrees, 0.5 + level / 2) * np.asarray(standard_error, dtype=float)
+    half = np.where(np.asarray(count) < 2, np.inf, half)
+    return mean - half, mean + half
+
+
+def student_p_value(mean: np.ndarray, standard_error: np.ndarray, count: np.ndarray) -> np.ndarray:
+    """Two-sided p-value of a mean being 0, by Student's t; 1 for fewer than two observations."""
+    degrees = np.maximum(np.asarray(count, dtype=float) - 1, 1)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        t = np.abs(np.asarray(mean, dtype=float) / standard_error)
+    # 0 / 0: every observation was exactly 0.
+    p = 2 * special.stdtr(degrees, -np.nan_to_num(t, nan=0.0, posinf=np.inf))
+    return np.where(np.asarray(count) < 2, 1.0, p)
+
+
+def bootstrap_interval(
+    samples: np.ndarray, *, level: float = LEVEL, resamples: int = RESAMPLES, seed: int = 0
+) -> tuple[np.ndarray, np.ndarray]:
+    """Percentile bootstrap of the mean over the last axis.
+
+    Args:
+        samples: [..., n] with n at least 2. All rows are resampled with the same draws.
+        level: probability inside.
+        resamples: bootstrap means.
+        seed: of the draws; the same seed gives the same interval.
+    Returns: (low, high) [...].
+    Source: Efron 1979.
+    """
+    samples = np.asarray(samples, dtype=float)
+    count = samples.shape[-1]
+    draws = np.random.Generator(np.random.Philox(seed)).integers(count, size=(resamples, count))
+    # [resamples, n]: how often each sample is drawn; means are then one product.
+    weights = np.apply_along_axis(np.bincount, 1, draws, minlength=count) / count
+    means = samples @ weights.T
+    low, high = np.quantile(means, [0.5 - level / 2, 0.5 + level / 2], axis=-1)
+    return low, high
+
+
+def benjamini_hochberg(p_values: np.ndarray, *, rate: float = 0.05) -> np.ndarray:
+    """Which hypotheses to reject so that on average at most `rate` of the rejected ones are true.
+
+    Args:
+        p_values: [n].
+        rate: false discovery rate.
+    Returns: [n] bool: the k smallest p-values, k the largest number with p_(k) <= rate * k / n.
+    Source: Benjamini & Hochberg 1995, for independent or positively dependent tests.
+    """
+    p_values = np.asarray(p_values, dtype=float)
+    order = np.argsort(p_values, kind="stable")
+    limits = rate * np.arange(1, len(order) + 1) / max(len(order), 1)
+    below = np.flatnonzero(p_values[order] <= limits)
+    rejected = np.zeros(len(order), dtype=bool)
+    if len(below):
+        rejected[order[: below[-1] + 1]] = True
+    return rejected
