@@ -58,16 +58,26 @@ def _inverse(t, WIDE: tl.constexpr):
 
 @triton.jit
 def _difference(u, largest, inverse_high, inverse_low):
-    """(u - largest) / T, at least -750: exp is 0 there, and 0 * d is 0 for a forbidden token too."""
+    """(u - largest) / T, at least -750: exp is 0 there, and 0 * d is 0 for a forbidden token too. The low part of
+    1 / T joins behind the bound, since it may be 0 and a forbidden token's gap is infinite."""
     gap = u - largest
-    d = gap * inverse_high + gap * inverse_low
-    return tl.where(d < -750.0, -750.0, d)
+    d = gap * inverse_high
+    return tl.where(d < -750.0, -750.0, d + gap * inverse_low)
+
+
+@triton.jit
+def _log1p(x):
+    """log(1 + x): what rounding 1 + x to s loses is put back by the factor x / (s - 1), so that a confident row
+    keeps full relative accuracy (Goldberg 1991, theorem 4)."""
+    s = 1.0 + x
+    lost_all = s == 1.0
+    return tl.where(lost_all, x, tl.log(s) * (x / tl.where(lost_all, 1.0, s - 1.0)))
 
 
 @triton.jit
 def _triple(high, middle, low, WIDE: tl.constexpr):
     """A Python number, which reaches a kernel as float32, from the three that sum to it."""
-    return high.to(WIDE) + middle.to(WIDE) + low.to(WIDE)
+    return tl.full([], 0.0, WIDE) + high + middle + low
 
 
 @triton.jit
@@ -123,7 +133,8 @@ def forward_kernel(
     wrong = (t > 0) == 0
     empty = (largest == float("-inf")) & (rest == 0.0)
     total = ties.to(tl.float64) + rest.to(tl.float64)
-    log_sum = tl.where(wrong | (largest == float("inf")), float("nan"), tl.log(total))
+    log_sum = _log1p((ties.to(tl.float64) - 1.0) + rest.to(tl.float64))
+    log_sum = tl.where(wrong | (largest == float("inf")), float("nan"), log_sum)
     y = tl.load(ids + row, counts, 0).to(tl.int64)
     valid = (y >= 0) & (y < vocab)
     u_y = tl.load(base + y, counts & valid, float("nan")).to(WIDE)
@@ -286,7 +297,9 @@ def _variants() -> list[Variant]:
                 Variant(
                     backward_kernel,
                     {"logits": dtype, "d_logits": dtype, "entropy_in": "*fp32", "d_logp": "*fp32"}
-                    | {"d_entropy": "*fp32"} | rows | scalars,
+                    | {"d_entropy": "*fp32"}
+                    | rows
+                    | scalars,
                     common | {"HAS_LOGP": True, "HAS_ENTROPY": full},
                     num_warps=WARPS,
                     divisible=("vocab", "outer_stride", "stride"),
