@@ -29,7 +29,7 @@ def _cap(x, softcap, WIDE: tl.constexpr):
     e = tl.exp(-2.0 * size)
     far = (1.0 - e) / (1.0 + e)
     tanh = tl.where(a < 0, -far, far)
-    if WIDE == tl.float32:
+    if tl.float32 == WIDE:
         # 1 - e cancels near 0: an odd polynomial of relative error 3e-9 there.
         z = a * a
         p = -0.00589515765 * z + 0.0207959713

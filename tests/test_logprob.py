@@ -114,7 +114,8 @@ def _assert_gradient(logits, ids, **options):
         contract.EPS[logp.dtype if logits.dtype == torch.float64 else torch.float32],
     )
     # Relative: the input's own rounding; p_j carries that of d_j, |d| <= 90 where p is not 0, in two terms.
-    # Absolute: h p (log p + H) is a difference of terms below 16 |h| < 64 / T, and 1 - p of the chosen token cancels.
+    # Absolute: h p (log p + H) is a difference of terms below 16 |h|, and 1 - p of the chosen
+    # token cancels.
     torch.testing.assert_close(actual.double(), expected, rtol=eps + 200 * inner, atol=50 * inner)
 
 
