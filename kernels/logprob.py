@@ -97,10 +97,8 @@ def forward_kernel(
     counts = live
     if MASKED:
         counts = live & (tl.load(mask + row, live, 0) != 0)
-    if PER_ROW:
-        t = tl.load(temperatures + row, counts, 1.0)
-    else:
-        t = tl.zeros([ROWS], WIDE) + _triple(t_high, t_middle, t_low, WIDE)
+    shared = _triple(t_high, t_middle, t_low, WIDE)
+    t = tl.load(temperatures + row, counts, 1.0) if PER_ROW else tl.zeros([ROWS], WIDE) + shared
     inverse_high, inverse_low = _inverse(t, WIDE)
     softcap = _triple(cap_high, cap_middle, cap_low, WIDE)
     base = logits + _row_offset(row, inner, outer_stride, stride)
@@ -132,9 +130,8 @@ def forward_kernel(
     # The scalars of a row in float64: a dozen operations beside thousands of loads.
     wrong = (t > 0) == 0
     empty = (largest == float("-inf")) & (rest == 0.0)
-    total = ties.to(tl.float64) + rest.to(tl.float64)
-    log_sum = _log1p((ties.to(tl.float64) - 1.0) + rest.to(tl.float64))
-    log_sum = tl.where(wrong | (largest == float("inf")), float("nan"), log_sum)
+    beside_one = (ties.to(tl.float64) - 1.0) + rest.to(tl.float64)
+    log_sum = tl.where(wrong | (largest == float("inf")), float("nan"), _log1p(beside_one))
     y = tl.load(ids + row, counts, 0).to(tl.int64)
     valid = (y >= 0) & (y < vocab)
     u_y = tl.load(base + y, counts & valid, float("nan")).to(WIDE)
@@ -147,7 +144,7 @@ def forward_kernel(
     tl.store(stats + row, largest, live)
     tl.store(stats + rows + row, log_sum.to(WIDE), live)
     if ENTROPY:
-        entropy = tl.where(empty & (wrong == 0), 0.0, log_sum - moment.to(tl.float64) / total)
+        entropy = tl.where(empty & (wrong == 0), 0.0, log_sum - moment.to(tl.float64) / (1.0 + beside_one))
         tl.store(entropy_out + row, tl.where(counts, entropy, 0.0).to(WIDE), live)
 
 
@@ -166,10 +163,8 @@ def backward_kernel(
     counts = live
     if MASKED:
         counts = live & (tl.load(mask + row, live, 0) != 0)
-    if PER_ROW:
-        t = tl.load(temperatures + row, counts, 1.0)
-    else:
-        t = tl.zeros([ROWS], WIDE) + _triple(t_high, t_middle, t_low, WIDE)
+    shared = _triple(t_high, t_middle, t_low, WIDE)
+    t = tl.load(temperatures + row, counts, 1.0) if PER_ROW else tl.zeros([ROWS], WIDE) + shared
     inverse_high, inverse_low = _inverse(t, WIDE)
     softcap = _triple(cap_high, cap_middle, cap_low, WIDE)
     largest = tl.load(stats + row, counts, 0.0)

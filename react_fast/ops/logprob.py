@@ -66,7 +66,12 @@ def token_logprobs(
     cap = 0.0 if softcap is None else _check.number("softcap", softcap, low=LOW, high=HIGH)
     if use_reference():
         return reference.token_logprobs(
-            logits, token_ids, temperature=temperature, softcap=softcap, mask=mask, return_entropy=return_entropy
+            logits,
+            token_ids,
+            temperature=temperature,
+            softcap=softcap,
+            mask=mask,
+            return_entropy=return_entropy,
         )
     logp, entropy, _ = _token_logprobs(logits, token_ids, mask, per_row, shared, cap, bool(return_entropy))
     return (logp, entropy) if return_entropy else logp
@@ -113,7 +118,9 @@ def _index(row: int, shape: torch.Size) -> str:
     return ", ".join(reversed(where))
 
 
-def _refuse(argument: str, row: int, logits: torch.Tensor, ids: torch.Tensor, per_row: torch.Tensor | None) -> None:
+def _refuse(
+    argument: str, row: int, logits: torch.Tensor, ids: torch.Tensor, per_row: torch.Tensor | None
+) -> None:
     at = f"[{_index(row, ids.shape)}]" if ids.dim() else ""
     if argument == "token_ids":
         raise IndexError(
