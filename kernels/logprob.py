@@ -29,7 +29,7 @@ def _cap(x, softcap, WIDE: tl.constexpr):
     e = tl.exp(-2.0 * size)
     far = (1.0 - e) / (1.0 + e)
     tanh = tl.where(a < 0, -far, far)
-    if WIDE == tl.float32:
+    if tl.float32 == WIDE:
         # 1 - e cancels near 0: an odd polynomial of relative error 3e-9 there.
         z = a * a
         p = -0.00589515765 * z + 0.0207959713
@@ -58,16 +58,26 @@ def _inverse(t, WIDE: tl.constexpr):
 
 @triton.jit
 def _difference(u, largest, inverse_high, inverse_low):
-    """(u - largest) / T, at least -750: exp is 0 there, and 0 * d is 0 for a forbidden token too."""
+    """(u - largest) / T, at least -750: exp is 0 there, and 0 * d is 0 for a forbidden token too. The low part of
+    1 / T joins behind the bound, since it may be 0 and a forbidden token's gap is infinite."""
     gap = u - largest
-    d = gap * inverse_high + gap * inverse_low
-    return tl.where(d < -750.0, -750.0, d)
+    d = gap * inverse_high
+    return tl.where(d < -750.0, -750.0, d + gap * inverse_low)
+
+
+@triton.jit
+def _log1p(x):
+    """log(1 + x): what rounding 1 + x to s loses is put back by the factor x / (s - 1), so that a confident row
+    keeps full relative accuracy (Goldberg 1991, theorem 4)."""
+    s = 1.0 + x
+    lost_all = s == 1.0
+    return tl.where(lost_all, x, tl.log(s) * (x / tl.where(lost_all, 1.0, s - 1.0)))
 
 
 @triton.jit
 def _triple(high, middle, low, WIDE: tl.constexpr):
     """A Python number, which reaches a kernel as float32, from the three that sum to it."""
-    return high.to(WIDE) + middle.to(WIDE) + low.to(WIDE)
+    return tl.full([], 0.0, WIDE) + high + middle + low
 
 
 @triton.jit
@@ -87,10 +97,8 @@ def forward_kernel(
     counts = live
     if MASKED:
         counts = live & (tl.load(mask + row, live, 0) != 0)
-    if PER_ROW:
-        t = tl.load(temperatures + row, counts, 1.0)
-    else:
-        t = tl.zeros([ROWS], WIDE) + _triple(t_high, t_middle, t_low, WIDE)
+    shared = _triple(t_high, t_middle, t_low, WIDE)
+    t = tl.load(temperatures + row, counts, 1.0) if PER_ROW else tl.zeros([ROWS], WIDE) + shared
     inverse_high, inverse_low = _inverse(t, WIDE)
     softcap = _triple(cap_high, cap_middle, cap_low, WIDE)
     base = logits + _row_offset(row, inner, outer_stride, stride)
@@ -122,8 +130,8 @@ def forward_kernel(
     # The scalars of a row in float64: a dozen operations beside thousands of loads.
     wrong = (t > 0) == 0
     empty = (largest == float("-inf")) & (rest == 0.0)
-    total = ties.to(tl.float64) + rest.to(tl.float64)
-    log_sum = tl.where(wrong | (largest == float("inf")), float("nan"), tl.log(total))
+    beside_one = (ties.to(tl.float64) - 1.0) + rest.to(tl.float64)
+    log_sum = tl.where(wrong | (largest == float("inf")), float("nan"), _log1p(beside_one))
     y = tl.load(ids + row, counts, 0).to(tl.int64)
     valid = (y >= 0) & (y < vocab)
     u_y = tl.load(base + y, counts & valid, float("nan")).to(WIDE)
@@ -136,7 +144,7 @@ def forward_kernel(
     tl.store(stats + row, largest, live)
     tl.store(stats + rows + row, log_sum.to(WIDE), live)
     if ENTROPY:
-        entropy = tl.where(empty & (wrong == 0), 0.0, log_sum - moment.to(tl.float64) / total)
+        entropy = tl.where(empty & (wrong == 0), 0.0, log_sum - moment.to(tl.float64) / (1.0 + beside_one))
         tl.store(entropy_out + row, tl.where(counts, entropy, 0.0).to(WIDE), live)
 
 
@@ -155,10 +163,8 @@ def backward_kernel(
     counts = live
     if MASKED:
         counts = live & (tl.load(mask + row, live, 0) != 0)
-    if PER_ROW:
-        t = tl.load(temperatures + row, counts, 1.0)
-    else:
-        t = tl.zeros([ROWS], WIDE) + _triple(t_high, t_middle, t_low, WIDE)
+    shared = _triple(t_high, t_middle, t_low, WIDE)
+    t = tl.load(temperatures + row, counts, 1.0) if PER_ROW else tl.zeros([ROWS], WIDE) + shared
     inverse_high, inverse_low = _inverse(t, WIDE)
     softcap = _triple(cap_high, cap_middle, cap_low, WIDE)
     largest = tl.load(stats + row, counts, 0.0)
@@ -286,7 +292,9 @@ def _variants() -> list[Variant]:
                 Variant(
                     backward_kernel,
                     {"logits": dtype, "d_logits": dtype, "entropy_in": "*fp32", "d_logp": "*fp32"}
-                    | {"d_entropy": "*fp32"} | rows | scalars,
+                    | {"d_entropy": "*fp32"}
+                    | rows
+                    | scalars,
                     common | {"HAS_LOGP": True, "HAS_ENTROPY": full},
                     num_warps=WARPS,
                     divisible=("vocab", "outer_stride", "stride"),

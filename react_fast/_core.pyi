@@ -13,13 +13,13 @@ def set_isa(name: str) -> None: ...
 
 def token_logprobs(
     logits: int, token_ids: int, mask: int, temperatures: int, dtype: int, id_dtype: int, rows: int,
-    vocab: int, inner: int, outer_stride: int, stride: int, temperature: float, softcap: float, low: float, high: float, logp: int,
-    entropy: int, stats: int, threads: int,
+    vocab: int, inner: int, outer_stride: int, stride: int, temperature: float, softcap: float, low: float,
+    high: float, logp: int, entropy: int, stats: int, threads: int,
 ) -> tuple[str, int]: ...
 def token_logprobs_backward(
     logits: int, token_ids: int, mask: int, temperatures: int, dtype: int, id_dtype: int, rows: int,
-    vocab: int, inner: int, outer_stride: int, stride: int, temperature: float, softcap: float, stats: int, entropy: int, d_logp: int,
-    d_entropy: int, d_logits: int, threads: int,
+    vocab: int, inner: int, outer_stride: int, stride: int, temperature: float, softcap: float, stats: int,
+    entropy: int, d_logp: int, d_entropy: int, d_logits: int, threads: int,
 ) -> None: ...
 
 # ---- advantage

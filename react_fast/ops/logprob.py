@@ -1,7 +1,7 @@
 """Log-probability of the chosen token of every row, and the entropy of the row, from logits."""
 
 import os
-from typing import Any
+from typing import Any, Literal, overload
 
 import torch
 
@@ -11,6 +11,30 @@ from .backend import DTYPE, accumulation_dtype, address, register, use_reference
 
 # Beyond these, 1 / temperature and differences of float32 logits leave float32.
 LOW, HIGH = 1e-30, 1e30
+
+
+@overload
+def token_logprobs(
+    logits: torch.Tensor,
+    token_ids: torch.Tensor,
+    *,
+    temperature: float | torch.Tensor = ...,
+    softcap: float | None = ...,
+    mask: torch.Tensor | None = ...,
+    return_entropy: Literal[False] = ...,
+) -> torch.Tensor: ...
+
+
+@overload
+def token_logprobs(
+    logits: torch.Tensor,
+    token_ids: torch.Tensor,
+    *,
+    temperature: float | torch.Tensor = ...,
+    softcap: float | None = ...,
+    mask: torch.Tensor | None = ...,
+    return_entropy: Literal[True],
+) -> tuple[torch.Tensor, torch.Tensor]: ...
 
 
 def token_logprobs(
@@ -66,7 +90,12 @@ def token_logprobs(
     cap = 0.0 if softcap is None else _check.number("softcap", softcap, low=LOW, high=HIGH)
     if use_reference():
         return reference.token_logprobs(
-            logits, token_ids, temperature=temperature, softcap=softcap, mask=mask, return_entropy=return_entropy
+            logits,
+            token_ids,
+            temperature=temperature,
+            softcap=softcap,
+            mask=mask,
+            return_entropy=return_entropy,
         )
     logp, entropy, _ = _token_logprobs(logits, token_ids, mask, per_row, shared, cap, bool(return_entropy))
     return (logp, entropy) if return_entropy else logp
@@ -113,7 +142,9 @@ def _index(row: int, shape: torch.Size) -> str:
     return ", ".join(reversed(where))
 
 
-def _refuse(argument: str, row: int, logits: torch.Tensor, ids: torch.Tensor, per_row: torch.Tensor | None) -> None:
+def _refuse(
+    argument: str, row: int, logits: torch.Tensor, ids: torch.Tensor, per_row: torch.Tensor | None
+) -> None:
     at = f"[{_index(row, ids.shape)}]" if ids.dim() else ""
     if argument == "token_ids":
         raise IndexError(
@@ -140,7 +171,8 @@ def _forward_cpu(
     temperature: float, softcap: float, want_entropy: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
     logp, entropy, stats = _outputs(logits, want_entropy)
-    x, *layout = _layout(logits)
+    found = _layout(logits)
+    x, layout = found[0], found[1:]
     ids, keep, temperatures = token_ids.contiguous(), _flat(mask), _flat(per_row, torch.float64)
     argument, row = _core.token_logprobs(
         x.data_ptr(), ids.data_ptr(), address(keep), address(temperatures), DTYPE[x.dtype], DTYPE[ids.dtype],
@@ -213,7 +245,8 @@ def _backward_cpu(
     d_logp: torch.Tensor | None, d_entropy: torch.Tensor | None,
 ) -> torch.Tensor:  # fmt: skip
     d_logits = logits.new_empty(logits.shape)
-    x, *layout = _layout(logits)
+    found = _layout(logits)
+    x, layout = found[0], found[1:]
     ids, keep, temperatures = token_ids.contiguous(), _flat(mask), _flat(per_row, torch.float64)
     d_logp, d_entropy = _flat(d_logp), _flat(d_entropy)
     _core.token_logprobs_backward(
