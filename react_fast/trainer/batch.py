@@ -17,7 +17,7 @@ class Batch:
         input_ids, attention_mask: [B, T] int64.
         mask: [B, T-1] bool, true where token t + 1 is an action.
         sampler_logprobs: [B, T-1] float32.
-        rewards: [B] float32, sum over turns.  step_rewards: [B, T-1], each turn's at its last action.
+        rewards: [B] float32 or float64, sum over turns.  step_rewards: [B, T-1], each turn's at its last action.
         groups: [B] int64.
         old_logprobs, ref_logprobs: [B, T-1] or None, set by `score`.
         attribution: [B, T-1] or None, set by `score` when credit asks for it.
@@ -61,8 +61,10 @@ class Batch:
         return replace(self, **chosen)
 
 
-def collate(trajectories: Sequence[Trajectory], pad_id: int, device: torch.device) -> Batch:
-    """Pad trajectories into a batch.
+def collate(
+    trajectories: Sequence[Trajectory], pad_id: int, device: torch.device, dtype: torch.dtype = torch.float32
+) -> Batch:
+    """Pad trajectories into a batch; rewards are of `dtype`, which the policy's log-probabilities have.
 
     Raises: ValueError for no trajectories, or for one without a token before its first action.
     """
@@ -83,8 +85,8 @@ def collate(trajectories: Sequence[Trajectory], pad_id: int, device: torch.devic
         attention_mask=attention.to(device),
         mask=actions[:, 1:].to(device),
         sampler_logprobs=pad([t.sampler_logprobs for t in trajectories], 0.0)[:, 1:].to(device),
-        rewards=torch.tensor([float(sum(t.rewards)) for t in trajectories], device=device),
-        step_rewards=_step_rewards(trajectories, ids.shape[1]).to(device),
+        rewards=torch.tensor([float(sum(t.rewards)) for t in trajectories], device=device, dtype=dtype),
+        step_rewards=_step_rewards(trajectories, ids.shape[1]).to(device, dtype),
         groups=torch.tensor([t.group for t in trajectories], device=device),
     )
 
@@ -92,7 +94,7 @@ def collate(trajectories: Sequence[Trajectory], pad_id: int, device: torch.devic
 def _step_rewards(trajectories: Sequence[Trajectory], width: int) -> torch.Tensor:
     """Each turn's reward stands at the turn's last action. A turn without one hands its reward to the action
     before it, or to none if there is none."""
-    placed = torch.zeros(len(trajectories), width)
+    placed = torch.zeros(len(trajectories), width, dtype=torch.float64)
     for row, trajectory in enumerate(trajectories):
         for turn, reward in enumerate(trajectory.rewards):
             upto = (trajectory.action_mask & (trajectory.turn_index <= turn)).nonzero()

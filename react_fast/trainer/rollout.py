@@ -86,11 +86,15 @@ def uniforms(params: SamplingParams, count: int) -> torch.Tensor:
     draws = np.empty((count, params.max_new_tokens))
     for i, row in enumerate(rows):
         counter = np.array([0, 0, params.turn, row], dtype=np.uint64)
-        draws[i] = np.random.Generator(np.random.Philox(key=key, counter=counter)).random(params.max_new_tokens)
+        draws[i] = np.random.Generator(np.random.Philox(key=key, counter=counter)).random(
+            params.max_new_tokens
+        )
     return torch.from_numpy(draws)
 
 
-def choose(logits: torch.Tensor, draws: torch.Tensor, params: SamplingParams) -> tuple[torch.Tensor, torch.Tensor]:
+def choose(
+    logits: torch.Tensor, draws: torch.Tensor, params: SamplingParams
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Next tokens [B] by inverse transform sampling (or the most probable ones) and their log-probs [B]."""
     logprobs = torch.log_softmax(logits.float() / params.temperature, -1)
     if params.greedy:

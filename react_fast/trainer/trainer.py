@@ -6,7 +6,6 @@ with bitwise the same weights, and a checkpoint holds no random state.
 
 import copy
 import math
-import time
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
@@ -18,13 +17,16 @@ import torch
 from accelerate import Accelerator
 
 from ..envs import TextEnv
+from ..ops.backend import accumulation_dtype
 from ..ops.logprob import token_logprobs
 from ..tracker.credit import attribution_credit
 from .algorithms.sft import demonstrations
 from .batch import Batch, collate
 from .checkpoint import load_checkpoint, load_weights, newest_complete, save_checkpoint
 from .config import TrainerConfig
+from .early_stopping import EarlyStopping
 from .interrupt import StopRequest
+from .meters import Averages, Clock, describe, samples
 from .rollout import Episodes, PolicyEngine, RolloutEngine, SamplingParams, Trajectory
 from .schedule import learning_rate, make_optimizer
 from .state import join, split
@@ -69,7 +71,9 @@ class Trainer:
         if self.config.credit == "attribution" and tracker is None:
             raise ValueError("tracker must be given when config.credit is 'attribution', got None")
         if self.config.early_stopping and (eval_env is None or not self.config.eval_every):
-            raise ValueError("eval_env and config.eval_every must be given when config.early_stopping is not 0")
+            raise ValueError(
+                "eval_env and config.eval_every must be given when config.early_stopping is not 0"
+            )
         if self.config.threads is not None:
             torch.set_num_threads(self.config.threads)
         self.tokenizer, self.env, self.eval_env = tokenizer, env, eval_env
@@ -82,7 +86,7 @@ class Trainer:
         self.reference = self._frozen_copy() if self.config.kl_coef and not algorithm.supervised else None
         self.step = 0  # finished steps
         self.updates = 0  # finished optimiser updates
-        self._best: dict[str, Any] = {"value": math.inf, "waited": 0, "weights": None}
+        self.stopping = EarlyStopping(self.config.early_stopping)
 
     # ---- the four phases -----------------------------------------------------------------------------------
 
@@ -93,7 +97,7 @@ class Trainer:
     def score(self, trajectories: Sequence[Trajectory]) -> Batch:
         """Pad the trajectories and add what the update needs about them: log-probs under the policy as it is
         now (if it will change before the last update on them) and under the reference, and attributions."""
-        batch = collate(trajectories, self.pad_id, self.accelerator.device)
+        batch = collate(trajectories, self.pad_id, self.accelerator.device, self._dtype)
         if self.algorithm.supervised:
             return batch
         if self.config.updates_per_step > 1:
@@ -125,7 +129,7 @@ class Trainer:
         with the one that sampled.
         """
         self._prepared.train(self.algorithm.supervised)
-        totals = _Averages()
+        totals = Averages()
         for rows in self._minibatches(len(batch)):
             self._update_once(batch.select(rows), totals)
         return totals.result()
@@ -145,12 +149,12 @@ class Trainer:
         self._resume(resume)
         metrics: dict[str, float] = {}
         with StopRequest(self._notice) as stop:
-            while self.step < self.config.steps and not self._waited_enough():
+            while self.step < self.config.steps and not self.stopping.over:
                 metrics = self.train_step()
-                finished = self.step >= self.config.steps or self._waited_enough()
+                finished = self.step >= self.config.steps or self.stopping.over
                 if finished or stop() or (self.config.save_every and self.step % self.config.save_every == 0):
                     if finished:
-                        self._restore_best()
+                        self.stopping.restore(self.model)
                     self.save()
                 if stop() and not finished:
                     raise KeyboardInterrupt
@@ -158,7 +162,7 @@ class Trainer:
 
     def train_step(self) -> dict[str, float]:
         """One step: the four phases, evaluation when it is due, logging. Returns the step's metrics."""
-        clock = _Clock()
+        clock = Clock()
         trajectories = self.collect()
         clock.lap("rollout")
         batch = self.score(trajectories)
@@ -168,14 +172,15 @@ class Trainer:
         metrics = self.update(batch)
         clock.lap("update")
         self.step += 1
-        metrics |= self._describe(trajectories, batch) | clock.metrics()
+        metrics |= describe(trajectories, batch, self.algorithm.supervised) | clock.metrics()
         if self.config.eval_every and self.eval_env is not None and self.step % self.config.eval_every == 0:
             metrics |= self.evaluate()
-            self._keep_best(metrics)
+            value = metrics["eval/loss"] if self.algorithm.supervised else -metrics["eval/reward"]
+            self.stopping.see(value, self.model)
         if self.reporter is not None:
             self.reporter.log(self.step, self.phase, metrics)
             if self.config.sample_every and self.step % self.config.sample_every == 0:
-                self.reporter.samples(self._samples(trajectories))
+                self.reporter.samples(samples(trajectories, self.env.records, self.tokenizer))
         return metrics
 
     def evaluate(self, env: TextEnv | None = None, *, greedy: bool = True) -> dict[str, float]:
@@ -189,7 +194,9 @@ class Trainer:
         if env is None:
             raise ValueError("env must be given when the trainer has no eval_env, got None")
         indices = list(range(len(env.records)))
-        parts = [indices[i : i + self.config.eval_batch] for i in range(0, len(indices), self.config.eval_batch)]
+        parts = [
+            indices[i : i + self.config.eval_batch] for i in range(0, len(indices), self.config.eval_batch)
+        ]
         if self.algorithm.supervised:
             return {"eval/loss": self._held_out_loss(env, parts)}
         played = Episodes(self.engine, self.tokenizer, env)
@@ -231,7 +238,7 @@ class Trainer:
             "step": self.step,
             "updates": self.updates,
             "optimizer": self.optimizer.state_dict(),
-            "best": self._best,
+            "stopping": self.stopping.state_dict(),
             "reference": self.reference.state_dict() if self.reference is not None else None,
             "tracker": self.tracker.state_dict() if self.tracker is not None else None,
         }
@@ -251,7 +258,8 @@ class Trainer:
         checkpoint = load_checkpoint(path)
         load_weights(self.model, path)
         tree = join(checkpoint.state["trainer"], checkpoint.tensors)
-        self.step, self.updates, self._best = tree["step"], tree["updates"], tree["best"]
+        self.step, self.updates = tree["step"], tree["updates"]
+        self.stopping.load_state_dict(tree["stopping"])
         self.optimizer.load_state_dict(tree["optimizer"])
         if self.reference is not None and tree["reference"] is not None:
             self.reference.load_state_dict(tree["reference"])
@@ -269,7 +277,7 @@ class Trainer:
         pad = self.tokenizer.pad_token_id
         return pad if pad is not None else (self.eos_id or 0)
 
-    def _update_once(self, batch: Batch, totals: "_Averages") -> None:
+    def _update_once(self, batch: Batch, totals: Averages) -> None:
         denominator = self.algorithm.denominator(batch)
         size = self.config.micro_batch or len(batch)
         self.optimizer.zero_grad(set_to_none=True)
@@ -285,18 +293,24 @@ class Trainer:
         if math.isfinite(norm):
             self.optimizer.step()
         else:
-            warnings.warn(f"{self.phase} step {self.step + 1}: gradient norm is {norm}, update skipped", stacklevel=3)
+            warnings.warn(
+                f"{self.phase} step {self.step + 1}: gradient norm is {norm}, update skipped", stacklevel=3
+            )
             totals.add({"skipped_updates": 1.0}, 1.0)
         self.updates += 1
         totals.add({"grad_norm": norm, "learning_rate": rate}, 1.0)
 
-    def _backward(self, part: Batch, denominator: torch.Tensor, totals: "_Averages") -> None:
+    def _backward(self, part: Batch, denominator: torch.Tensor, totals: Averages) -> None:
         actions = torch.nn.functional.pad(part.mask, (1, 0))
         watched = self.tracker.observe(part.input_ids, actions) if self.tracker is not None else nullcontext()
         with watched:
             logits = self._forward(self._prepared, part)
             logprobs, entropy = token_logprobs(
-                logits[:, :-1], part.targets, mask=part.mask, temperature=self._temperature, return_entropy=True
+                logits[:, :-1],
+                part.targets,
+                mask=part.mask,
+                temperature=self._temperature,
+                return_entropy=True,
             )
             loss, metrics = self.algorithm.loss(self.config, part, logprobs, entropy, denominator)
             self.accelerator.backward(loss)
@@ -313,6 +327,11 @@ class Trainer:
         """Policies are scored as they sample; references are scored at temperature 1."""
         return 1.0 if self.algorithm.supervised else self.config.temperature
 
+    @property
+    def _dtype(self) -> torch.dtype:
+        """Of log-probabilities, and of the rewards and advantages that meet them."""
+        return accumulation_dtype(next(self.model.parameters()).dtype)
+
     def _forward(self, model: Any, batch: Batch) -> torch.Tensor:
         if hasattr(self.model, "generate"):
             mask = batch.attention_mask
@@ -324,12 +343,13 @@ class Trainer:
         """[B, T-1] log-probs of the actions under a model, in evaluation mode."""
         was_training = model.training
         model.eval()
-        wide = next(model.parameters()).dtype == torch.float64
-        out = torch.zeros(batch.mask.shape, dtype=torch.float64 if wide else torch.float32, device=batch.mask.device)
+        out = torch.zeros(batch.mask.shape, dtype=self._dtype, device=batch.mask.device)
         for rows in _chunks(len(batch), self.config.micro_batch or len(batch)):
             part = batch.select(rows)
             logits = self._forward(model, part)
-            found = token_logprobs(logits[:, :-1], part.targets, mask=part.mask, temperature=self._temperature)
+            found = token_logprobs(
+                logits[:, :-1], part.targets, mask=part.mask, temperature=self._temperature
+            )
             out[rows, : found.shape[1]] = found
         model.train(was_training)
         return out
@@ -338,7 +358,9 @@ class Trainer:
         actions = torch.nn.functional.pad(batch.mask, (1, 0))
         parts = []
         for rows in _chunks(len(batch), self.config.micro_batch or len(batch)):
-            scores = self.tracker.score_batch(batch.input_ids[rows], batch.attention_mask[rows], actions[rows])
+            scores = self.tracker.score_batch(
+                batch.input_ids[rows], batch.attention_mask[rows], actions[rows]
+            )
             parts.append(scores[:, 1:])
         return torch.cat(parts)
 
@@ -358,53 +380,13 @@ class Trainer:
             if self.config.updates_per_step == 1:
                 yield torch.arange(count)
                 continue
-            generator = np.random.Generator(np.random.Philox(_key(self.config.seed, _ORDER, self.step, epoch)))
+            generator = np.random.Generator(
+                np.random.Philox(_key(self.config.seed, _ORDER, self.step, epoch))
+            )
             yield from torch.from_numpy(generator.permutation(count)).chunk(self.config.minibatches)
 
     def _permutation(self, epoch: int, count: int) -> np.ndarray:
         return np.random.Generator(np.random.Philox(_key(self.config.seed, epoch))).permutation(count)
-
-    def _describe(self, trajectories: Sequence[Trajectory], batch: Batch) -> dict[str, float]:
-        lengths = batch.mask.sum(1).double()
-        metrics = {"completions/mean_length": float(lengths.mean())}
-        if self.algorithm.supervised:
-            return metrics
-        rewards, groups = batch.rewards.double(), batch.groups
-        spreads = [rewards[groups == g].std(unbiased=False) for g in groups.unique()]
-        stds = torch.stack(spreads)
-        return metrics | {
-            "reward": float(rewards.mean()),
-            "reward_std": float(stds.mean()),
-            "frac_reward_zero_std": float((stds == 0).double().mean()),
-            "completions/clipped_ratio": float(np.mean([not t.finished for t in trajectories])),
-        }
-
-    def _samples(self, trajectories: Sequence[Trajectory], count: int = 4) -> list[dict[str, Any]]:
-        rows = []
-        for trajectory in trajectories[:: max(1, len(trajectories) // count)][:count]:
-            ids, record = trajectory.token_ids, self.env.records[trajectory.record]
-            response = self.tokenizer.decode(ids[trajectory.action_mask].tolist(), skip_special_tokens=True)
-            row = {"prompt": record.prompt, "response": response, "reference": record.reference}
-            rows.append(row | {"reward": float(sum(trajectory.rewards))})
-        return rows
-
-    def _keep_best(self, metrics: dict[str, float]) -> None:
-        if not self.config.early_stopping:
-            return
-        value = metrics["eval/loss"] if self.algorithm.supervised else -metrics["eval/reward"]
-        if value < self._best["value"]:
-            weights = {name: tensor.detach().clone() for name, tensor in self.model.state_dict().items()}
-            self._best = {"value": value, "waited": 0, "weights": weights}
-        else:
-            self._best["waited"] += 1
-
-    def _waited_enough(self) -> bool:
-        return bool(self.config.early_stopping) and self._best["waited"] >= self.config.early_stopping
-
-    def _restore_best(self) -> None:
-        """Early stopping hands back the weights that were best on the held-out records."""
-        if self._best["weights"] is not None:
-            self.model.load_state_dict(self._best["weights"])
 
     def _resume(self, resume: str | Path | None) -> None:
         if resume == "auto":
@@ -417,46 +399,6 @@ class Trainer:
 
     def _notice(self, text: str) -> None:
         (self.reporter.line if hasattr(self.reporter, "line") else print)(text)
-
-
-class _Averages:
-    """Means of metrics over micro-batches and updates, weighted; on the device until the end."""
-
-    def __init__(self) -> None:
-        self._sums: dict[str, Any] = {}
-        self._weights: dict[str, float] = {}
-
-    def add(self, metrics: Any, weight: float) -> None:
-        for name, value in metrics.items():
-            value = value.detach() if isinstance(value, torch.Tensor) else value
-            if name in ("tokens", "clamped", "skipped_updates"):
-                self.sum(name, value)
-            elif name.endswith("/max"):
-                self._sums[name] = max(float(value), self._sums.get(name, -math.inf))
-            elif weight:
-                self._sums[name] = self._sums.get(name, 0.0) + value * weight
-                self._weights[name] = self._weights.get(name, 0.0) + weight
-
-    def sum(self, name: str, value: Any) -> None:
-        self._sums[name] = self._sums.get(name, 0.0) + value
-
-    def result(self) -> dict[str, float]:
-        return {name: float(total) / self._weights.get(name, 1.0) for name, total in self._sums.items()}
-
-
-class _Clock:
-    """Seconds of every phase of a step."""
-
-    def __init__(self) -> None:
-        self._start = self._last = time.perf_counter()
-        self._laps: dict[str, float] = {}
-
-    def lap(self, name: str) -> None:
-        now = time.perf_counter()
-        self._laps[f"time/{name}"], self._last = now - self._last, now
-
-    def metrics(self) -> dict[str, float]:
-        return {**self._laps, "step_time": time.perf_counter() - self._start}
 
 
 def _chunks(count: int, size: int) -> Iterator[torch.Tensor]:

@@ -47,7 +47,12 @@ class GRPO:
         return batch.mask.sum() if self.aggregation == "token_mean" else batch.mask.any(1).sum()
 
     def loss(
-        self, config: Any, part: Batch, logprobs: torch.Tensor, entropy: torch.Tensor, denominator: torch.Tensor
+        self,
+        config: Any,
+        part: Batch,
+        logprobs: torch.Tensor,
+        entropy: torch.Tensor,
+        denominator: torch.Tensor,
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         assert part.advantages is not None, "credit comes before update"
         return policy_loss(

@@ -25,7 +25,12 @@ class SFT:
         return batch.mask.sum()
 
     def loss(
-        self, config: Any, part: Batch, logprobs: torch.Tensor, entropy: torch.Tensor, denominator: torch.Tensor
+        self,
+        config: Any,
+        part: Batch,
+        logprobs: torch.Tensor,
+        entropy: torch.Tensor,
+        denominator: torch.Tensor,
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         tokens = part.mask.sum()
         mean_entropy = entropy.detach().sum() / tokens.clamp_min(1)

@@ -1,0 +1,402 @@
+"""The trainer as a loop over sequences: rollouts without a cache, logits materialised, plain autograd.
+
+`collect -> score -> credit -> update`, with the random numbers, losses and updates of `react_fast.Trainer`. It
+reads the fields of the same algorithm and configuration objects and nothing else of them.
+"""
+
+import copy
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+
+from .advantage import discounted_returns, group_advantages, whiten
+from .logprob import token_logprobs
+from .policy_loss import PPOClip, Reinforce, policy_loss
+
+_ORDER, _DROPOUT = 1, 2
+# Metrics that are summed over sequences and updates; the others are means over tokens, "/max" the largest.
+_TOTALS = ("loss", "tokens", "clamped")
+
+
+@dataclass
+class Trajectory:
+    """One sequence; every list but `rewards` (one a turn) has an entry for each token."""
+
+    token_ids: Any
+    action_mask: Any
+    turn_index: Any
+    rewards: list[float] = field(default_factory=list)
+    group: int = 0
+
+
+@dataclass
+class Scored:
+    """A trajectory and what the update needs about its L tokens; entry t - 1 of a tensor belongs to token t."""
+
+    ids: torch.Tensor  # [L]
+    mask: torch.Tensor  # [L - 1] bool: token t is an action
+    reward: float
+    step_rewards: torch.Tensor  # [L - 1]: each turn's reward at its last action
+    group: int
+    old_logprobs: torch.Tensor | None = None
+    ref_logprobs: torch.Tensor | None = None
+    attribution: torch.Tensor | None = None
+    advantages: torch.Tensor | None = None
+
+
+class Trainer:
+    """See `react_fast.Trainer`; no checkpoints, no evaluation, no early stopping.
+
+    Args:
+        model: maps ids [1, T] to logits [1, T, V], as a tensor or as the attribute `logits`.
+        tokenizer, env, algorithm, config: as `react_fast.Trainer`'s.
+        tracker: `react_fast.reference.Tracker` or None.
+    """
+
+    def __init__(
+        self, model: Any, tokenizer: Any, env: Any, *, algorithm: Any, tracker: Any = None, config: Any
+    ) -> None:
+        self.model, self.tokenizer, self.env = model, tokenizer, env
+        self.algorithm, self.tracker, self.config = algorithm, tracker, config
+        trained = [p for p in model.parameters() if p.requires_grad]
+        make = {"adamw": torch.optim.AdamW, "adam": torch.optim.Adam, "sgd": torch.optim.SGD}[
+            config.optimizer
+        ]
+        self.optimizer = make(trained, lr=config.learning_rate, weight_decay=config.weight_decay)
+        frozen = config.kl_coef and not algorithm.supervised
+        self.reference = copy.deepcopy(model).eval().requires_grad_(False) if frozen else None
+        self.step = 0
+        self.updates = 0
+
+    def train(self) -> dict[str, float]:
+        metrics: dict[str, float] = {}
+        while self.step < self.config.steps:
+            metrics = self.train_step(self.collect())
+        return metrics
+
+    def train_step(self, trajectories: Sequence[Any]) -> dict[str, float]:
+        """score, credit and update on one step's trajectories (`collect()`, or another trainer's)."""
+        metrics = self.update(self.credit(self.score(trajectories)))
+        self.step += 1
+        if not self.algorithm.supervised:
+            metrics["reward"] = sum(sum(t.rewards) for t in trajectories) / len(trajectories)
+        return metrics
+
+    # ---- collect -------------------------------------------------------------------------------------------
+
+    def collect(self) -> list[Trajectory]:
+        if self.algorithm.supervised:
+            return [self._demonstration(record) for record in self._records()]
+        size = self.config.group_size
+        records = [record for record in self._records() for _ in range(size)]
+        return [self._episode(record, row, row // size) for row, record in enumerate(records)]
+
+    def _records(self) -> list[int]:
+        """The step's records: position after position in an endless row of permutations."""
+        count, size = len(self.env.records), self.config.prompts_per_step
+        chosen = []
+        for position in range(self.step * size, (self.step + 1) * size):
+            order = np.random.Generator(np.random.Philox(_key(self.config.seed, position // count)))
+            chosen.append(int(order.permutation(count)[position % count]))
+        return chosen
+
+    def _demonstration(self, record: int) -> Trajectory:
+        prompt = self._encode(self.env.records[record].prompt, True)
+        answer = self._encode(self.env.records[record].reference, False)
+        if self.tokenizer.eos_token_id is not None:
+            answer = [*answer, self.tokenizer.eos_token_id]
+        actions = [False] * len(prompt) + [True] * len(answer)
+        return Trajectory(prompt + answer, actions, [0] * len(actions), [0.0], record)
+
+    def _episode(self, record: int, row: int, group: int) -> Trajectory:
+        env = self.env.clone()
+        state, _ = env.reset(options={"index": record})
+        ids = self._encode(state, True)
+        episode = Trajectory(ids, [False] * len(ids), [0] * len(ids), [], group)
+        over, turn = False, 0
+        while not over:
+            chosen = self._act(episode.token_ids, row, turn)
+            _extend(episode, chosen, True, turn)
+            action = self.tokenizer.decode(chosen, skip_special_tokens=True)
+            before = state
+            state, reward, terminated, truncated, _ = env.step(action)
+            episode.rewards.append(float(reward))
+            over, turn = terminated or truncated, turn + 1
+            answer = state[len(before) + len(action) :]
+            if not over and answer:
+                _extend(episode, self._encode(answer, False), False, turn)
+        return episode
+
+    @torch.no_grad()
+    def _act(self, prompt: list[int], row: int, turn: int) -> list[int]:
+        """Sample one action by inverse transform from the draws keyed (seed, step) and (turn, row)."""
+        key = np.array([self.config.seed, self.step], dtype=np.uint64)
+        counter = np.array([0, 0, turn, row], dtype=np.uint64)
+        draws = np.random.Generator(np.random.Philox(key=key, counter=counter)).random(
+            self.config.max_new_tokens
+        )
+        self.model.eval()
+        chosen: list[int] = []
+        for draw in draws:
+            logits = self._logits(self.model, torch.tensor(prompt + chosen))[-1]
+            p = torch.softmax(logits.float() / self.config.temperature, 0).double()
+            cumulative = p.cumsum(0)
+            token = int(torch.searchsorted(cumulative, draw * cumulative[-1], right=True))
+            chosen.append(min(token, len(p) - 1))
+            if chosen[-1] == self.tokenizer.eos_token_id:
+                break
+        return chosen
+
+    def _encode(self, text: str, special: bool) -> list[int]:
+        return list(self.tokenizer(text, add_special_tokens=special)["input_ids"])
+
+    # ---- score ---------------------------------------------------------------------------------------------
+
+    def score(self, trajectories: Sequence[Any]) -> list[Scored]:
+        batch = []
+        for trajectory in trajectories:
+            ids = torch.as_tensor(trajectory.token_ids)
+            mask = torch.as_tensor(trajectory.action_mask)[1:]
+            rewards = _step_rewards(trajectory)[1:].to(self._dtype)
+            one = Scored(ids, mask, float(sum(trajectory.rewards)), rewards, trajectory.group)
+            if not self.algorithm.supervised:
+                if self.config.minibatches * self.config.epochs > 1:
+                    one.old_logprobs = self._frozen_logprobs(self.model, one)
+                if self.reference is not None:
+                    one.ref_logprobs = self._frozen_logprobs(self.reference, one)
+                if self.config.credit == "attribution":
+                    one.attribution = self.tracker.score(ids, torch.as_tensor(trajectory.action_mask))[1:]
+            batch.append(one)
+        return batch
+
+    @torch.no_grad()
+    def _frozen_logprobs(self, model: Any, one: Scored) -> torch.Tensor:
+        model.eval()
+        return self._logprobs(model, one)[0]
+
+    def _logprobs(self, model: Any, one: Scored) -> tuple[torch.Tensor, torch.Tensor]:
+        """log p of every action and the entropy there, [L - 1] each."""
+        temperature = 1.0 if self.algorithm.supervised else self.config.temperature
+        logits = self._logits(model, one.ids)[:-1]
+        logp, entropy = token_logprobs(
+            logits, one.ids[1:], mask=one.mask, temperature=temperature, return_entropy=True
+        )
+        return logp, entropy
+
+    @property
+    def _dtype(self) -> torch.dtype:
+        wide = next(self.model.parameters()).dtype == torch.float64
+        return torch.float64 if wide else torch.float32
+
+    def _logits(self, model: Any, ids: torch.Tensor) -> torch.Tensor:
+        out = model(ids[None])
+        return getattr(out, "logits", out)[0]
+
+    # ---- credit --------------------------------------------------------------------------------------------
+
+    def credit(self, batch: list[Scored]) -> list[Scored]:
+        for one, advantages in zip(
+            batch, _ADVANTAGES[type(self.algorithm).__name__](self.algorithm, batch), strict=True
+        ):
+            if one.attribution is not None:
+                advantages = advantages * self._weights(one)
+            one.advantages = torch.where(one.mask, advantages, 0.0)
+        return batch
+
+    def _weights(self, one: Scored) -> torch.Tensor:
+        """floor + (1 - floor) * |s_t| / mean |s| over the actions; 1 everywhere without any signal."""
+        assert one.attribution is not None
+        size = one.attribution.abs()
+        total, count = float(size[one.mask].sum()), int(one.mask.sum())
+        if total == 0:
+            return torch.ones_like(size)
+        floor = self.config.credit_floor
+        return floor + (1 - floor) * size * (count / total)
+
+    # ---- update --------------------------------------------------------------------------------------------
+
+    def update(self, batch: list[Scored]) -> dict[str, float]:
+        self.model.train(self.algorithm.supervised)
+        sums: dict[str, float] = {}
+        tokens = 0
+        for rows in self._minibatches(len(batch)):
+            tokens += self._update_once([batch[row] for row in rows], sums)
+        count = self.config.minibatches * self.config.epochs
+        parts = dict.fromkeys(("grad_norm", "learning_rate"), count) | dict.fromkeys(_TOTALS, 1)
+        return {
+            name: total if name.endswith("/max") else total / parts.get(name, max(tokens, 1))
+            for name, total in sums.items()
+        }
+
+    def _update_once(self, batch: list[Scored], sums: dict[str, float]) -> int:
+        loss_of = _LOSSES[type(self.algorithm).__name__]
+        per_token = getattr(self.algorithm, "aggregation", "token_mean") == "token_mean"
+        denominator = sum(int(one.mask.sum()) if per_token else int(one.mask.any()) for one in batch)
+        self.optimizer.zero_grad(set_to_none=True)
+        torch.manual_seed(_key(self.config.seed, _DROPOUT, self.updates))
+        for one in batch:
+            actions = torch.nn.functional.pad(one.mask, (1, 0))
+            with self.tracker.observe(one.ids, actions) if self.tracker is not None else nullcontext():
+                logp, entropy = self._logprobs(self.model, one)
+                loss, metrics = loss_of(self, one, logp, entropy, max(denominator, 1))
+                loss.backward()
+            for name, value in {"loss": loss.detach(), **metrics}.items():
+                if name.endswith("/max"):
+                    sums[name] = max(float(value), sums.get(name, -math.inf))
+                else:
+                    weight = 1 if name in _TOTALS else int(one.mask.sum())
+                    sums[name] = sums.get(name, 0.0) + float(value) * weight
+        limit = self.config.max_grad_norm
+        norm = float(
+            torch.nn.utils.clip_grad_norm_(self.model.parameters(), math.inf if limit is None else limit)
+        )
+        for group in self.optimizer.param_groups:
+            group["lr"] = self._learning_rate()
+        sums["learning_rate"] = sums.get("learning_rate", 0.0) + self._learning_rate()
+        sums["grad_norm"] = sums.get("grad_norm", 0.0) + norm
+        if math.isfinite(norm):
+            self.optimizer.step()
+        self.updates += 1
+        return sum(int(one.mask.sum()) for one in batch)
+
+    def _learning_rate(self) -> float:
+        config = self.config
+        if self.updates < config.lr_warmup_steps:
+            return config.learning_rate * (self.updates + 1) / config.lr_warmup_steps
+        total = config.steps * config.minibatches * config.epochs
+        done = min((self.updates - config.lr_warmup_steps) / max(1, total - config.lr_warmup_steps), 1.0)
+        shapes = {"constant": 1.0, "linear": 1.0 - done, "cosine": 0.5 * (1.0 + math.cos(math.pi * done))}
+        return config.learning_rate * shapes[config.lr_schedule]
+
+    def _minibatches(self, count: int) -> Iterator[list[int]]:
+        for epoch in range(self.config.epochs):
+            order = np.arange(count)
+            if self.config.minibatches * self.config.epochs > 1:
+                key = _key(self.config.seed, _ORDER, self.step, epoch)
+                order = np.random.Generator(np.random.Philox(key)).permutation(count)
+            size = -(-count // self.config.minibatches)
+            for start in range(0, count, size):
+                yield order[start : start + size].tolist()
+
+
+# ---- the algorithms' equations -------------------------------------------------------------------------------
+
+
+def _sft_advantages(algorithm: Any, batch: list[Scored]) -> list[torch.Tensor]:
+    return [torch.ones(len(one.mask)) for one in batch]
+
+
+def _grpo_advantages(algorithm: Any, batch: list[Scored]) -> list[torch.Tensor]:
+    groups = torch.tensor([one.group for one in batch])
+    rewards = torch.tensor([one.reward for one in batch], dtype=batch[0].step_rewards.dtype)
+    found = group_advantages(
+        rewards, groups, baseline=algorithm.baseline, scale=algorithm.scale, eps=algorithm.eps
+    )
+    return [value.expand(len(one.mask)) for one, value in zip(batch, found, strict=True)]
+
+
+def _reinforce_advantages(algorithm: Any, batch: list[Scored]) -> list[torch.Tensor]:
+    returns = []
+    for i, one in enumerate(batch):
+        found = discounted_returns(one.step_rewards[None], gamma=algorithm.gamma, mask=one.mask[None])[0]
+        others = [
+            other.reward
+            for j, other in enumerate(batch)
+            if j != i and (algorithm.baseline == "batch" or other.group == one.group)
+        ]
+        if algorithm.baseline != "none":
+            found = found - (sum(others) / len(others) if others else one.reward)
+        returns.append(torch.where(one.mask, found, 0.0))
+    if not algorithm.whiten:
+        return returns
+    whole = whiten(torch.cat(returns), mask=torch.cat([one.mask for one in batch]))
+    return list(whole.split([len(one.mask) for one in batch]))
+
+
+_ADVANTAGES: dict[str, Callable[[Any, list[Scored]], list[torch.Tensor]]] = {
+    "SFT": _sft_advantages,
+    "GRPO": _grpo_advantages,
+    "REINFORCE": _reinforce_advantages,
+}
+
+
+def _sft_loss(
+    trainer: Trainer, one: Scored, logp: torch.Tensor, entropy: torch.Tensor, denominator: int
+) -> tuple[torch.Tensor, dict[str, Any]]:
+    return -logp.sum() / denominator, {
+        "tokens": one.mask.sum(),
+        "entropy": entropy.detach().sum() / max(int(one.mask.sum()), 1),
+    }
+
+
+def _grpo_loss(
+    trainer: Trainer, one: Scored, logp: torch.Tensor, entropy: torch.Tensor, denominator: int
+) -> tuple[torch.Tensor, dict[str, Any]]:
+    algorithm = trainer.algorithm
+    objective = PPOClip(ratio_min=algorithm.ratio_min, ratio_max=algorithm.ratio_max)
+    return _policy_gradient(trainer, one, logp, entropy, denominator, objective)
+
+
+def _reinforce_loss(
+    trainer: Trainer, one: Scored, logp: torch.Tensor, entropy: torch.Tensor, denominator: int
+) -> tuple[torch.Tensor, dict[str, Any]]:
+    return _policy_gradient(trainer, one, logp, entropy, denominator, Reinforce())
+
+
+def _policy_gradient(
+    trainer: Trainer, one: Scored, logp: torch.Tensor, entropy: torch.Tensor, denominator: int, objective: Any
+) -> tuple[torch.Tensor, dict[str, Any]]:
+    algorithm, config = trainer.algorithm, trainer.config
+
+    def row(x: torch.Tensor | None) -> torch.Tensor | None:
+        return None if x is None else x[None]
+
+    assert one.advantages is not None
+    return policy_loss(
+        logp[None],
+        row(one.old_logprobs),
+        one.advantages[None],
+        one.mask[None],
+        objective=objective,
+        aggregation=algorithm.aggregation,
+        ref_logprobs=row(one.ref_logprobs),
+        kl_coef=config.kl_coef,
+        kl_estimator=algorithm.kl_estimator,
+        kl_gradient=algorithm.kl_gradient,
+        entropy=entropy[None],
+        entropy_coef=config.entropy_coef,
+        denominator=float(denominator),
+    )
+
+
+_LOSSES: dict[str, Callable[..., tuple[torch.Tensor, Any]]] = {
+    "SFT": _sft_loss,
+    "GRPO": _grpo_loss,
+    "REINFORCE": _reinforce_loss,
+}
+
+
+def _extend(episode: Trajectory, ids: list[int], chosen: bool, turn: int) -> None:
+    episode.token_ids += ids
+    episode.action_mask += [chosen] * len(ids)
+    episode.turn_index += [turn] * len(ids)
+
+
+def _step_rewards(trajectory: Any) -> torch.Tensor:
+    placed = torch.zeros(len(trajectory.token_ids), dtype=torch.float64)
+    for turn, reward in enumerate(trajectory.rewards):
+        for t in reversed(range(len(placed))):
+            if trajectory.action_mask[t] and trajectory.turn_index[t] <= turn:
+                placed[t] += reward
+                break
+    return placed
+
+
+def _key(*numbers: int) -> int:
+    state = np.random.SeedSequence([n & 0xFFFFFFFF for n in numbers]).generate_state(1, np.uint64)
+    return int(state[0] >> 1)

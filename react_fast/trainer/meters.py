@@ -1,0 +1,81 @@
+"""What a training step reports: averages of the update's metrics, seconds of the phases, rewards, samples."""
+
+import math
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from ..envs import Record
+from .batch import Batch
+from .rollout import Trajectory
+
+
+def describe(trajectories: Sequence[Trajectory], batch: Batch, supervised: bool) -> dict[str, float]:
+    """Lengths of the responses and, unless `supervised`, their rewards, by TRL's names."""
+    metrics = {"completions/mean_length": float(batch.mask.sum(1).double().mean())}
+    if supervised:
+        return metrics
+    rewards, groups = batch.rewards.double(), batch.groups
+    spreads = np.array([float(rewards[groups == g].std(unbiased=False)) for g in groups.unique()])
+    return metrics | {
+        "reward": float(rewards.mean()),
+        "reward_std": float(spreads.mean()),
+        "frac_reward_zero_std": float((spreads == 0).mean()),
+        "completions/clipped_ratio": float(np.mean([not t.finished for t in trajectories])),
+    }
+
+
+def samples(
+    trajectories: Sequence[Trajectory], records: Sequence[Record], tokenizer: Any, count: int = 4
+) -> list[dict[str, Any]]:
+    """Prompt, response, reference and reward of `count` trajectories at even distances."""
+    rows = []
+    for trajectory in trajectories[:: max(1, len(trajectories) // count)][:count]:
+        record, actions = records[trajectory.record], trajectory.token_ids[trajectory.action_mask]
+        response = tokenizer.decode(actions.tolist(), skip_special_tokens=True)
+        row = {"prompt": record.prompt, "response": response, "reference": record.reference}
+        rows.append(row | {"reward": float(sum(trajectory.rewards))})
+    return rows
+
+
+class Averages:
+    """Means of metrics over micro-batches and updates, weighted; on the device until the end."""
+
+    def __init__(self) -> None:
+        self._sums: dict[str, Any] = {}
+        self._weights: dict[str, float] = {}
+
+    def add(self, metrics: Any, weight: float) -> None:
+        for name, value in metrics.items():
+            value = value.detach() if isinstance(value, torch.Tensor) else value
+            if name in ("tokens", "clamped", "skipped_updates"):
+                self.sum(name, value)
+            elif name.endswith("/max"):
+                self._sums[name] = max(float(value), self._sums.get(name, -math.inf))
+            elif weight:
+                self._sums[name] = self._sums.get(name, 0.0) + value * weight
+                self._weights[name] = self._weights.get(name, 0.0) + weight
+
+    def sum(self, name: str, value: Any) -> None:
+        self._sums[name] = self._sums.get(name, 0.0) + value
+
+    def result(self) -> dict[str, float]:
+        return {name: float(total) / self._weights.get(name, 1.0) for name, total in self._sums.items()}
+
+
+class Clock:
+    """Seconds of every phase of a step."""
+
+    def __init__(self) -> None:
+        self._start = self._last = time.perf_counter()
+        self._laps: dict[str, float] = {}
+
+    def lap(self, name: str) -> None:
+        now = time.perf_counter()
+        self._laps[f"time/{name}"], self._last = now - self._last, now
+
+    def metrics(self) -> dict[str, float]:
+        return {**self._laps, "step_time": time.perf_counter() - self._start}

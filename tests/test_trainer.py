@@ -1,0 +1,270 @@
+"""Trainer: equal to the reference loop, independent of micro-batches, resumable to the bit, and it learns."""
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+import react_fast
+from react_fast.envs import Record, TextEnv
+from react_fast.reference.trainer import Trainer as ReferenceTrainer
+from react_fast.trainer.algorithms import GRPO, REINFORCE, SFT
+from react_fast.trainer.config import TrainerConfig
+from react_fast.trainer.model import fresh_model
+from react_fast.trainer.trainer import Trainer
+
+RECORDS = [
+    Record("es>pt:Alemania=", "Alemanha"),
+    Record("es>pt:Francia=", "França"),
+    Record("es>it:España=", "Spagna"),
+    Record("es>it:Suiza=", "Svizzera"),
+    Record("es>pt:Japón=", "Japão"),
+]
+
+
+def _vowels(state: str, action: str, record: Record) -> float:
+    """Rewards from 0 to 1 that a policy without any training already gets now and then."""
+    return sum(letter in "aeiou" for letter in action) / 8
+
+
+def _env() -> TextEnv:
+    return TextEnv(RECORDS, reward=_vowels)
+
+
+def _policy(dtype: torch.dtype = torch.float64, dropout: float = 0.0) -> tuple[Any, Any]:
+    texts = [text for record in RECORDS for text in (record.prompt, record.reference)]
+    sizes = {"vocab_size": 300, "hidden_size": 16, "layers": 2, "heads": 2, "max_length": 64}
+    model, tokenizer = fresh_model(texts, seed=3, dropout=dropout, **sizes)
+    return model.to(dtype), tokenizer
+
+
+def _config(**changes: Any) -> TrainerConfig:
+    few = {"seed": 11, "steps": 5, "prompts_per_step": 2, "group_size": 3, "max_new_tokens": 6}
+    return TrainerConfig(**{**few, "learning_rate": 1e-2, **changes})
+
+
+def _weights(model: Any) -> torch.Tensor:
+    return torch.cat([p.detach().double().reshape(-1) for p in model.parameters()])
+
+
+class _Log:
+    """A reporter that remembers."""
+
+    def __init__(self) -> None:
+        self.metrics: list[dict[str, float]] = []
+
+    def log(self, step: int, phase: str, metrics: dict[str, float]) -> None:
+        self.metrics.append(metrics)
+
+    def samples(self, rows: list[dict[str, Any]]) -> None:
+        self.rows = rows
+
+
+# Every algorithm, and each part of the update that changes the numbers, at least once.
+CASES = {
+    "sft": (SFT(), {}),
+    "sft warm-up and cosine": (SFT(), {"lr_warmup_steps": 2, "lr_schedule": "cosine", "weight_decay": 0.1}),
+    "reinforce": (REINFORCE(), {}),
+    "reinforce discounted, group baseline, whitened": (
+        REINFORCE(gamma=0.9, baseline="group", whiten=True, aggregation="seq_mean_token_mean"),
+        {"entropy_coef": 0.01},
+    ),
+    "grpo": (GRPO(), {}),
+    "grpo off policy": (GRPO(ratio_max=1.28), {"minibatches": 2, "epochs": 2, "lr_schedule": "linear"}),
+    "grpo with KL": (GRPO(), {"kl_coef": 0.1, "temperature": 0.7, "optimizer": "adam"}),
+    "grpo k2, sequences": (
+        GRPO(kl_estimator="k2", kl_gradient="value", aggregation="seq_mean_token_sum", scale="none"),
+        {"kl_coef": 0.1, "minibatches": 2, "optimizer": "sgd"},
+    ),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("shared", [True, False], ids=["same rollouts", "own rollouts"])
+def test_parity_with_the_reference(case, shared):
+    """Parameters equal to 1e-9 after 5 updates in float64. With rollouts of its own the reference draws the same
+    tokens, since the random numbers are keyed."""
+    algorithm, changes = CASES[case]
+    config = _config(**changes)
+    (fast, tokenizer), (slow, _) = _policy(), _policy()
+    log = _Log()
+    trainer = Trainer(fast, tokenizer, _env(), algorithm=algorithm, config=config, reporter=log)
+    reference = ReferenceTrainer(slow, tokenizer, _env(), algorithm=algorithm, config=config)
+    before = _weights(fast)
+    for _ in range(config.steps):
+        trajectories = trainer.collect()
+        trainer.train_step()
+        expected = reference.train_step(trajectories if shared else reference.collect())
+        for name, value in expected.items():
+            assert log.metrics[-1][name] == pytest.approx(value, rel=1e-6, abs=1e-9), name
+    assert trainer.updates == reference.updates == 5 * config.updates_per_step
+    torch.testing.assert_close(_weights(fast), _weights(slow), rtol=0, atol=1e-9)
+    assert float((_weights(fast) - before).abs().max()) > 1e-3, "the updates must have moved the parameters"
+
+
+@pytest.mark.parametrize("algorithm", [SFT(), GRPO()], ids=["sft", "grpo"])
+def test_micro_batches_change_memory_and_not_the_result(algorithm):
+    results = []
+    for micro_batch in (None, 1, 4):
+        model, tokenizer = _policy()
+        config = _config(
+            micro_batch=micro_batch, prompts_per_step=5, group_size=2 if algorithm == GRPO() else 1
+        )
+        Trainer(model, tokenizer, _env(), algorithm=algorithm, config=config).train()
+        results.append(_weights(model))
+    for other in results[1:]:
+        torch.testing.assert_close(other, results[0], rtol=0, atol=1e-10)
+
+
+def test_rollouts_do_not_depend_on_how_they_are_batched():
+    model, tokenizer = _policy()
+    trainer = Trainer(model, tokenizer, _env(), algorithm=GRPO(), config=_config(prompts_per_step=5))
+    together = trainer.collect()
+    chosen = trainer.records_of(0)
+    from react_fast.trainer.rollout import Episodes, SamplingParams
+
+    params = SamplingParams(6, seed=11, step=0)
+    alone = []
+    for row, record in enumerate([r for r in chosen for _ in range(3)]):
+        engine = _Rows(trainer.engine, row)
+        alone += Episodes(engine, tokenizer, _env()).play([record], [row // 3], params)
+    for one, other in zip(together, alone, strict=True):
+        assert one.token_ids.tolist() == other.token_ids.tolist()
+        torch.testing.assert_close(one.sampler_logprobs, other.sampler_logprobs, rtol=1e-6, atol=1e-6)
+
+
+class _Rows:
+    """An engine that plays its only sequence as a given row of a bigger batch."""
+
+    def __init__(self, engine: Any, row: int) -> None:
+        self.engine, self.row = engine, row
+
+    def generate(self, prompts: Any, params: Any) -> Any:
+        return self.engine.generate(prompts, replace(params, rows=[self.row]))
+
+
+def test_sampler_logprobs_are_those_of_the_update():
+    """Token in, token out: the log-probs of the sampler and of the training forward are the same numbers."""
+    model, tokenizer = _policy()
+    config = _config(temperature=0.8, epochs=2)
+    trainer = Trainer(model, tokenizer, _env(), algorithm=GRPO(), config=config)
+    batch = trainer.score(trainer.collect())
+    assert batch.old_logprobs is not None
+    torch.testing.assert_close(batch.old_logprobs.float(), batch.sampler_logprobs, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("phase", ["sft", "grpo"])
+def test_resume_gives_bitwise_the_same_weights(tmp_path, phase):
+    algorithm = {"sft": SFT(), "grpo": GRPO()}[phase]
+    changes = {"kl_coef": 0.1, "minibatches": 2} if phase == "grpo" else {}
+
+    def train(folder: str, steps: int, resume: str | None = None) -> Any:
+        model, tokenizer = _policy(torch.float32, dropout=0.1)
+        config = _config(checkpoint_dir=str(tmp_path / folder), steps=6, save_every=2, **changes)
+        trainer = Trainer(model, tokenizer, _env(), algorithm=algorithm, config=config)
+        if steps < 6:
+            for _ in range(steps):
+                trainer.train_step()
+            trainer.save()
+        else:
+            trainer.train(resume=resume)
+        return model
+
+    whole = _weights(train("whole", 6))
+    train("cut", 3)
+    resumed = _weights(train("cut", 6, resume="auto"))
+    assert torch.equal(whole, resumed)
+
+
+def test_sft_learns_its_references_and_grpo_its_reward():
+    model, tokenizer = _policy(torch.float32)
+    log = _Log()
+    config = _config(steps=150, prompts_per_step=5, group_size=1, learning_rate=1e-2)
+    trainer = Trainer(model, tokenizer, _env(), algorithm=SFT(), config=config, reporter=log)
+    trainer.train()
+    assert log.metrics[0]["loss"] > 5
+    assert log.metrics[-1]["loss"] < 0.1
+
+    model, tokenizer = _policy(torch.float32)
+    log = _Log()
+    config = _config(steps=40, prompts_per_step=4, group_size=8, learning_rate=1e-2)
+    Trainer(model, tokenizer, _env(), algorithm=GRPO(), config=config, reporter=log).train()
+    early = sum(m["reward"] for m in log.metrics[:5]) / 5
+    late = sum(m["reward"] for m in log.metrics[-5:]) / 5
+    assert late > early + 0.3
+
+
+def test_multi_turn_episodes_mask_what_the_environment_says():
+    def converse(state: str, action: str, record: Record) -> str:
+        return f"{state}{action};again:"
+
+    env = TextEnv(RECORDS, transition=converse, reward=_vowels, max_turns=2)
+    model, tokenizer = _policy()
+    trainer = Trainer(model, tokenizer, env, algorithm=REINFORCE(gamma=0.5), config=_config())
+    for trajectory in trainer.collect():
+        assert len(trajectory.rewards) == 2
+        answer = trajectory.token_ids[(trajectory.turn_index == 1) & ~trajectory.action_mask]
+        assert tokenizer.decode(answer.tolist()) == ";again:"
+    slow, _ = _policy()
+    reference = ReferenceTrainer(slow, tokenizer, env, algorithm=REINFORCE(gamma=0.5), config=_config())
+    for _ in range(3):
+        trainer.train_step()
+        reference.train_step(reference.collect())
+    torch.testing.assert_close(_weights(model), _weights(slow), rtol=0, atol=1e-9)
+
+
+def test_early_stopping_hands_back_the_best_weights():
+    model, tokenizer = _policy(torch.float32)
+    log = _Log()
+    config = _config(
+        steps=200, prompts_per_step=3, group_size=1, learning_rate=2e-2, eval_every=5, early_stopping=2
+    )
+    held_out = TextEnv([Record("es>pt:Italia=", "Itália")], reward=_vowels)
+    trainer = Trainer(
+        model, tokenizer, _env(), algorithm=SFT(), config=config, reporter=log, eval_env=held_out
+    )
+    trainer.train()
+    losses = [m["eval/loss"] for m in log.metrics if "eval/loss" in m]
+    assert trainer.step < 200, "must stop early"
+    assert trainer.evaluate()["eval/loss"] == pytest.approx(min(losses), rel=1e-6)
+
+
+def test_all_masked_batch_changes_nothing():
+    model, tokenizer = _policy()
+    trainer = Trainer(model, tokenizer, _env(), algorithm=GRPO(), config=_config(optimizer="sgd"))
+    trajectories = trainer.collect()
+    for trajectory in trajectories:
+        trajectory.action_mask[:] = False
+    before = _weights(model)
+    metrics = trainer.update(trainer.credit(trainer.score(trajectories)))
+    assert metrics["loss"] == 0
+    assert torch.equal(_weights(model), before)
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference", "triton"])
+def test_every_backend_trains_alike(backend):
+    model, tokenizer = _policy()
+    with react_fast.use_backend(backend):
+        Trainer(model, tokenizer, _env(), algorithm=GRPO(), config=_config(steps=2)).train()
+    expected, _ = _policy()
+    Trainer(expected, tokenizer, _env(), algorithm=GRPO(), config=_config(steps=2)).train()
+    torch.testing.assert_close(_weights(model), _weights(expected), rtol=0, atol=1e-9)
+
+
+def test_bad_input_is_refused_in_one_line():
+    model, tokenizer = _policy()
+    with pytest.raises(
+        ValueError, match=r"tracker must be given when config\.credit is 'attribution', got None"
+    ):
+        Trainer(model, tokenizer, _env(), algorithm=GRPO(), config=_config(credit="attribution"))
+    with pytest.raises(ValueError, match=r"eval_env and config\.eval_every must be given"):
+        Trainer(model, tokenizer, _env(), algorithm=GRPO(), config=_config(early_stopping=1))
+    untitled = TextEnv([Record("a=")], reward=_vowels)
+    with pytest.raises(ValueError, match=r"records\[0\].reference must be a text"):
+        Trainer(model, tokenizer, untitled, algorithm=SFT(), config=_config()).collect()
+    with pytest.raises(ValueError, match="baseline must be one of batch, group, none, got 'value'"):
+        REINFORCE(baseline="value")
+    trainer = Trainer(model, tokenizer, _env(), algorithm=GRPO(), config=_config())
+    with pytest.raises(ValueError, match="trajectories must hold at least one trajectory, got none"):
+        trainer.score([])
