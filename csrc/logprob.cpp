@@ -70,11 +70,11 @@ inline f32v logit(f32v x, const Row& row) {
   return capped ? cap(x, row) : x;
 }
 
-// (u - largest) / T, at least -200: there exp is 0, and 0 * d is 0 for a forbidden token too.
+// (u - largest) / T, at least -200: there exp is 0, and 0 * d is 0 for a forbidden token too. The low part of
+// 1 / T joins behind the bound, since it may be 0 and a forbidden token's gap is infinite.
 inline f32v difference(f32v u, f32v largest, const Row& row) {
-  const f32v gap = u - largest;
-  const f32v d = gap * row.inverse_high + gap * row.inverse_low;
-  return max(splat(-200.0f), d);
+  const f32v gap = u - largest, d = gap * row.inverse_high;
+  return d < splat(-200.0f) ? splat(-200.0f) : d + gap * row.inverse_low;
 }
 
 template <bool capped, class T>
