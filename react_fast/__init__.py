@@ -13,7 +13,16 @@ __version__ = "0.1.0"
 
 # Names that need the `train` extra are imported when first used, so that `import react_fast` needs torch and
 # numpy only.
-_LAZY: dict[str, str] = {}
+_LAZY: dict[str, str] = {
+    "GRPO": ".trainer.algorithms",
+    "REINFORCE": ".trainer.algorithms",
+    "RunConfig": ".trainer.config",
+    "SFT": ".trainer.algorithms",
+    "Trainer": ".trainer.trainer",
+    "TrainerConfig": ".trainer.config",
+    "fresh_model": ".trainer.model",
+    "load_model": ".trainer.model",
+}
 
 __all__ = [
     "PPOClip",

@@ -75,6 +75,16 @@ class RolloutEngine(Protocol):
     def generate(self, prompts: Sequence[Sequence[int]], params: SamplingParams) -> list[Sample]: ...
 
 
+def key(*numbers: int) -> int:
+    """A 63-bit key of its own for every tuple of numbers; what random streams are named by."""
+    words = np.random.SeedSequence([n & 0xFFFFFFFF for n in numbers]).generate_state(1, np.uint64)
+    return int(words[0] >> 1)
+
+
+def permutation(count: int, *keys: int) -> np.ndarray:
+    return np.random.Generator(np.random.Philox(key(*keys))).permutation(count)
+
+
 def state_id(state: str) -> int:
     return int.from_bytes(hashlib.blake2b(state.encode(), digest_size=8).digest(), "big") >> 1
 

@@ -1,4 +1,4 @@
-"""Optimisers and learning rates by the names of the configuration."""
+"""Optimisers and learning rates by the names of the configuration; which records a step sees."""
 
 import math
 from collections.abc import Callable, Iterable
@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from .config import TrainerConfig
+from .rollout import permutation
 
 OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
     "adamw": torch.optim.AdamW,
@@ -33,3 +34,13 @@ def learning_rate(update: int, config: TrainerConfig) -> float:
         return config.learning_rate * (update + 1) / warmup
     done = (update - warmup) / max(1, total - warmup)
     return config.learning_rate * SCHEDULES[config.lr_schedule](min(done, 1.0))
+
+
+def prompts(step: int, count: int, size: int, seed: int) -> list[int]:
+    """`size` of `count` records: every pass over the records is a new permutation, keyed by the seed."""
+    positions = range(step * size, (step + 1) * size)
+    orders = {
+        position // count: permutation(count, seed, position // count) for position in positions[::count]
+    }
+    orders |= {positions[-1] // count: permutation(count, seed, positions[-1] // count)}
+    return [int(orders[position // count][position % count]) for position in positions]

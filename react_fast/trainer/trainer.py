@@ -27,8 +27,8 @@ from .config import TrainerConfig
 from .early_stopping import EarlyStopping
 from .interrupt import StopRequest
 from .meters import Averages, Clock, describe, samples
-from .rollout import Episodes, PolicyEngine, RolloutEngine, SamplingParams, Trajectory
-from .schedule import learning_rate, make_optimizer
+from .rollout import Episodes, PolicyEngine, RolloutEngine, SamplingParams, Trajectory, key, permutation
+from .schedule import learning_rate, make_optimizer, prompts
 from .state import join, split
 
 # Streams of random numbers that must not meet: prompts, rollouts and dropout each have their own.
@@ -174,8 +174,8 @@ class Trainer:
         self.step += 1
         metrics |= describe(trajectories, batch, self.algorithm.supervised) | clock.metrics()
         if self.config.eval_every and self.eval_env is not None and self.step % self.config.eval_every == 0:
-            metrics |= self.evaluate()
-            value = metrics["eval/loss"] if self.algorithm.supervised else -metrics["eval/reward"]
+            held_out, value = self._held_out()
+            metrics |= held_out
             self.stopping.see(value, self.model)
         if self.reporter is not None:
             self.reporter.log(self.step, self.phase, metrics)
@@ -184,39 +184,25 @@ class Trainer:
         return metrics
 
     def evaluate(self, env: TextEnv | None = None, *, greedy: bool = True) -> dict[str, float]:
-        """Held-out quality: "eval/loss" (supervised: per reference token) or "eval/reward" (mean return).
+        """Held-out quality: "eval/reward", the mean return; in supervised training "eval/loss" too, the
+        cross-entropy per reference token.
 
         Args:
-            env: environment of the records to test; None: eval_env.
+            env: environment of the records to test, each played once; None: eval_env.
             greedy: the most probable token each time, or sampled at temperature 1.
+        Raises: ValueError if there is no environment to test on.
         """
         env = env or self.eval_env
         if env is None:
             raise ValueError("env must be given when the trainer has no eval_env, got None")
-        indices = list(range(len(env.records)))
-        parts = [
-            indices[i : i + self.config.eval_batch] for i in range(0, len(indices), self.config.eval_batch)
-        ]
-        if self.algorithm.supervised:
-            return {"eval/loss": self._held_out_loss(env, parts)}
-        played = Episodes(self.engine, self.tokenizer, env)
-        returns = []
-        for part in parts:
-            params = SamplingParams(
-                self.config.max_new_tokens, greedy=greedy, seed=_key(self.config.seed, _EVALUATION), rows=part
-            )
-            returns += [sum(t.rewards) for t in played.play(part, part, params)]
-        return {"eval/reward": float(np.mean(returns))}
+        metrics = {"eval/reward": self._held_out_reward(env, greedy)}
+        return metrics | ({"eval/loss": self._held_out_loss(env)} if self.algorithm.supervised else {})
 
     # ---- used by the algorithms ----------------------------------------------------------------------------
 
     def records_of(self, step: int) -> list[int]:
-        """Records of a step: a new permutation of all records in every pass, keyed by the seed."""
-        count, size = len(self.env.records), self.config.prompts_per_step
-        chosen = []
-        for position in range(step * size, (step + 1) * size):
-            chosen.append(int(self._permutation(position // count, count)[position % count]))
-        return chosen
+        """Records of a step's prompts."""
+        return prompts(step, len(self.env.records), self.config.prompts_per_step, self.config.seed)
 
     def rollouts(self, step: int) -> list[Trajectory]:
         """group_size episodes for each of the step's prompts; trajectories of a prompt are neighbours."""
@@ -282,10 +268,9 @@ class Trainer:
         size = self.config.micro_batch or len(batch)
         self.optimizer.zero_grad(set_to_none=True)
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(_key(self.config.seed, _DROPOUT, self.updates))
-            for start in range(0, len(batch), size):
-                part = batch.select(torch.arange(start, min(start + size, len(batch))))
-                self._backward(part, denominator, totals)
+            torch.manual_seed(key(self.config.seed, _DROPOUT, self.updates))
+            for rows in torch.arange(len(batch)).split(size):
+                self._backward(batch.select(rows), denominator, totals)
         norm = self._clip()
         rate = learning_rate(self.updates, self.config)
         for group in self.optimizer.param_groups:
@@ -344,7 +329,7 @@ class Trainer:
         was_training = model.training
         model.eval()
         out = torch.zeros(batch.mask.shape, dtype=self._dtype, device=batch.mask.device)
-        for rows in _chunks(len(batch), self.config.micro_batch or len(batch)):
+        for rows in torch.arange(len(batch)).split(self.config.micro_batch or len(batch)):
             part = batch.select(rows)
             logits = self._forward(model, part)
             found = token_logprobs(
@@ -357,19 +342,37 @@ class Trainer:
     def _attribution(self, batch: Batch) -> torch.Tensor:
         actions = torch.nn.functional.pad(batch.mask, (1, 0))
         parts = []
-        for rows in _chunks(len(batch), self.config.micro_batch or len(batch)):
+        for rows in torch.arange(len(batch)).split(self.config.micro_batch or len(batch)):
             scores = self.tracker.score_batch(
                 batch.input_ids[rows], batch.attention_mask[rows], actions[rows]
             )
             parts.append(scores[:, 1:])
         return torch.cat(parts)
 
-    def _held_out_loss(self, env: TextEnv, parts: Sequence[list[int]]) -> float:
+    def _held_out(self) -> tuple[dict[str, float], float]:
+        """What a training step looks at, and the number that should get smaller."""
+        assert self.eval_env is not None
+        if self.algorithm.supervised:
+            loss = self._held_out_loss(self.eval_env)
+            return {"eval/loss": loss}, loss
+        reward = self._held_out_reward(self.eval_env, True)
+        return {"eval/reward": reward}, -reward
+
+    def _held_out_reward(self, env: TextEnv, greedy: bool) -> float:
+        episodes = Episodes(self.engine, self.tokenizer, env)
+        returns = []
+        for rows in torch.arange(len(env.records)).split(self.config.eval_batch):
+            part = rows.tolist()
+            seed = key(self.config.seed, _EVALUATION)
+            params = SamplingParams(self.config.max_new_tokens, greedy=greedy, seed=seed, rows=part)
+            returns += [sum(t.rewards) for t in episodes.play(part, part, params)]
+        return float(np.mean(returns))
+
+    def _held_out_loss(self, env: TextEnv) -> float:
         total, tokens = 0.0, 0
-        held_out = copy.copy(self)
-        held_out.env = env
-        for part in parts:
-            batch = collate(demonstrations(held_out, part), self.pad_id, self.accelerator.device)
+        for rows in torch.arange(len(env.records)).split(self.config.eval_batch):
+            references = demonstrations(self.tokenizer, env.records, rows.tolist())
+            batch = collate(references, self.pad_id, self.accelerator.device)
             total -= float(self._logprobs(self.model, batch).double().sum())
             tokens += int(batch.mask.sum())
         return total / max(tokens, 1)
@@ -380,13 +383,8 @@ class Trainer:
             if self.config.updates_per_step == 1:
                 yield torch.arange(count)
                 continue
-            generator = np.random.Generator(
-                np.random.Philox(_key(self.config.seed, _ORDER, self.step, epoch))
-            )
-            yield from torch.from_numpy(generator.permutation(count)).chunk(self.config.minibatches)
-
-    def _permutation(self, epoch: int, count: int) -> np.ndarray:
-        return np.random.Generator(np.random.Philox(_key(self.config.seed, epoch))).permutation(count)
+            order = permutation(count, self.config.seed, _ORDER, self.step, epoch)
+            yield from torch.from_numpy(order).chunk(self.config.minibatches)
 
     def _resume(self, resume: str | Path | None) -> None:
         if resume == "auto":
@@ -399,13 +397,3 @@ class Trainer:
 
     def _notice(self, text: str) -> None:
         (self.reporter.line if hasattr(self.reporter, "line") else print)(text)
-
-
-def _chunks(count: int, size: int) -> Iterator[torch.Tensor]:
-    for start in range(0, count, size):
-        yield torch.arange(start, min(start + size, count))
-
-
-def _key(*numbers: int) -> int:
-    """A 63-bit key of its own for every tuple of numbers."""
-    return int(np.random.SeedSequence([n & 0xFFFFFFFF for n in numbers]).generate_state(1, np.uint64)[0] >> 1)

@@ -1,10 +1,12 @@
 """Supervised warm start: cross-entropy on the records' references."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
 
+from ...envs import Record
 from ..batch import Batch
 from ..rollout import Trajectory, demonstration
 
@@ -16,7 +18,7 @@ class SFT:
     supervised: ClassVar[bool] = True
 
     def collect(self, trainer: Any, step: int) -> list[Trajectory]:
-        return demonstrations(trainer, trainer.records_of(step))
+        return demonstrations(trainer.tokenizer, trainer.env.records, trainer.records_of(step))
 
     def advantages(self, batch: Batch) -> torch.Tensor:
         return torch.ones_like(batch.rewards)
@@ -37,13 +39,15 @@ class SFT:
         return -logprobs.sum() / denominator.clamp_min(1), {"tokens": tokens, "entropy": mean_entropy}
 
 
-def demonstrations(trainer: Any, chosen: list[int]) -> list[Trajectory]:
+def demonstrations(tokenizer: Any, records: Sequence[Record], chosen: Sequence[int]) -> list[Trajectory]:
     """The references of some records as trajectories.
 
     Raises: ValueError for a record without a reference.
     """
-    records = trainer.env.records
+    found = []
     for i in chosen:
-        if records[i].reference is None:
+        reference = records[i].reference
+        if reference is None:
             raise ValueError(f"records[{i}].reference must be a text for supervised training, got None")
-    return [demonstration(trainer.tokenizer, records[i].prompt, records[i].reference, i) for i in chosen]
+        found.append(demonstration(tokenizer, records[i].prompt, reference, i))
+    return found
