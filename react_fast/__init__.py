@@ -14,6 +14,7 @@ __version__ = "0.1.0"
 # Names that need the `train` extra are imported when first used, so that `import react_fast` needs torch and
 # numpy only.
 _LAZY: dict[str, str] = {
+    "CausalityTracker": ".tracker",
     "GRPO": ".trainer.algorithms",
     "REINFORCE": ".trainer.algorithms",
     "RunConfig": ".trainer.config",
