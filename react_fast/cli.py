@@ -38,7 +38,8 @@ def _run(words: list[str]) -> int:
     # Some releases of typer bring their own copy of click, so its base of all errors is taken from typer.
     usage_error: Any = next(kind for kind in typer.BadParameter.__mro__ if kind.__name__ == "ClickException")
     try:
-        return _app()(args=words or ["--help"], standalone_mode=False) or 0
+        code = _app()(args=words or ["--help"], standalone_mode=False) or 0
+        return _fail("interrupted", 130) if code == 130 else code  # typer keeps Ctrl-C to itself
     except usage_error as error:
         return _fail(error.format_message(), error.exit_code or 2)
     except UserError as error:
@@ -90,9 +91,9 @@ def _app() -> Any:
         html: str = typer.Option(None, help="Write the explanation as one HTML page, too."),
     ) -> None:
         """Show which tokens of a prompt the answer hangs on: attribution, and what deleting each one does."""
-        from .trainer import explain as explanation
+        from .trainer.explain import explain as explain_text
 
-        explanation.explain(folder, text, html=html)
+        explain_text(folder, text, html=html)
 
     @app.command()
     def report(folder: str = typer.Argument(metavar="RUN")) -> None:

@@ -1,6 +1,6 @@
 """The command line: what the user can mend is told in one line with exit code 2, and a run can be stopped."""
 
-import json
+import functools
 import subprocess
 import sys
 from pathlib import Path
@@ -11,43 +11,12 @@ import torch
 from react_fast import cli
 from react_fast.trainer.folder import RunFolder
 
-# A whole run in seconds: a policy of a few thousand parameters on a handful of words.
-TINY = {
-    "model": {"vocab_size": 260, "hidden_size": 16, "layers": 1, "heads": 2, "max_length": 48},
-    "warm_start": {"steps": 3, "batch_size": 4, "lr_warmup_steps": 0},
-    "trainer": {
-        "steps": 3,
-        "prompts_per_step": 2,
-        "group_size": 2,
-        "max_new_tokens": 4,
-        "save_every": 1,
-        "threads": 1,
-    },
-    "tracker": {"intervention_prompts": 1},
-}
-
-
-def _records(path, count=6):
-    lines = [json.dumps({"prompt": f"say {i}:", "reference": f"word{i}"}) for i in range(count)]
-    path.write_text("\n".join(lines) + "\n")
-    return str(path)
+from .tiny import train_words
 
 
 @pytest.fixture
 def tiny(tmp_path):
-    """Writes the tiny configuration, with changes, and returns the words of a `train` command."""
-    import yaml
-
-    def write(**changes):
-        files = {split: _records(tmp_path / f"{split}.jsonl") for split in ("train", "validation", "test")}
-        tree = {"run_dir": str(tmp_path / "run"), "env": files, **TINY}
-        for key, value in changes.items():
-            tree[key] = {**tree[key], **value} if isinstance(value, dict) else value
-        path = tmp_path / "tiny.yaml"
-        path.write_text(yaml.safe_dump(tree))
-        return ["train", "--config", str(path)]
-
-    return write
+    return functools.partial(train_words, tmp_path)
 
 
 def _refused(capsys, words):

@@ -69,7 +69,10 @@ def test_answers_are_batch_invariant_seeded_and_leave_the_random_state(policy):
     state = torch.get_rng_state()
     runs = [answer(*policy, env, greedy=True, max_new_tokens=5, batch_size=size) for size in (1, 3, 64)]
     assert runs[0].responses == runs[1].responses == runs[2].responses
-    sampled = [answer(*policy, env, greedy=False, max_new_tokens=5, seed=seed) for seed in (1, 1, 2)]
+    sampled = [
+        answer(*policy, env, greedy=False, max_new_tokens=5, seed=seed, batch_size=size)
+        for seed, size in ((1, 64), (1, 2), (2, 64))
+    ]
     assert sampled[0] == sampled[1]
     assert sampled[0].responses != sampled[2].responses
     assert torch.equal(torch.get_rng_state(), state)

@@ -1,6 +1,5 @@
 """Trainer: equal to the reference loop, independent of micro-batches, resumable to the bit, and it learns."""
 
-from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -12,6 +11,7 @@ from react_fast.reference.trainer import Trainer as ReferenceTrainer
 from react_fast.trainer.algorithms import GRPO, REINFORCE, SFT
 from react_fast.trainer.config import TrainerConfig
 from react_fast.trainer.model import fresh_model
+from react_fast.trainer.rollout import Episodes, SamplingParams
 from react_fast.trainer.trainer import Trainer
 
 RECORDS = [
@@ -121,27 +121,14 @@ def test_rollouts_do_not_depend_on_how_they_are_batched():
     model, tokenizer = _policy()
     trainer = Trainer(model, tokenizer, _env(), algorithm=GRPO(), config=_config(prompts_per_step=5))
     together = trainer.collect()
-    chosen = trainer.records_of(0)
-    from react_fast.trainer.rollout import Episodes, SamplingParams
-
-    params = SamplingParams(6, seed=11, step=0)
+    records = [record for record in trainer.records_of(0) for _ in range(3)]
     alone = []
-    for row, record in enumerate([r for r in chosen for _ in range(3)]):
-        engine = _Rows(trainer.engine, row)
-        alone += Episodes(engine, tokenizer, _env()).play([record], [row // 3], params)
+    for row, record in enumerate(records):
+        params = SamplingParams(6, seed=11, step=0, rows=[row])
+        alone += Episodes(trainer.engine, tokenizer, _env()).play([record], [row // 3], params)
     for one, other in zip(together, alone, strict=True):
         assert one.token_ids.tolist() == other.token_ids.tolist()
         torch.testing.assert_close(one.sampler_logprobs, other.sampler_logprobs, rtol=1e-6, atol=1e-6)
-
-
-class _Rows:
-    """An engine that plays its only sequence as a given row of a bigger batch."""
-
-    def __init__(self, engine: Any, row: int) -> None:
-        self.engine, self.row = engine, row
-
-    def generate(self, prompts: Any, params: Any) -> Any:
-        return self.engine.generate(prompts, replace(params, rows=[self.row]))
 
 
 def test_sampler_logprobs_are_those_of_the_update():

@@ -256,10 +256,11 @@ class Episodes:
         states = [env.reset(options={"index": i})[0] for env, i in zip(envs, records, strict=True)]
         rows = [_Row(encode(self.tokenizer, state), record, group, state) for state, record, group in
                 zip(states, records, groups, strict=True)]  # fmt: skip
+        numbers = list(params.rows) if params.rows is not None else list(range(len(rows)))
         running = list(range(len(rows)))
         turn = 0
         while running:
-            keyed = SamplingParams(**{**vars(params), "turn": turn, "rows": running})
+            keyed = SamplingParams(**{**vars(params), "turn": turn, "rows": [numbers[i] for i in running]})
             samples = self.engine.generate([rows[i].ids for i in running], keyed)
             still = []
             for i, sample in zip(running, samples, strict=True):

@@ -21,6 +21,7 @@ from .checkpoint import CheckpointError, load_checkpoint, load_weights, newest_c
 from .config import RunConfig, TrainerConfig
 from .curves import draw_curves
 from .evaluation import answer
+from .explain import make_tracker, open_run, quiet_libraries, restore, write_report
 from .folder import CONFIG, ENVIRONMENT, PHASES, REPORT, RESULTS, RunFolder, UserError
 from .reporter import CURVES, METRICS, Reporter, print_table
 from .results import MODES, TITLES, Answers, compare, measure, table
@@ -76,7 +77,7 @@ class _Run:
         self.algorithm = make_algorithm(config)
         self.steps = {"warm_start": config.warm_start.steps, "rl": config.trainer.steps}
         self.reporter = Reporter(folder.path, self.steps, console=console)
-        self.tracker = self._tracker()
+        self.tracker = make_tracker(config.tracker, self.model, self.tokenizer)
 
     def go(self, resume: str) -> dict[str, Any]:
         self._begin(resume)
@@ -117,6 +118,8 @@ class _Run:
             finished = newest_complete(checkpoints)
             if finished is not None:
                 load_weights(self.model, finished)
+                if self.tracker is not None and phase == "rl":
+                    restore(self.tracker, finished)
             return
         if phase == "random" or self.steps[phase]:
             if phase != "random":
@@ -165,14 +168,6 @@ class _Run:
 
         return SFT()
 
-    def _tracker(self) -> Any:
-        if not self.config.tracker.enabled:
-            return None
-        from ..tracker import CausalityTracker
-
-        options = {"every": self.config.tracker.every, "seed": self.config.tracker.seed}
-        return CausalityTracker(self.model, self.tokenizer, **options)
-
     def _test(self, phase: str) -> None:
         """Test the policy, keep its answers for the paired comparison, print a few."""
         result: dict[str, Any] = {}
@@ -193,7 +188,7 @@ class _Run:
             }
         self.folder.write_json(RESULTS, results)
         if self.tracker is not None:
-            self._report()
+            write_report(self.tracker, self.envs["test"], self.config, self.folder.path / REPORT)
         self.reporter.close()
         title = f"{len(self.envs['test'].records)} held-out test prompts, 95% bootstrap intervals"
         print_table(title, *table(results), console=self.reporter.console)
@@ -205,17 +200,6 @@ class _Run:
         return Answers(
             **json.loads((self.folder.path / _answers_file(phase, mode)).read_text(encoding="utf-8"))
         )
-
-    def _report(self) -> None:
-        self.tracker.report().to_html(self.folder.path / REPORT)
-
-
-def quiet_libraries() -> None:
-    """No progress bars and notices of transformers between the run's own lines."""
-    from transformers.utils import logging
-
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
 
 
 def _answers_file(phase: str, mode: str) -> str:
@@ -241,16 +225,8 @@ def evaluate(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
     Returns: test metrics by mode, by metric: [value, low, high].
     Raises: UserError if there is no run or no complete checkpoint.
     """
-    quiet_libraries()
-    folder = RunFolder(path)
-    with user_input():
-        folder.config()
-        config = RunConfig.from_yaml(folder.path / CONFIG, overrides)
-    if config.trainer.threads is not None:
-        torch.set_num_threads(config.trainer.threads)
-    checkpoint = folder.newest_checkpoint()
+    config, checkpoint, model, tokenizer = open_run(path, overrides)
     env = load_environments(config.env)["test"]
-    model, tokenizer = load_policy(config.model.replace(path=str(checkpoint)), [], config.trainer.seed)
     result = {mode: measure(_test_answers(config, model, tokenizer, env, mode)) for mode in MODES}
     title = f"{checkpoint}: {len(env.records)} test prompts, 95% bootstrap intervals"
     print_table(title, *table({checkpoint.parent.name: result}))
@@ -272,11 +248,14 @@ def _test_answers(config: RunConfig, model: Any, tokenizer: Any, env: TextEnv, m
 def report(path: str | Path) -> None:
     """Draw the curves and the HTML report of a run again and list its files.
 
-    Raises: UserError if there is no run.
+    Raises: UserError if there is no run or no complete checkpoint.
     """
+    config, checkpoint, model, tokenizer = open_run(path)
     folder = RunFolder(path)
-    with user_input():
-        folder.config()
     draw_curves(folder.path / METRICS, folder.path / CURVES)
+    tracker = make_tracker(config.tracker, model, tokenizer)
+    if tracker is not None:
+        restore(tracker, checkpoint)
+        write_report(tracker, load_environments(config.env)["test"], config, folder.path / REPORT)
     for name in folder.files():
         print(f"  {folder.path / name}", file=sys.stdout)

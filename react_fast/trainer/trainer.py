@@ -287,8 +287,7 @@ class Trainer:
 
     def _backward(self, part: Batch, denominator: torch.Tensor, totals: Averages) -> None:
         actions = torch.nn.functional.pad(part.mask, (1, 0))
-        watched = self.tracker.observe(part.input_ids, actions) if self.tracker is not None else nullcontext()
-        with watched:
+        with self.tracker.observe(part.input_ids, actions, step=self.step) if self.tracker else nullcontext():
             logits = self._forward(self._prepared, part)
             logprobs, entropy = token_logprobs(
                 logits[:, :-1],
