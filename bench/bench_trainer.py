@@ -31,7 +31,9 @@ def _trainer(demo: Any, tracker: Any = None) -> rf.Trainer:
     return rf.Trainer(model, tokenizer, env, algorithm=rf.GRPO(), tracker=tracker, config=still)
 
 
-def _grpo(logits: torch.Tensor, ids: torch.Tensor, mask: torch.Tensor, advantages: torch.Tensor) -> torch.Tensor:
+def _grpo(
+    logits: torch.Tensor, ids: torch.Tensor, mask: torch.Tensor, advantages: torch.Tensor
+) -> torch.Tensor:
     """GRPO's loss the way trainers write it: log_softmax, gather, ratio, clip, masked mean."""
     logprobs = torch.log_softmax(logits[:, :-1], -1).gather(-1, ids[:, 1:, None])[..., 0]
     ratio = torch.exp(logprobs - logprobs.detach())
@@ -53,7 +55,9 @@ def test_update(benchmark, demo):
         trainer.optimizer.zero_grad(set_to_none=True)
         scored = trainer.score(trajectories)
         advantages = trainer.algorithm.advantages(scored)
-        logits = model(input_ids=scored.input_ids, attention_mask=scored.attention_mask, use_cache=False).logits
+        logits = model(
+            input_ids=scored.input_ids, attention_mask=scored.attention_mask, use_cache=False
+        ).logits
         loss_of(logits, scored.input_ids, scored.mask, advantages).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         trainer.optimizer.step()

@@ -234,6 +234,76 @@ void gae_backward_of(const GaeBackwardArgs& args) {
   });
 }
 
+// ---- y_t = b_t + a_t y_{t+1} -------------------------------------------------------------------------------
+
+// Suffix compositions of y -> b + a y over the lanes, by doubling; joined to the carry by one multiply-add.
+inline f32v compose(f32v a, f32v b, f32v carry) {
+  const f32v one = splat(1.0f), nothing = f32v{};
+  b = a * shift<1>(b, nothing) + b, a = a * shift<1>(a, one);
+  b = a * shift<2>(b, nothing) + b, a = a * shift<2>(a, one);
+  if constexpr (kLanes > 4) b = a * shift<4>(b, nothing) + b, a = a * shift<4>(a, one);
+  if constexpr (kLanes > 8) {
+    constexpr int half = kLanes > 8 ? 8 : 0;
+    b = a * shift<half>(b, nothing) + b, a = a * shift<half>(a, one);
+  }
+  return a * carry + b;
+}
+
+template <class T, class Real>
+Real scan_steps(const T* a, const T* b, Real* y, int64_t begin, int64_t end, Real carry) {
+  for (int64_t t = end; t-- > begin;) y[t] = carry = real(b[t]) + real(a[t]) * carry;
+  return carry;
+}
+
+template <class T>
+void scan_row(const T* a, const T* b, float* y, int64_t n, float carry) {
+  const int64_t blocks = n / kLanes * kLanes;
+  carry = scan_steps(a, b, y, blocks, n, carry);
+  for (int64_t t = blocks; (t -= kLanes) >= 0;) {
+    const f32v found = compose(load(a + t), load(b + t), splat(carry));
+    store(y + t, found);
+    carry = found[0];
+  }
+}
+void scan_row(const double* a, const double* b, double* y, int64_t n, double carry) {
+  scan_steps(a, b, y, 0, n, carry);
+}
+
+template <class T, class Real>
+void scan_of(const ScanArgs& args) {
+  const Sequences& rows = args.sequences;
+  const T* init = static_cast<const T*>(args.init);
+  parallel_for(rows.rows, rows.elements(), args.threads, [&](int64_t i) {
+    const int64_t begin = rows.begin(i);
+    const Real carry = init != nullptr ? real(init[i]) : Real(0);
+    scan_row(typed<T>(args.a, begin), typed<T>(args.b, begin), typed<Real>(args.out, begin), rows.end(i) - begin, carry);
+  });
+}
+
+// The adjoint s_t = dL/dy_t runs forward: s_t = upstream_t + a_{t-1} s_{t-1}; db = s, da_t = s_t y_{t+1}.
+template <class T, class Real>
+void scan_backward_of(const ScanBackwardArgs& args) {
+  const Sequences& rows = args.sequences;
+  const T* init = static_cast<const T*>(args.init);
+  parallel_for(rows.rows, rows.elements(), args.threads, [&](int64_t i) {
+    const int64_t begin = rows.begin(i), n = rows.end(i) - begin;
+    const T* a = typed<T>(args.a, begin);
+    const Real* y = typed<Real>(args.y, begin);
+    const Real* upstream = typed<Real>(args.upstream, begin);
+    Real* d_a = typed<Real>(args.d_a, begin);
+    Real* d_b = typed<Real>(args.d_b, begin);
+    const Real last = init != nullptr ? real(init[i]) : Real(0);
+    Real carry = 0;
+    for (int64_t t = 0; t < n; ++t) {
+      const Real s = upstream[t] + carry;
+      d_b[t] = s;
+      d_a[t] = s * (t + 1 < n ? y[t + 1] : last);
+      carry = real(a[t]) * s;
+    }
+    if (args.d_init != nullptr) static_cast<Real*>(args.d_init)[i] = carry;
+  });
+}
+
 // ---- moments and whitening ---------------------------------------------------------------------------------
 
 // The unit of work, folded in order: 16 KiB of float32 stay in L1 for the second look.
@@ -363,6 +433,8 @@ void whiten_backward_of(const WhitenBackwardArgs& args) {
 
 void gae(const GaeArgs& args) { RF_BY_DTYPE(gae_of, args.in.dtype) }
 void gae_backward(const GaeBackwardArgs& args) { RF_BY_DTYPE(gae_backward_of, args.in.dtype) }
+void scan(const ScanArgs& args) { RF_BY_DTYPE(scan_of, args.dtype) }
+void scan_backward(const ScanBackwardArgs& args) { RF_BY_DTYPE(scan_backward_of, args.dtype) }
 Moments moments(const MomentsArgs& args) { RF_BY_DTYPE(moments_of, args.dtype) }
 void whiten(const WhitenArgs& args) { RF_BY_DTYPE(whiten_of, args.dtype) }
 void whiten_backward(const WhitenBackwardArgs& args) { RF_BY_DTYPE(whiten_backward_of, args.dtype) }
@@ -376,7 +448,8 @@ void whiten_sums(const WhitenBackwardArgs& args, double out[2]) {
 }  // namespace
 
 extern const Advantage advantage_table;
-const Advantage advantage_table = {gae, gae_backward, moments, whiten_sums, whiten, whiten_backward};
+const Advantage advantage_table = {gae,         gae_backward, scan,   scan_backward,
+                                   moments, whiten_sums, whiten, whiten_backward};
 
 }  // namespace RF_ISA
 }  // namespace rf

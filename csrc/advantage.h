@@ -48,6 +48,30 @@ struct GaeBackwardArgs {
   void* d_bootstrap_values;  // Real; null when not wanted
 };
 
+// y_t = b_t + a_t y_{t+1}; `init` [rows] stands behind a row's last step, null: 0.
+struct ScanArgs {
+  const void* a;
+  const void* b;
+  const void* init;
+  Sequences sequences;
+  DType dtype;
+  void* out;  // Real
+  int threads;
+};
+
+struct ScanBackwardArgs {
+  const void* a;
+  const void* y;         // Real, the forward's result
+  const void* init;      // dtype
+  const void* upstream;  // Real
+  Sequences sequences;
+  DType dtype;
+  void* d_a;     // Real
+  void* d_b;     // Real
+  void* d_init;  // [rows] Real; null when not wanted
+  int threads;
+};
+
 struct WhitenArgs {
   const void* x;
   const uint8_t* mask;
@@ -87,6 +111,8 @@ struct MomentsArgs {
 struct Advantage {
   void (*gae)(const GaeArgs&);
   void (*gae_backward)(const GaeBackwardArgs&);
+  void (*scan)(const ScanArgs&);
+  void (*scan_backward)(const ScanBackwardArgs&);
   Moments (*moments)(const MomentsArgs&);
   // sum g and sum g (x - mean) over counting elements.
   void (*whiten_sums)(const WhitenBackwardArgs&, double out[2]);

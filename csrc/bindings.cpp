@@ -94,6 +94,20 @@ void gae_backward(Address d_advantages, Address d_returns, Address terminated, A
                                          at(d_last_values), at(d_bootstrap_values)});
 }
 
+void reverse_linear_scan(Address a, Address b, Address init, Address offsets, int64_t rows, int64_t length, int dtype,
+                         Address out, int threads) {
+  py::gil_scoped_release release;
+  rf::kernels().advantage->scan(
+      {at(a), at(b), at(init), {at<int64_t>(offsets), rows, length}, rf::DType(dtype), at(out), threads});
+}
+
+void reverse_linear_scan_backward(Address a, Address y, Address init, Address upstream, Address offsets, int64_t rows,
+                                  int64_t length, int dtype, Address d_a, Address d_b, Address d_init, int threads) {
+  py::gil_scoped_release release;
+  rf::kernels().advantage->scan_backward({at(a), at(y), at(init), at(upstream), {at<int64_t>(offsets), rows, length},
+                                          rf::DType(dtype), at(d_a), at(d_b), at(d_init), threads});
+}
+
 void group_advantages(Address rewards, Address groups, Address valid, Address upstream, int64_t count, int baseline,
                       bool scale, bool raw_singleton, double eps, double ddof, double min_std, Address out) {
   py::gil_scoped_release release;
@@ -144,6 +158,10 @@ void bind_advantage(py::module_& m) {
   m.def("gae_backward", &gae_backward, "d_advantages"_a, "d_returns"_a, "terminated"_a, "truncated"_a, "mask"_a,
         "lams"_a, "offsets"_a, "rows"_a, "length"_a, "dtype"_a, "gamma"_a, "lam"_a, "d_rewards"_a, "d_values"_a,
         "d_last_values"_a, "d_bootstrap_values"_a, "threads"_a);
+  m.def("reverse_linear_scan", &reverse_linear_scan, "a"_a, "b"_a, "init"_a, "offsets"_a, "rows"_a, "length"_a,
+        "dtype"_a, "out"_a, "threads"_a);
+  m.def("reverse_linear_scan_backward", &reverse_linear_scan_backward, "a"_a, "y"_a, "init"_a, "upstream"_a,
+        "offsets"_a, "rows"_a, "length"_a, "dtype"_a, "d_a"_a, "d_b"_a, "d_init"_a, "threads"_a);
   m.def("group_advantages", &group_advantages, "rewards"_a, "groups"_a, "valid"_a, "upstream"_a, "count"_a,
         "baseline"_a, "scale"_a, "raw_singleton"_a, "eps"_a, "ddof"_a, "min_std"_a, "out"_a);
   m.def("moments", &moments, "x"_a, "mask"_a, "dtype"_a, "count"_a, "threads"_a);

@@ -4,7 +4,15 @@ import importlib as _importlib
 from typing import Any as _Any
 
 from . import reference
-from .ops.advantage import discounted_returns, gae, group_advantages, merge_moments, moments, whiten
+from .ops.advantage import (
+    discounted_returns,
+    gae,
+    group_advantages,
+    merge_moments,
+    moments,
+    reverse_linear_scan,
+    whiten,
+)
 from .ops.attribution import RunningMoments, attribution_scores
 from .ops.backend import get_backend, set_backend, use_backend
 from .ops.logprob import token_logprobs
@@ -41,6 +49,7 @@ __all__ = [
     "merge_moments",
     "moments",
     "policy_loss",
+    "reverse_linear_scan",
     "reference",
     "set_backend",
     "token_logprobs",

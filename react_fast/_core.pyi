@@ -12,17 +12,148 @@ def set_isa(name: str) -> None: ...
 # ---- logprob
 
 def token_logprobs(
-    logits: int, token_ids: int, mask: int, temperatures: int, dtype: int, id_dtype: int, rows: int,
-    vocab: int, inner: int, outer_stride: int, stride: int, temperature: float, softcap: float, low: float,
-    high: float, logp: int, entropy: int, stats: int, threads: int,
+    logits: int,
+    token_ids: int,
+    mask: int,
+    temperatures: int,
+    dtype: int,
+    id_dtype: int,
+    rows: int,
+    vocab: int,
+    inner: int,
+    outer_stride: int,
+    stride: int,
+    temperature: float,
+    softcap: float,
+    low: float,
+    high: float,
+    logp: int,
+    entropy: int,
+    stats: int,
+    threads: int,
 ) -> tuple[str, int]: ...
 def token_logprobs_backward(
-    logits: int, token_ids: int, mask: int, temperatures: int, dtype: int, id_dtype: int, rows: int,
-    vocab: int, inner: int, outer_stride: int, stride: int, temperature: float, softcap: float, stats: int,
-    entropy: int, d_logp: int, d_entropy: int, d_logits: int, threads: int,
+    logits: int,
+    token_ids: int,
+    mask: int,
+    temperatures: int,
+    dtype: int,
+    id_dtype: int,
+    rows: int,
+    vocab: int,
+    inner: int,
+    outer_stride: int,
+    stride: int,
+    temperature: float,
+    softcap: float,
+    stats: int,
+    entropy: int,
+    d_logp: int,
+    d_entropy: int,
+    d_logits: int,
+    threads: int,
 ) -> None: ...
 
 # ---- advantage
+
+def gae(
+    rewards: int,
+    values: int,
+    last_values: int,
+    bootstrap_values: int,
+    terminated: int,
+    truncated: int,
+    mask: int,
+    lams: int,
+    offsets: int,
+    rows: int,
+    length: int,
+    dtype: int,
+    gamma: float,
+    lam: float,
+    advantages: int,
+    returns: int,
+    threads: int,
+) -> None: ...
+def gae_backward(
+    d_advantages: int,
+    d_returns: int,
+    terminated: int,
+    truncated: int,
+    mask: int,
+    lams: int,
+    offsets: int,
+    rows: int,
+    length: int,
+    dtype: int,
+    gamma: float,
+    lam: float,
+    d_rewards: int,
+    d_values: int,
+    d_last_values: int,
+    d_bootstrap_values: int,
+    threads: int,
+) -> None: ...
+def reverse_linear_scan(
+    a: int, b: int, init: int, offsets: int, rows: int, length: int, dtype: int, out: int, threads: int
+) -> None: ...
+def reverse_linear_scan_backward(
+    a: int,
+    y: int,
+    init: int,
+    upstream: int,
+    offsets: int,
+    rows: int,
+    length: int,
+    dtype: int,
+    d_a: int,
+    d_b: int,
+    d_init: int,
+    threads: int,
+) -> None: ...
+def group_advantages(
+    rewards: int,
+    groups: int,
+    valid: int,
+    upstream: int,
+    count: int,
+    baseline: int,
+    scale: bool,
+    raw_singleton: bool,
+    eps: float,
+    ddof: float,
+    min_std: float,
+    out: int,
+) -> None: ...
+def moments(x: int, mask: int, dtype: int, count: int, threads: int) -> list[float]: ...
+def merge_moments(a: list[float], b: list[float]) -> list[float]: ...
+def whiten(
+    x: int,
+    mask: int,
+    dtype: int,
+    count: int,
+    shift: float,
+    scale: float,
+    offset: float,
+    out: int,
+    threads: int,
+) -> None: ...
+def whiten_sums(
+    x: int, mask: int, upstream: int, dtype: int, count: int, mean: float, threads: int
+) -> list[float]: ...
+def whiten_backward(
+    x: int,
+    mask: int,
+    upstream: int,
+    dtype: int,
+    count: int,
+    mean: float,
+    slope: float,
+    constant: float,
+    linear: float,
+    d_x: int,
+    threads: int,
+) -> None: ...
 
 # ---- policy_loss
 

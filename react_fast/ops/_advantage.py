@@ -43,8 +43,10 @@ def _gae_cpu(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     advantages, returns = _gae_outputs(rewards, values)
     offsets, rows, length = _sequences(rewards, cu_seqlens)
-    kept = [_flat(x) for x in (rewards, values, last_values, bootstrap_values, terminated, truncated, mask, lams)]
-    _core.gae(
+    kept = [
+        _flat(x) for x in (rewards, values, last_values, bootstrap_values, terminated, truncated, mask, lams)
+    ]
+    _core.gae(  # type: ignore[call-arg]
         *map(address, kept), address(offsets), rows, length, DTYPE[rewards.dtype], gamma, lam,
         address(advantages if values is not None else None), returns.data_ptr(), torch.get_num_threads(),
     )  # fmt: skip
@@ -70,7 +72,12 @@ def _gae_setup(ctx: Any, inputs: tuple, output: Any) -> None:
 def _gae_grad(ctx: Any, d_advantages: Tensor, d_returns: Tensor) -> tuple:
     wanted = ctx.needs_input_grad[:4]
     found = _gae_backward(
-        d_returns, d_advantages if ctx.has_values else None, *ctx.saved_tensors, ctx.gamma, ctx.lam, *wanted[1:]
+        d_returns,
+        d_advantages if ctx.has_values else None,
+        *ctx.saved_tensors,
+        ctx.gamma,
+        ctx.lam,
+        *wanted[1:],
     )
     grads = [d.to(ctx.dtype) if want else None for d, want in zip(found, wanted, strict=True)]
     return *grads, *[None] * 7
@@ -97,7 +104,7 @@ def _gae_backward_cpu(
     offsets, rows, length = _sequences(d_returns, cu_seqlens)
     kept = [_flat(x) for x in (d_advantages, d_returns, terminated, truncated, mask, lams)]
     targets = [grads[0], *(grad if want else None for grad, want in zip(grads[1:], wanted, strict=True))]
-    _core.gae_backward(
+    _core.gae_backward(  # type: ignore[call-arg]
         *map(address, kept), address(offsets), rows, length, DTYPE[d_returns.dtype], gamma, lam,
         *map(address, targets), torch.get_num_threads(),
     )  # fmt: skip
@@ -114,7 +121,10 @@ def _gae_backward_fake(d_returns: Tensor, *args: Any) -> tuple[Tensor, Tensor, T
     return _gae_grads(d_returns, args[4], *args[8:])
 
 
-_FLAGS = "Tensor? terminated, Tensor? truncated, Tensor? mask, Tensor? cu_seqlens, Tensor? lams, float gamma, float lam"
+_FLAGS = (
+    "Tensor? terminated, Tensor? truncated, Tensor? mask, Tensor? cu_seqlens, Tensor? lams, float gamma, "
+    "float lam"
+)
 gae = register(
     "gae",
     "(Tensor rewards, Tensor? values, Tensor? last_values, Tensor? bootstrap_values, " + _FLAGS
@@ -133,6 +143,94 @@ _gae_backward = register(
     triton=_gae_backward_triton,
     fake=_gae_backward_fake,
 )  # fmt: skip
+
+
+# ---- y_t = b_t + a_t y_{t+1} ------------------------------------------------------------------------------------
+
+
+def _scan_cpu(a: Tensor, b: Tensor, init: Maybe, cu_seqlens: Maybe) -> Tensor:
+    out = torch.empty(a.shape, dtype=accumulation_dtype(a.dtype))
+    offsets, rows, length = _sequences(a, cu_seqlens)
+    kept = [_flat(x) for x in (a, b, init)]
+    _core.reverse_linear_scan(  # type: ignore[call-arg]
+        *map(address, kept),
+        address(offsets),
+        rows,
+        length,
+        DTYPE[a.dtype],
+        out.data_ptr(),
+        torch.get_num_threads(),
+    )
+    return out
+
+
+def _scan_triton(a: Tensor, *args: Any) -> Tensor:
+    from ..kernels import advantage as kernels
+
+    return kernels.reverse_linear_scan(a, *args)
+
+
+def _scan_fake(a: Tensor, *args: Any) -> Tensor:
+    return a.new_empty(a.shape, dtype=accumulation_dtype(a.dtype))
+
+
+def _scan_setup(ctx: Any, inputs: tuple, output: Tensor) -> None:
+    a, _, init, cu_seqlens = inputs
+    ctx.save_for_backward(a, output, init, cu_seqlens)
+
+
+def _scan_grad(ctx: Any, upstream: Tensor) -> tuple:
+    a, y, init, cu_seqlens = ctx.saved_tensors
+    d_a, d_b, d_init = _scan_backward(upstream, a, y, init, cu_seqlens)
+    return d_a.to(a.dtype), d_b.to(a.dtype), None if init is None else d_init.to(a.dtype), None
+
+
+def _scan_grads(upstream: Tensor, cu_seqlens: Maybe) -> tuple[Tensor, Tensor, Tensor]:
+    rows = _rows(upstream, cu_seqlens)
+    return upstream.new_empty(upstream.shape), upstream.new_empty(upstream.shape), upstream.new_empty(rows)
+
+
+def _scan_backward_cpu(
+    upstream: Tensor, a: Tensor, y: Tensor, init: Maybe, cu_seqlens: Maybe
+) -> tuple[Tensor, Tensor, Tensor]:
+    grads = _scan_grads(upstream, cu_seqlens)
+    offsets, rows, length = _sequences(upstream, cu_seqlens)
+    kept = [_flat(x) for x in (a, y, init, upstream)]
+    _core.reverse_linear_scan_backward(  # type: ignore[call-arg]
+        *map(address, kept), address(offsets), rows, length, DTYPE[a.dtype], *map(address, grads),
+        torch.get_num_threads(),
+    )  # fmt: skip
+    return grads
+
+
+def _scan_backward_triton(upstream: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    from ..kernels import advantage as kernels
+
+    return kernels.reverse_linear_scan_backward(upstream, *args)
+
+
+def _scan_backward_fake(
+    upstream: Tensor, a: Tensor, y: Tensor, init: Maybe, cu_seqlens: Maybe
+) -> tuple[Tensor, Tensor, Tensor]:
+    return _scan_grads(upstream, cu_seqlens)
+
+
+reverse_linear_scan = register(
+    "reverse_linear_scan",
+    "(Tensor a, Tensor b, Tensor? init, Tensor? cu_seqlens) -> Tensor",
+    cpu=_scan_cpu,
+    triton=_scan_triton,
+    fake=_scan_fake,
+    setup_context=_scan_setup,
+    backward=_scan_grad,
+)
+_scan_backward = register(
+    "reverse_linear_scan_backward",
+    "(Tensor upstream, Tensor a, Tensor y, Tensor? init, Tensor? cu_seqlens) -> (Tensor, Tensor, Tensor)",
+    cpu=_scan_backward_cpu,
+    triton=_scan_backward_triton,
+    fake=_scan_backward_fake,
+)
 
 
 # ---- group_advantages -----------------------------------------------------------------------------------------
@@ -209,7 +307,11 @@ def _moments_fake(x: Tensor, mask: Maybe) -> Tensor:
 
 # (count, mean, M2) as one float64 [3].
 moments = register(
-    "moments", "(Tensor x, Tensor? mask) -> Tensor", cpu=_moments_cpu, triton=_moments_triton, fake=_moments_fake
+    "moments",
+    "(Tensor x, Tensor? mask) -> Tensor",
+    cpu=_moments_cpu,
+    triton=_moments_triton,
+    fake=_moments_fake,
 )
 
 
@@ -259,7 +361,14 @@ def _whiten_grad(ctx: Any, upstream: Tensor) -> tuple:
 
 
 def _whiten_backward_cpu(
-    upstream: Tensor, x: Tensor, mask: Maybe, stats: Tensor, shift_mean: bool, eps: float, ddof: int, fixed: bool
+    upstream: Tensor,
+    x: Tensor,
+    mask: Maybe,
+    stats: Tensor,
+    shift_mean: bool,
+    eps: float,
+    ddof: int,
+    fixed: bool,
 ) -> Tensor:
     out = torch.empty(x.shape, dtype=accumulation_dtype(x.dtype))
     kept, counts, g = x.contiguous(), _flat(mask), upstream.contiguous()

@@ -2,6 +2,7 @@
 
 import functools
 from collections.abc import Callable
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,7 @@ from ._advantage import BASELINES
 from ._advantage import gae as _gae
 from ._advantage import group_advantages as _group_advantages
 from ._advantage import moments as _moments
+from ._advantage import reverse_linear_scan as _reverse_linear_scan
 from ._advantage import whiten as _whiten
 from .backend import use_reference
 
@@ -121,11 +123,37 @@ def gae(
         lam = _check.number("lam", lam, low=0.0, high=1.0)
     if use_reference():
         return reference.gae(
-            rewards, values, gamma=gamma, lam=lam, last_values=last_values, terminated=flags[0], truncated=flags[1],
-            bootstrap_values=bootstrap_values, mask=flags[2], cu_seqlens=cu_seqlens,
+            rewards, values, gamma=gamma, lam=lam, last_values=last_values, terminated=flags[0],
+            truncated=flags[1], bootstrap_values=bootstrap_values, mask=flags[2], cu_seqlens=cu_seqlens,
         )  # fmt: skip
     shared = 1.0 if lams is not None else lam
     return _gae(rewards, values, last_values, bootstrap_values, *flags, cu_seqlens, lams, gamma, shared)
+
+
+@_numpy_too
+def reverse_linear_scan(
+    a: torch.Tensor,
+    b: torch.Tensor,
+    *,
+    init: torch.Tensor | None = None,
+    cu_seqlens: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """The recurrence behind all returns, y_t = b_t + a_t y_{t+1}.
+
+    Args:
+        a, b: [B, T], or packed [N] with `cu_seqlens` (see `discounted_returns`), of one floating dtype.
+        init: [B] of that dtype, stands behind a row's last step; None: 0.
+    Returns: like `a`, float32 (float64 for float64). Differentiable in all three.
+    Raises: TypeError for a wrong dtype, ValueError for a wrong shape or device or bad cu_seqlens.
+    Source: Blelloch 1990, prefix sums of linear recurrences.
+    """
+    _check_rows("a", a, cu_seqlens)
+    _check_like("b", b, a, a.shape, "a")
+    if init is not None:
+        _check_like("init", init, a, (_row_count(a, cu_seqlens),), "the rows of a")
+    if use_reference():
+        return reference.reverse_linear_scan(a, b, init=init, cu_seqlens=cu_seqlens)
+    return _reverse_linear_scan(a, b, init, cu_seqlens)
 
 
 @_numpy_too
@@ -210,7 +238,8 @@ def moments(x: torch.Tensor, mask: torch.Tensor | None = None) -> Moments:
 def merge_moments(*parts: Moments) -> Moments:
     """Moments of the union: exact, so parts from micro-batches, ranks and workers combine.
 
-        n = n_a + n_b      d = mean_b - mean_a      mean = mean_a + d n_b / n      M2 = M2_a + M2_b + d^2 n_a n_b / n
+        n = n_a + n_b            d = mean_b - mean_a
+        mean = mean_a + d n_b / n            M2 = M2_a + M2_b + d^2 n_a n_b / n
 
     Args: parts: results of `moments`, at least one.
     Source: Chan, Golub & LeVeque 1979.
@@ -251,14 +280,20 @@ def whiten(
     eps = _check.number("eps", eps, low=0.0)
     if ddof not in (0, 1):
         raise ValueError(f"ddof must be 0 or 1, got {ddof!r}")
+    if moments is not None and (not isinstance(moments, tuple) or len(moments) != 3):
+        raise ValueError(f"moments must be (count, mean, M2) as moments() returns them, got {moments!r}")
     if moments is not None and group is not None:
         raise ValueError("moments must be None when a process group is given, got both")
     if group is not None:
         moments = _merged_over(group, x, mask)
     if use_reference():
         return reference.whiten(x, mask=mask, moments=moments, shift_mean=shift_mean, eps=eps, ddof=ddof)
-    stats = _moments(x.detach(), mask) if moments is None else torch.stack([m.double() for m in moments])
+    stats = _moments(x.detach(), mask) if moments is None else _stacked(moments, x)
     return _whiten(x, mask, stats, shift_mean, eps, ddof, moments is not None)
+
+
+def _stacked(moments: Moments, x: torch.Tensor) -> torch.Tensor:
+    return torch.stack([torch.as_tensor(m, dtype=torch.float64, device=x.device) for m in moments])
 
 
 def _merged_over(group: Any, x: torch.Tensor, mask: torch.Tensor | None) -> Moments:
@@ -284,18 +319,14 @@ def _steps(
     cu_seqlens: torch.Tensor | None,
 ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
     """Check what all returns share; (terminated, truncated, mask) as bool."""
-    _check.floating("rewards", rewards)
-    if rewards.dim() != (2 if cu_seqlens is None else 1):
-        wanted = "[B, T] (or [N] with cu_seqlens)" if cu_seqlens is None else "[N] with cu_seqlens"
-        raise ValueError(f"rewards must be {wanted}, got {list(rewards.shape)}")
-    if cu_seqlens is not None:
-        _check_bounds(cu_seqlens, rewards)
+    _check_rows("rewards", rewards, cu_seqlens)
     for name, x in (("values", values), ("bootstrap_values", bootstrap_values)):
         if x is not None:
             _check_like(name, x, rewards, rewards.shape, "rewards")
     if last_values is not None:
-        rows = rewards.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
-        _check_like("last_values", last_values, rewards, (rows,), "the rows of rewards")
+        _check_like(
+            "last_values", last_values, rewards, (_row_count(rewards, cu_seqlens),), "the rows of rewards"
+        )
     if truncated is not None and bootstrap_values is None:
         raise ValueError("bootstrap_values must be given with truncated, got None")
     flags = []
@@ -304,30 +335,43 @@ def _steps(
     return flags[0], flags[1], flags[2]
 
 
+def _row_count(x: torch.Tensor, cu_seqlens: torch.Tensor | None) -> int:
+    return x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+
+
+def _check_rows(name: str, x: torch.Tensor, cu_seqlens: torch.Tensor | None) -> None:
+    _check.floating(name, x)
+    if x.dim() != (2 if cu_seqlens is None else 1):
+        wanted = "[B, T] (or [N] with cu_seqlens)" if cu_seqlens is None else "[N] with cu_seqlens"
+        raise ValueError(f"{name} must be {wanted}, got {list(x.shape)}")
+    if cu_seqlens is not None:
+        _check_bounds(cu_seqlens, name, x)
+
+
 def _check_like(
     name: str, x: torch.Tensor, other: torch.Tensor, shape: tuple[int, ...] | torch.Size, like: str
 ) -> None:
-    _check.dtype(name, _check.tensor(name, x), other.dtype, "rewards")
+    first = "a" if like.endswith("a") else "rewards"
+    _check.dtype(name, _check.tensor(name, x), other.dtype, first)
     _check.shape(name, x, shape, like)
-    _check.device(name, x, other.device, "rewards")
+    _check.device(name, x, other.device, first)
 
 
-def _check_bounds(cu_seqlens: torch.Tensor, rewards: torch.Tensor) -> None:
+def _check_bounds(cu_seqlens: torch.Tensor, name: str, x: torch.Tensor) -> None:
     _check.integer("cu_seqlens", cu_seqlens)
     if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 1:
         raise ValueError(f"cu_seqlens must be [B + 1], got {list(cu_seqlens.shape)}")
-    _check.device("cu_seqlens", cu_seqlens, rewards.device, "rewards")
-    if rewards.device.type != "cpu" or torch.compiler.is_compiling():
+    _check.device("cu_seqlens", cu_seqlens, x.device, name)
+    if x.device.type != "cpu" or torch.compiler.is_compiling():
         return
     bounds = cu_seqlens.tolist()
-    if bounds[0] != 0 or bounds[-1] != len(rewards) or any(b < a for a, b in zip(bounds, bounds[1:], strict=False)):
-        raise ValueError(f"cu_seqlens must rise from 0 to {len(rewards)} like rewards, got {bounds[:8]}")
+    if bounds[0] != 0 or bounds[-1] != len(x) or any(b < a for a, b in pairwise(bounds)):
+        raise ValueError(f"cu_seqlens must rise from 0 to {len(x)} like {name}, got {bounds[:8]}")
 
 
 def _row_lams(lam: torch.Tensor, rewards: torch.Tensor, cu_seqlens: torch.Tensor | None) -> torch.Tensor:
-    rows = rewards.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
     _check.floating("lam", lam)
-    _check.shape("lam", lam, (rows,), "the rows of rewards")
+    _check.shape("lam", lam, (_row_count(rewards, cu_seqlens),), "the rows of rewards")
     _check.device("lam", lam, rewards.device, "rewards")
     if lam.requires_grad:
         raise ValueError("lam must not require a gradient, got a tensor that does; pass .detach()")

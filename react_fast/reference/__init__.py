@@ -3,7 +3,15 @@
 Written for reading and for checking the fast paths; same names and signatures, no speed.
 """
 
-from .advantage import discounted_returns, gae, group_advantages, merge_moments, moments, whiten
+from .advantage import (
+    discounted_returns,
+    gae,
+    group_advantages,
+    merge_moments,
+    moments,
+    reverse_linear_scan,
+    whiten,
+)
 from .attribution import attribution_scores
 from .logprob import token_logprobs
 from .policy_loss import PolicyLoss, PPOClip, Reinforce, importance_weights, policy_loss, value_loss
@@ -22,6 +30,7 @@ __all__ = [
     "merge_moments",
     "moments",
     "policy_loss",
+    "reverse_linear_scan",
     "token_logprobs",
     "value_loss",
     "whiten",

@@ -1,6 +1,7 @@
 """Returns, advantages and whitening as the equations say them; see react_fast.ops.advantage."""
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 
@@ -17,11 +18,12 @@ def _rows(x: torch.Tensor | None, cu_seqlens: torch.Tensor | None, count: int) -
         return [None] * count
     if cu_seqlens is None:
         return list(x)
-    ends = cu_seqlens.tolist()
-    return [x[begin:end] for begin, end in zip(ends[:-1], ends[1:], strict=True)]
+    return [x[begin:end] for begin, end in pairwise(cu_seqlens.tolist())]
 
 
-def _joined(rows: Sequence[torch.Tensor], like: torch.Tensor, cu_seqlens: torch.Tensor | None) -> torch.Tensor:
+def _joined(
+    rows: Sequence[torch.Tensor], like: torch.Tensor, cu_seqlens: torch.Tensor | None
+) -> torch.Tensor:
     if not rows:
         return _wide(like) * 0
     return torch.stack(list(rows)) if cu_seqlens is None else torch.cat(list(rows))
@@ -51,7 +53,7 @@ def gae(
         assert r is not None
         assert v is not None
         last = _wide(v.new_zeros(())) if last_values is None else _wide(last_values[i])
-        found.append(_gae_row(_wide(r), _wide(v), *flags, last, gamma, lams[i]))
+        found.append(_gae_row(_wide(r), _wide(v), flags, last, gamma, lams[i]))
     advantages = _joined([a for a, _ in found], rewards, cu_seqlens)
     returns = _joined([g for _, g in found], rewards, cu_seqlens)
     return advantages, returns
@@ -60,14 +62,12 @@ def gae(
 def _gae_row(
     r: torch.Tensor,
     v: torch.Tensor,
-    terminated: torch.Tensor | None,
-    truncated: torch.Tensor | None,
-    bootstrap: torch.Tensor | None,
-    mask: torch.Tensor | None,
+    flags: Sequence[torch.Tensor | None],
     last: torch.Tensor,
     gamma: float,
     lam: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
+    terminated, truncated, bootstrap, mask = flags
     nothing = r[:0].sum()
     advantages, returns = [nothing] * len(r), [nothing] * len(r)
     next_value, next_advantage = last, nothing
@@ -121,6 +121,29 @@ def discounted_returns(
     return _joined(found, rewards, cu_seqlens)
 
 
+def reverse_linear_scan(
+    a: torch.Tensor,
+    b: torch.Tensor,
+    *,
+    init: torch.Tensor | None = None,
+    cu_seqlens: torch.Tensor | None = None,
+) -> torch.Tensor:
+    count = len(a) if cu_seqlens is None else len(cu_seqlens) - 1
+    found = []
+    for i, (a_row, b_row) in enumerate(
+        zip(_rows(a, cu_seqlens, count), _rows(b, cu_seqlens, count), strict=True)
+    ):
+        assert a_row is not None
+        assert b_row is not None
+        y = _wide(a_row.new_zeros(())) if init is None else _wide(init[i])
+        ys: list[torch.Tensor] = []
+        for t in reversed(range(len(a_row))):
+            y = _wide(b_row[t]) + _wide(a_row[t]) * y
+            ys.insert(0, y)
+        found.append(torch.stack(ys) if ys else _wide(a_row))
+    return _joined(found, a, cu_seqlens)
+
+
 def group_advantages(
     rewards: torch.Tensor,
     group_ids: torch.Tensor,
@@ -167,7 +190,11 @@ def _relative(
     if scale == "none":
         return centred
     equal = bool(group.max() == group.min())
-    std = group.new_zeros(()) if n <= ddof or equal else ((group - group.mean()) ** 2).sum().div(n - ddof).sqrt()
+    std = (
+        group.new_zeros(())
+        if n <= ddof or equal
+        else ((group - group.mean()) ** 2).sum().div(n - ddof).sqrt()
+    )
     return centred / (std.clamp_min(min_std) + eps)
 
 
@@ -209,7 +236,8 @@ def whiten(
         mean = values.sum() / max(n, 1)
         m2 = ((values - mean) ** 2).sum()
     else:
-        n, mean, m2 = int(moments[0]), moments[1].double(), moments[2].double()
+        count, mean, m2 = (torch.as_tensor(m, dtype=torch.float64) for m in moments)
+        n = int(count)
     scale = torch.rsqrt(m2 / (n - ddof) + eps) if n > max(1, ddof) else 1.0
     white = (values - mean) * scale + (0.0 if shift_mean else mean)
     return torch.zeros_like(wide).masked_scatter(counts, white.to(wide.dtype))

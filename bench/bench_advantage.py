@@ -1,0 +1,113 @@
+"""Advantages; the limit is a stream of the same reads and writes."""
+
+import pytest
+import torch
+
+import react_fast as rf
+
+from .common import on_reference, race, stream
+
+GAMMA, LAM = 0.99, 0.95
+# In L2, in L3, in memory.
+SHAPES = [(64, 1024), (256, 4096), (1024, 8192)]
+
+
+def _loop(
+    rewards: torch.Tensor, values: torch.Tensor, mask: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """GAE the way trainers write it: over time in reverse, masked steps carry the next value and advantage on."""
+    next_value = carry = rewards.new_zeros(len(rewards))
+    columns = []
+    for t in reversed(range(rewards.shape[1])):
+        delta = rewards[:, t] + GAMMA * next_value - values[:, t]
+        found = delta + GAMMA * LAM * carry
+        next_value = torch.where(mask[:, t], values[:, t], next_value)
+        carry = torch.where(mask[:, t], found, carry)
+        columns.append(carry)
+    advantages = torch.where(mask, torch.stack(columns[::-1], 1), 0.0)
+    return advantages, torch.where(mask, advantages + values, 0.0)
+
+
+def _whiten(x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    count = mask.sum()
+    mean = (x * mask).sum() / count
+    variance = (((x - mean) ** 2) * mask).sum() / (count - 1)
+    return torch.where(mask, (x - mean) * torch.rsqrt(variance + 1e-8), 0.0)
+
+
+def _mask(shape: tuple[int, int]) -> torch.Tensor:
+    """A prompt, an answer of its own length, and a tool's reply in its middle, in every row."""
+    rows, length = shape
+    t = torch.arange(length)
+    prompt = torch.randint(1, length // 8, (rows, 1))
+    end = length - torch.randint(1, length // 8, (rows, 1))
+    tool = torch.randint(length // 4, length // 2, (rows, 1))
+    return (t >= prompt) & (t < end) & ~((t >= tool) & (t < tool + length // 16))
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_gae(benchmark, shape):
+    rewards, values, mask = torch.randn(shape), torch.randn(shape), _mask(shape)
+    contestants = {
+        "react_fast": lambda: rf.gae(rewards, values, gamma=GAMMA, lam=LAM, mask=mask),
+        "torch": lambda: _loop(rewards, values, mask),
+        "limit": stream([rewards, values, mask], [torch.empty(shape), torch.empty(shape)]),
+    }
+    if shape == SHAPES[0]:
+        contestants["reference"] = on_reference(contestants["react_fast"])
+    case, traffic = f"gae with mask {list(shape)} float32", "stream of reward, value, mask, advantage, return"
+    race(benchmark, contestants, case=case, limit=traffic, bytes_moved=17 * rewards.numel())
+
+
+def test_gae_compiled(benchmark):
+    """torch.compile unrolls the loop over time, so a short row is what it can build in seconds."""
+    shape = (64, 128)
+    rewards, values, mask = torch.randn(shape), torch.randn(shape), _mask(shape)
+    compiled = torch.compile(_loop)
+    contestants = {
+        "react_fast": lambda: rf.gae(rewards, values, gamma=GAMMA, lam=LAM, mask=mask),
+        "torch": lambda: _loop(rewards, values, mask),
+        "torch.compile": lambda: compiled(rewards, values, mask),
+        "reference": on_reference(lambda: rf.gae(rewards, values, gamma=GAMMA, lam=LAM, mask=mask)),
+        "limit": stream([rewards, values, mask], [torch.empty(shape), torch.empty(shape)]),
+    }
+    case, traffic = f"gae with mask {list(shape)} float32", "stream of reward, value, mask, advantage, return"
+    race(benchmark, contestants, case=case, limit=traffic, bytes_moved=17 * rewards.numel())
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_whiten(benchmark, shape):
+    x, mask = torch.randn(shape), _mask(shape)
+    compiled = torch.compile(_whiten)
+    contestants = {
+        "react_fast": lambda: rf.whiten(x, mask=mask),
+        "torch": lambda: _whiten(x, mask),
+        "torch.compile": lambda: compiled(x, mask),
+        "limit": stream([x, mask, x, mask], [torch.empty(shape)]),
+    }
+    if shape == SHAPES[0]:
+        contestants["reference"] = on_reference(contestants["react_fast"])
+    case, traffic = f"whiten with mask {list(shape)} float32", "stream: two reads of x and mask, one write"
+    race(benchmark, contestants, case=case, limit=traffic, bytes_moved=14 * x.numel())
+
+
+def _groups(rewards: torch.Tensor, ids: torch.Tensor, count: int) -> torch.Tensor:
+    ones = torch.ones_like(rewards)
+    size = torch.zeros(count).index_add_(0, ids, ones)
+    mean = torch.zeros(count).index_add_(0, ids, rewards) / size
+    square = torch.zeros(count).index_add_(0, ids, (rewards - mean[ids]) ** 2)
+    return (rewards - mean[ids]) / ((square / (size - 1)).sqrt()[ids] + 1e-4)
+
+
+def test_group_advantages(benchmark):
+    """A rollout batch of 1024 prompts x 16 responses."""
+    rewards, ids = torch.rand(16384), torch.arange(16384) // 16
+    compiled = torch.compile(_groups)
+    contestants = {
+        "react_fast": lambda: rf.group_advantages(rewards, ids),
+        "torch": lambda: _groups(rewards, ids, 1024),
+        "torch.compile": lambda: compiled(rewards, ids, 1024),
+        "reference": on_reference(lambda: rf.group_advantages(rewards, ids)),
+        "limit": stream([rewards, ids], [torch.empty(16384)]),
+    }
+    race(benchmark, contestants, case="group_advantages [16384]", limit="stream", bytes_moved=16 * 16384)
