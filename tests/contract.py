@@ -35,7 +35,8 @@ def assert_threads_agree(op: Callable[[], torch.Tensor], counts: tuple[int, ...]
 
 def assert_gradcheck(op: Op, *inputs: torch.Tensor) -> None:
     """The gradient equals finite differences in float64, for all inputs together and for each alone."""
-    for wanted in (range(len(inputs)), *([i] for i in range(len(inputs)))):
+    alone = [[i] for i in range(len(inputs))] if len(inputs) > 1 else []
+    for wanted in (range(len(inputs)), *alone):
         given = [x.detach().double().requires_grad_(i in wanted) for i, x in enumerate(inputs)]
         assert torch.autograd.gradcheck(op, given, eps=1e-6, atol=1e-7, rtol=1e-5)
 

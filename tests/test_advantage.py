@@ -298,6 +298,26 @@ def test_long_row_keeps_its_digits():
     assert float((advantages - exact).abs().max() / exact.abs().max()) < 1e-5
 
 
+def test_compiled_block_size(monkeypatch):
+    """The block that GPUs use, which the interpreter's tests cut short: two blocks, both directions."""
+    from react_fast.kernels import advantage as kernels
+
+    monkeypatch.setattr(kernels, "INTERPRETED_BLOCK", kernels.BLOCK)
+    shape = (1, kernels.BLOCK + 9)
+    rewards, values = (x.requires_grad_() for x in _inputs(shape, torch.float64))
+    mask = torch.rand(shape) > 0.2
+    found = {}
+    for name in ("cpu", "triton"):
+        with rf.use_backend(name):
+            out = rf.gae(rewards, values, gamma=GAMMA, lam=LAM, mask=mask)
+            found[name] = (
+                *out,
+                *torch.autograd.grad(out[0].sum() + out[1].square().sum(), (rewards, values)),
+            )
+    for a, e in zip(*found.values(), strict=True):
+        torch.testing.assert_close(a, e, rtol=1e-12, atol=1e-12)  # a thousand float64 roundings of size 10
+
+
 def test_threads_agree():
     (rewards, values), options = _inputs((300, 515)), _options("everything", (300, 515))
     contract.assert_threads_agree(

@@ -251,7 +251,7 @@ def _group_cpu(
 
 
 def _group_triton(rewards: Tensor, *args: Any) -> Tensor:
-    from ..kernels import advantage as kernels
+    from ..kernels import group_advantages as kernels
 
     return kernels.group_advantages(rewards, *args)
 
@@ -296,7 +296,7 @@ def _moments_cpu(x: Tensor, mask: Maybe) -> Tensor:
 
 
 def _moments_triton(x: Tensor, mask: Maybe) -> Tensor:
-    from ..kernels import advantage as kernels
+    from ..kernels import whiten as kernels
 
     return kernels.moments(x, mask)
 
@@ -316,10 +316,10 @@ moments = register(
 
 
 def _scale(stats: list[float], eps: float, ddof: int) -> tuple[float, float]:
-    """(1 / sqrt(variance + eps), n - ddof); (1, 0) for fewer than two: centred only."""
+    """(1 / sqrt(variance + eps), n - ddof); (1, 0) for fewer than two or no spread: centred only."""
     count, _, m2 = stats
     freedom = count - ddof
-    if count < 2 or freedom <= 0:
+    if count < 2 or freedom <= 0 or m2 / freedom + eps == 0:
         return 1.0, 0.0
     return (m2 / freedom + eps) ** -0.5, freedom
 
@@ -340,7 +340,7 @@ def _whiten_cpu(
 
 
 def _whiten_triton(x: Tensor, *args: Any) -> Tensor:
-    from ..kernels import advantage as kernels
+    from ..kernels import whiten as kernels
 
     return kernels.whiten(x, *args)
 
@@ -385,7 +385,7 @@ def _whiten_backward_cpu(
 
 
 def _whiten_backward_triton(upstream: Tensor, *args: Any) -> Tensor:
-    from ..kernels import advantage as kernels
+    from ..kernels import whiten as kernels
 
     return kernels.whiten_backward(upstream, *args)
 

@@ -272,8 +272,8 @@ def whiten(
         eps: not negative, beside the variance. ddof: 0 or 1.
         group: a torch.distributed process group over whose ranks the moments are merged (no gradient through
             them); None: this process alone.
-    Returns: like `x`, float32 (float64 for float64). Fewer than two counting elements, or no more than `ddof`:
-        centred only. Differentiable in `x`.
+    Returns: like `x`, float32 (float64 for float64). Fewer than two counting elements, no more than `ddof`, or
+        no spread with eps 0: centred only. Differentiable in `x`.
     Raises: TypeError for a wrong dtype; ValueError for a wrong shape, device or number, or moments with a group.
     """
     mask = _counting(x, mask)

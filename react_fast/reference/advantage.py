@@ -238,6 +238,7 @@ def whiten(
     else:
         count, mean, m2 = (torch.as_tensor(m, dtype=torch.float64) for m in moments)
         n = int(count)
-    scale = torch.rsqrt(m2 / (n - ddof) + eps) if n > max(1, ddof) else 1.0
+    spread = m2 / (n - ddof) + eps if n > max(1, ddof) else 0.0
+    scale = spread**-0.5 if spread != 0 else 1.0
     white = (values - mean) * scale + (0.0 if shift_mean else mean)
     return torch.zeros_like(wide).masked_scatter(counts, white.to(wide.dtype))

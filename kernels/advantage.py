@@ -1,0 +1,357 @@
+"""Kernels of the returns: GAE, discounted returns (V = 0, lam = 1) and y_t = b_t + a_t y_{t+1}.
+
+    m_t = b_t + a_t m_{t+1},  m_t = (1 - lam) V_t + lam G_t,  G_t = r_t + gamma m_{t+1},  A_t = G_t - V_t
+    an action: a = gamma lam, b = (1 - lam) V_t + lam r_t;   terminated: a = 0
+    truncated: a = 0, b = (1 - lam) V_t + lam (r_t + gamma V_boot);   masked: a = 1, b = 0
+
+Roofline, per step in float32: r, V, mask read, A, G written, 17 bytes (5.7 ns a thousand steps of 3 TB/s), each
+further flag 1 byte, for 6 flops and 3 log2(BLOCK) of the scan: bandwidth-bound. Backward: dA, dG, mask read, dr,
+dV written, 17 bytes. The scan: 12 bytes forward, 20 backward.
+
+A program walks one row in blocks of BLOCK steps and hands one carry from block to block. Blocks are counted from
+the row's first step, and the row's length and strides are not specialised on, so that every row is laid out
+over the threads in the same way: neither padding nor packing nor the other rows change a bit.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from .aot import Variant
+
+# 8 steps a thread at 4 warps: three floats a step stay in registers, and rows of a few hundred tokens, the common
+# case, take one block without an idle warp.
+BLOCK = 1024
+# The interpreter takes a scan element by element: short blocks, and with them many carries, for its tests.
+INTERPRETED_BLOCK = 16
+# Row lengths and the pack's size: see above.
+FREE = ["length", "total"]
+
+
+@triton.jit
+def _bounds(offsets, length, total, PACKED: tl.constexpr):
+    """(first step, number of steps) of this program's row; offsets that leave the pack are cut at its ends."""
+    row = tl.program_id(0).to(tl.int64)
+    if not PACKED:
+        return row * length, tl.full([], length, tl.int64)
+    size = tl.full([], total, tl.int64)
+    begin = tl.minimum(tl.maximum(tl.load(offsets + row), 0), size)
+    end = tl.minimum(tl.maximum(tl.load(offsets + row + 1), begin), size)
+    return begin, end - begin
+
+
+@triton.jit
+def _flag(flags, at, inside, HAS: tl.constexpr, DEFAULT: tl.constexpr):
+    if HAS:
+        return (tl.load(flags + at, inside, 0) != 0) & inside
+    return inside & DEFAULT
+
+
+@triton.jit
+def _number(numbers, at, wanted, HAS: tl.constexpr, WIDE: tl.constexpr):
+    """0 where not wanted: what stands there is not read."""
+    if HAS:
+        return tl.load(numbers + at, wanted, 0.0).to(WIDE)
+    return tl.where(wanted, 0.0, 0.0).to(WIDE)
+
+
+@triton.jit
+def _join(a_near, b_near, a_far, b_far):
+    """Compose y -> b + a y: the far map, later in the scan's direction, is applied to the near one's result."""
+    return a_near * a_far, b_far + a_far * b_near
+
+
+@triton.jit
+def _join_cut(a_near, b_near, a_far, b_far):
+    """As `_join`, but a = 0 is a cut that not even NaN crosses."""
+    return a_near * a_far, tl.where(a_far == 0.0, b_far, b_far + a_far * b_near)
+
+
+@triton.jit
+def _pick(x, i, k):
+    """x[k] of a block: a sum over a single term, so exact."""
+    return tl.sum(tl.where(i == k, x, 0.0), 0)
+
+
+@triton.jit
+def _lam_of(lams, lam, PER_ROW: tl.constexpr, WIDE: tl.constexpr):
+    if PER_ROW:
+        return tl.load(lams + tl.program_id(0)).to(WIDE)
+    return tl.full([], lam, tl.float64).to(WIDE)
+
+
+@triton.jit
+def _flags_of(
+    terminated, truncated, mask, at, inside, ENDS: tl.constexpr, CUTS: tl.constexpr, MASKED: tl.constexpr
+):
+    counts = _flag(mask, at, inside, MASKED, True)
+    ends = _flag(terminated, at, counts, ENDS, False)
+    cut = _flag(truncated, at, counts, CUTS, False) & (ends == 0)
+    return counts, ends, cut
+
+
+@triton.jit(do_not_specialize=FREE)
+def gae_kernel(
+    rewards, values, last_values, bootstrap_values, terminated, truncated, mask, offsets, lams,
+    gamma: tl.float64, lam: tl.float64, advantages, returns, length, total,
+    VALUES: tl.constexpr, LAST: tl.constexpr, ENDS: tl.constexpr, CUTS: tl.constexpr, MASKED: tl.constexpr,
+    PACKED: tl.constexpr, PER_ROW: tl.constexpr, WIDE: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    begin, n = _bounds(offsets, length, total, PACKED)
+    i = tl.arange(0, BLOCK)
+    discount = tl.full([], gamma, tl.float64).to(WIDE)
+    lam_row = _lam_of(lams, lam, PER_ROW, WIDE)
+    keep = 1.0 - lam_row
+    m = tl.zeros([], WIDE)
+    if LAST:
+        m = tl.load(last_values + tl.program_id(0)).to(WIDE)
+    blocks = tl.cdiv(n, BLOCK)
+    for k in range(blocks):
+        step = (blocks - 1 - k) * BLOCK + i
+        at = begin + step
+        inside = step < n
+        counts, ends, cut = _flags_of(terminated, truncated, mask, at, inside, ENDS, CUTS, MASKED)
+        r = _number(rewards, at, counts, True, WIDE)
+        v = _number(values, at, counts, VALUES, WIDE)
+        boot = _number(bootstrap_values, at, cut, CUTS, WIDE)
+        stops = ends | cut
+        a = tl.where(counts, tl.where(stops, 0.0, discount * lam_row), 1.0)
+        b = tl.where(counts, keep * v + lam_row * (r + discount * boot), 0.0)
+        a, b = tl.associative_scan((a, b), 0, _join_cut, reverse=True)
+        message = tl.where(a == 0.0, b, b + a * m)
+        behind = tl.gather(message, tl.where(i + 1 < BLOCK, i + 1, 0), 0)
+        behind = tl.where(i + 1 < BLOCK, behind, m)
+        target = r + discount * tl.where(stops, boot, behind)
+        tl.store(returns + at, tl.where(counts, target, 0.0), inside)
+        if VALUES:
+            tl.store(advantages + at, tl.where(counts, target - v, 0.0), inside)
+        m = _pick(message, i, 0)
+
+
+@triton.jit(do_not_specialize=FREE)
+def gae_backward_kernel(
+    d_advantages, d_returns, terminated, truncated, mask, offsets, lams, gamma: tl.float64, lam: tl.float64,
+    d_rewards, d_values, d_last_values, d_bootstrap_values, length, total,
+    VALUES: tl.constexpr, ENDS: tl.constexpr, CUTS: tl.constexpr, MASKED: tl.constexpr, PACKED: tl.constexpr,
+    PER_ROW: tl.constexpr, WANT_VALUES: tl.constexpr, WANT_LAST: tl.constexpr, WANT_BOOTSTRAP: tl.constexpr,
+    WIDE: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    # The adjoint x_t = dL/dr_t = u_t + lam c_t runs forward, with u_t = dL/dG_t and c_t = dL/dm_t the carry:
+    # c_{t+1} = gamma x_t behind an action, 0 behind a cut, c_t behind a masked step.
+    begin, n = _bounds(offsets, length, total, PACKED)
+    i = tl.arange(0, BLOCK)
+    discount = tl.full([], gamma, tl.float64).to(WIDE)
+    lam_row = _lam_of(lams, lam, PER_ROW, WIDE)
+    carry = tl.zeros([], WIDE)
+    for k in range(tl.cdiv(n, BLOCK)):
+        step = k * BLOCK + i
+        at = begin + step
+        inside = step < n
+        counts, ends, cut = _flags_of(terminated, truncated, mask, at, inside, ENDS, CUTS, MASKED)
+        through = _number(d_advantages, at, counts, VALUES, WIDE)
+        u = _number(d_returns, at, counts, True, WIDE) + through
+        stops = ends | cut
+        a = tl.where(counts, tl.where(stops, 0.0, discount * lam_row), 1.0)
+        b = tl.where(counts & (stops == 0), discount * u, 0.0)
+        a, b = tl.associative_scan((a, b), 0, _join_cut)
+        after = tl.where(a == 0.0, b, b + a * carry)
+        before = tl.where(i > 0, tl.gather(after, tl.where(i > 0, i - 1, 0), 0), carry)
+        x = tl.where(counts, u + lam_row * before, 0.0)
+        tl.store(d_rewards + at, x, inside)
+        if WANT_VALUES:
+            tl.store(d_values + at, tl.where(counts, (1.0 - lam_row) * before - through, 0.0), inside)
+        if WANT_BOOTSTRAP:
+            tl.store(d_bootstrap_values + at, tl.where(cut, discount * x, 0.0), inside)
+        carry = _pick(after, i, BLOCK - 1)
+    if WANT_LAST:
+        tl.store(d_last_values + tl.program_id(0), carry)
+
+
+@triton.jit(do_not_specialize=FREE)
+def scan_kernel(
+    a, b, init, offsets, out, length, total,
+    INIT: tl.constexpr, PACKED: tl.constexpr, WIDE: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    begin, n = _bounds(offsets, length, total, PACKED)
+    i = tl.arange(0, BLOCK)
+    y = tl.zeros([], WIDE)
+    if INIT:
+        y = tl.load(init + tl.program_id(0)).to(WIDE)
+    blocks = tl.cdiv(n, BLOCK)
+    for k in range(blocks):
+        step = (blocks - 1 - k) * BLOCK + i
+        at = begin + step
+        inside = step < n
+        slope = tl.load(a + at, inside, 1.0).to(WIDE)
+        offset = tl.load(b + at, inside, 0.0).to(WIDE)
+        slope, offset = tl.associative_scan((slope, offset), 0, _join, reverse=True)
+        found = offset + slope * y
+        tl.store(out + at, found, inside)
+        y = _pick(found, i, 0)
+
+
+@triton.jit(do_not_specialize=FREE)
+def scan_backward_kernel(
+    upstream, a, y, init, offsets, d_a, d_b, d_init, length, total,
+    INIT: tl.constexpr, PACKED: tl.constexpr, WIDE: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    # s_t = dL/dy_t = upstream_t + a_{t-1} s_{t-1} runs forward; db = s, da_t = s_t y_{t+1}.
+    begin, n = _bounds(offsets, length, total, PACKED)
+    i = tl.arange(0, BLOCK)
+    last = tl.zeros([], WIDE)
+    if INIT:
+        last = tl.load(init + tl.program_id(0)).to(WIDE)
+    carry = tl.zeros([], WIDE)
+    for k in range(tl.cdiv(n, BLOCK)):
+        step = k * BLOCK + i
+        at = begin + step
+        inside = step < n
+        slope = tl.load(a + at - 1, inside & (step > 0), 0.0).to(WIDE)
+        offset = tl.load(upstream + at, inside, 0.0).to(WIDE)
+        slope, offset = tl.associative_scan((slope, offset), 0, _join)
+        s = offset + slope * carry
+        behind = tl.where(step + 1 < n, tl.load(y + at + 1, step + 1 < n, 0.0).to(WIDE), last)
+        tl.store(d_b + at, s, inside)
+        tl.store(d_a + at, s * behind, inside)
+        carry = _pick(s, i, tl.minimum(n - k * BLOCK, BLOCK) - 1)
+    if INIT:
+        if n > 0:
+            carry = carry * tl.load(a + begin + n - 1).to(WIDE)
+        tl.store(d_init + tl.program_id(0), carry)
+
+
+# ---- launchers: the arguments and results of the operators in react_fast/ops/_advantage.py ---------------------
+
+Tensor = torch.Tensor
+Maybe = torch.Tensor | None
+
+
+def _wide(x: Tensor) -> tuple[torch.dtype, tl.dtype]:
+    return (torch.float64, tl.float64) if x.dtype == torch.float64 else (torch.float32, tl.float32)
+
+
+def _rows(x: Tensor, cu_seqlens: Maybe) -> tuple[int, dict]:
+    """(number of rows, the arguments every kernel shares)."""
+    _, WIDE = _wide(x)
+    block = INTERPRETED_BLOCK if triton.knobs.runtime.interpret else BLOCK
+    shared = {"total": x.numel(), "PACKED": cu_seqlens is not None, "WIDE": WIDE, "BLOCK": block}
+    if cu_seqlens is None:
+        return x.shape[0], {**shared, "offsets": x, "length": x.shape[1]}
+    return cu_seqlens.shape[0] - 1, {**shared, "offsets": cu_seqlens.long().contiguous(), "length": 0}
+
+
+def _or(x: Maybe, unread: Tensor) -> Tensor:
+    """x, unit stride; a kernel that does not read it gets some other pointer."""
+    return unread if x is None else x.contiguous()
+
+
+def _nothing(like: Tensor) -> Tensor:
+    return like.new_empty(0)
+
+
+def gae(
+    rewards: Tensor, values: Maybe, last_values: Maybe, bootstrap_values: Maybe, terminated: Maybe,
+    truncated: Maybe, mask: Maybe, cu_seqlens: Maybe, lams: Maybe, gamma: float, lam: float,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """(advantages, returns) [B, T] or [N]; without values the advantages are empty."""
+    rewards = rewards.contiguous()
+    returns = rewards.new_empty(rewards.shape, dtype=_wide(rewards)[0])
+    advantages = torch.empty_like(returns) if values is not None else _nothing(returns)
+    rows, shared = _rows(rewards, cu_seqlens)
+    if rewards.numel() == 0:
+        return advantages, returns
+    gae_kernel[(rows,)](
+        rewards, _or(values, rewards), _or(last_values, rewards), _or(bootstrap_values, rewards),
+        _or(terminated, rewards), _or(truncated, rewards), _or(mask, rewards), lams=_or(lams, rewards),
+        gamma=gamma, lam=lam, advantages=advantages, returns=returns, VALUES=values is not None,
+        LAST=last_values is not None, ENDS=terminated is not None, CUTS=truncated is not None,
+        MASKED=mask is not None, PER_ROW=lams is not None, **shared,
+    )  # fmt: skip
+    return advantages, returns
+
+
+def gae_backward(
+    d_returns: Tensor, d_advantages: Maybe, terminated: Maybe, truncated: Maybe, mask: Maybe, cu_seqlens: Maybe,
+    lams: Maybe, gamma: float, lam: float, want_values: bool, want_last: bool, want_bootstrap: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """(d_rewards, d_values, d_last_values, d_bootstrap_values); one that is not wanted is empty."""
+    d_returns = d_returns.contiguous()
+    rows, shared = _rows(d_returns, cu_seqlens)
+    d_rewards, nothing = torch.empty_like(d_returns), _nothing(d_returns)
+    d_values = torch.empty_like(d_returns) if want_values else nothing
+    d_last = d_returns.new_zeros(rows) if want_last else nothing.clone()
+    d_bootstrap = torch.empty_like(d_returns) if want_bootstrap else nothing.clone()
+    if d_returns.numel():
+        gae_backward_kernel[(rows,)](
+            _or(d_advantages, d_returns), d_returns, _or(terminated, d_returns), _or(truncated, d_returns),
+            _or(mask, d_returns), lams=_or(lams, d_returns), gamma=gamma, lam=lam, d_rewards=d_rewards,
+            d_values=d_values, d_last_values=d_last, d_bootstrap_values=d_bootstrap,
+            VALUES=d_advantages is not None, ENDS=terminated is not None, CUTS=truncated is not None,
+            MASKED=mask is not None, PER_ROW=lams is not None, WANT_VALUES=want_values, WANT_LAST=want_last,
+            WANT_BOOTSTRAP=want_bootstrap, **shared,
+        )  # fmt: skip
+    return d_rewards, d_values, d_last, d_bootstrap
+
+
+def reverse_linear_scan(a: Tensor, b: Tensor, init: Maybe, cu_seqlens: Maybe) -> Tensor:
+    a = a.contiguous()
+    out = a.new_empty(a.shape, dtype=_wide(a)[0])
+    rows, shared = _rows(a, cu_seqlens)
+    if a.numel():
+        scan_kernel[(rows,)](a, b.contiguous(), _or(init, a), out=out, INIT=init is not None, **shared)
+    return out
+
+
+def reverse_linear_scan_backward(
+    upstream: Tensor, a: Tensor, y: Tensor, init: Maybe, cu_seqlens: Maybe
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(d_a, d_b, d_init), dtype of upstream; d_init is 0 without an init."""
+    upstream, a = upstream.contiguous(), a.contiguous()
+    rows, shared = _rows(upstream, cu_seqlens)
+    d_a, d_b, d_init = torch.empty_like(upstream), torch.empty_like(upstream), upstream.new_zeros(rows)
+    if upstream.numel():
+        scan_backward_kernel[(rows,)](
+            upstream, a, y.contiguous(), _or(init, a), d_a=d_a, d_b=d_b, d_init=d_init, INIT=init is not None,
+            **shared,
+        )  # fmt: skip
+    return d_a, d_b, d_init
+
+
+# ---- what ahead-of-time compilation looks at --------------------------------------------------------------------
+
+
+def _variants() -> list[Variant]:
+    found = []
+    sizes = {"length": "i32", "total": "i64"}
+    flags = {"terminated": "*i1", "truncated": "*i1", "mask": "*i1", "offsets": "*i64", "lams": "*fp64"}
+    scalars = {"gamma": "fp64", "lam": "fp64"}
+    for pointer, WIDE in (("*fp32", tl.float32), ("*bf16", tl.float32), ("*fp64", tl.float64)):
+        wide = "*fp64" if WIDE is tl.float64 else "*fp32"
+        inputs = ("rewards", "values", "last_values", "bootstrap_values")
+        forward = {
+            **dict.fromkeys(inputs, pointer), **flags, **scalars, "advantages": wide, "returns": wide, **sizes,
+        }  # fmt: skip
+        grads = ("d_rewards", "d_values", "d_last_values", "d_bootstrap_values")
+        backward = {
+            "d_advantages": wide, "d_returns": wide, **flags, **scalars, **dict.fromkeys(grads, wide), **sizes,
+        }  # fmt: skip
+        scan = {"a": pointer, "b": pointer, "init": pointer, "offsets": "*i64", "out": wide, **sizes}
+        scan_backward = {
+            "upstream": wide, "a": pointer, "y": wide, "init": pointer, "offsets": "*i64", "d_a": wide,
+            "d_b": wide, "d_init": wide, **sizes,
+        }  # fmt: skip
+        for every in (False, True):
+            shape = {"PACKED": every, "WIDE": WIDE, "BLOCK": BLOCK}
+            steps = {"ENDS": every, "CUTS": every, "MASKED": True, "PER_ROW": every, **shape}
+            wants = {"VALUES": True, "WANT_VALUES": True, "WANT_LAST": every, "WANT_BOOTSTRAP": every}
+            found += [
+                Variant(gae_kernel, forward, {"VALUES": True, "LAST": every, **steps}),
+                Variant(scan_kernel, scan, {"INIT": every, **shape}),
+                Variant(scan_backward_kernel, scan_backward, {"INIT": every, **shape}),
+            ]
+            if pointer == wide:  # its inputs are never narrow
+                found.append(Variant(gae_backward_kernel, backward, {**wants, **steps}))
+    return found
+
+
+VARIANTS = _variants()
