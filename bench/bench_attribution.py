@@ -1,4 +1,4 @@
-"""attribution_scores; the limit is a stream read of both inputs."""
+"""Attribution scores and their accumulation; the limit is a stream read of the inputs."""
 
 import pytest
 import torch
@@ -34,4 +34,65 @@ def test_scores_forward(benchmark, shape, dtype):
         case=f"attribution_scores {list(shape)} {str(dtype).removeprefix('torch.')}",
         limit="stream read of both inputs",
         bytes_moved=2 * grad.numel() * grad.element_size(),
+    )
+
+
+@pytest.mark.parametrize(("tokens", "segments"), [(16384, 4096), (4194304, 65536)], ids=str)
+def test_segment_sum(benchmark, tokens, segments):
+    """A rollout batch's tokens into words; millions of tokens into turns."""
+    scores, edges = torch.randn(tokens), torch.arange(0, tokens + 1, tokens // segments)
+    ids = torch.arange(tokens) // (tokens // segments)
+
+    def scatter() -> torch.Tensor:
+        return torch.zeros(segments).index_add_(0, ids, scores)
+
+    compiled = torch.compile(scatter)
+    contestants = {
+        "react_fast": lambda: rf.segment_sum(scores, edges),
+        "torch": lambda: torch.segment_reduce(scores, "sum", offsets=edges),
+        "index_add": scatter,
+        "torch.compile": compiled,
+        "limit": stream([scores, edges], [torch.empty(segments)]),
+    }
+    if tokens <= 16384:
+        contestants["reference"] = on_reference(contestants["react_fast"])
+    race(
+        benchmark,
+        contestants,
+        case=f"segment_sum [{tokens}] to [{segments}] float32",
+        limit="stream of scores, bounds and sums",
+        bytes_moved=4 * tokens + 12 * segments,
+    )
+
+
+def _moments(
+    scores: torch.Tensor, ids: torch.Tensor, size: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Count, mean and M2 of a batch by id, by index_add."""
+    values = scores.double()
+    count = torch.zeros(size, dtype=torch.int64).index_add_(0, ids, torch.ones_like(ids))
+    mean = torch.zeros(size, dtype=torch.float64).index_add_(0, ids, values) / count.clamp_min(1)
+    m2 = torch.zeros(size, dtype=torch.float64).index_add_(0, ids, (values - mean[ids]) ** 2)
+    return count, mean, m2
+
+
+def test_running_moments(benchmark):
+    """A rollout batch of 16k tokens into a vocabulary of 152k."""
+    tokens, size = 16384, 151936
+    scores = torch.randn(tokens)
+    ids = (torch.rand(tokens) ** 4 * size).long()  # few common tokens, many rare ones
+    moments, slow = rf.RunningMoments(size), rf.RunningMoments(size)
+    compiled = torch.compile(_moments)
+    race(
+        benchmark,
+        {
+            "react_fast": lambda: moments.update(scores, ids),
+            "torch": lambda: _moments(scores, ids, size),
+            "torch.compile": lambda: compiled(scores, ids, size),
+            "reference": on_reference(lambda: slow.update(scores, ids)),
+            "limit": stream([scores, ids]),
+        },
+        case=f"RunningMoments.update [{tokens}] into [{size}]",
+        limit="stream read of scores and ids",
+        bytes_moved=12 * tokens,
     )

@@ -1,9 +1,10 @@
-// Attribution: row-wise products of a gradient and an activation.
+// Attribution: row-wise products of a gradient and an activation, and sums over segments of scores.
 //
 //   p_d = grad_d * activation_d;   dot: sum_d p_d    abs: sum_d |p_d|    l2: sqrt(sum_d p_d^2)
 //
 // Roofline: 2 D e bytes read and 4 written a row (e = element size) for 2 D to 3 D flops: bandwidth-bound at
-// every D. Each input is read once and nothing of size [rows, D] is written.
+// every D. Each input is read once and nothing of size [rows, D] is written. Segments: e bytes read a score, 8 and
+// 4 a segment, one conversion and one addition in double a score: bandwidth-bound from memory on.
 #include "attribution.h"
 
 #include <cmath>
@@ -138,10 +139,65 @@ void scores_backward(const ScoresBackwardArgs& args) {
   }
 }
 
+// ---- segments -----------------------------------------------------------------------------------------------
+
+// Segments a thread takes at a time: spans of words and turns are short.
+constexpr int64_t kSegmentBlock = 64;
+
+// Calls body(segment, begin, end) for every segment.
+template <class Body>
+void for_segments(const SegmentArgs& args, const Body& body) {
+  const int64_t blocks = (args.segments + kSegmentBlock - 1) / kSegmentBlock;
+  parallel_for(blocks, args.elements, args.threads, [&](int64_t block) {
+    const int64_t end = (block + 1) * kSegmentBlock < args.segments ? (block + 1) * kSegmentBlock : args.segments;
+    for (int64_t s = block * kSegmentBlock; s < end; ++s) body(s, args.offsets[s], args.offsets[s + 1]);
+  });
+}
+
+template <class T, class Real>
+void segment_sum_of(const SegmentArgs& args) {
+  const T* scores = static_cast<const T*>(args.in);
+  Real* out = static_cast<Real*>(args.out);
+  for_segments(args, [&](int64_t segment, int64_t begin, int64_t end) {
+    double sums[8] = {};  // independent, so that a vector register holds them
+    int64_t i = begin;
+    for (; i + 8 <= end; i += 8) {
+      for (int u = 0; u < 8; ++u) sums[u] += static_cast<double>(to_real(scores[i + u]));
+    }
+    for (int u = 0; i < end; ++i, ++u) sums[u] += static_cast<double>(to_real(scores[i]));
+    out[segment] = static_cast<Real>(((sums[0] + sums[1]) + (sums[2] + sums[3])) +
+                                     ((sums[4] + sums[5]) + (sums[6] + sums[7])));
+  });
+}
+
+void segment_sum(const SegmentArgs& args) {
+  switch (args.dtype) {
+    case DType::float32: return segment_sum_of<float, float>(args);
+    case DType::float64: return segment_sum_of<double, double>(args);
+    case DType::float16: return segment_sum_of<f16, float>(args);
+    case DType::bfloat16: return segment_sum_of<bf16, float>(args);
+    default: return;
+  }
+}
+
+template <class Real>
+void segment_spread_of(const SegmentArgs& args) {
+  const Real* in = static_cast<const Real*>(args.in);
+  Real* out = static_cast<Real*>(args.out);
+  for_segments(args, [&](int64_t segment, int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) out[i] = in[segment];
+  });
+}
+
+void segment_spread(const SegmentArgs& args) {
+  if (args.dtype == DType::float64) return segment_spread_of<double>(args);
+  segment_spread_of<float>(args);
+}
+
 }  // namespace
 
 extern const Attribution attribution_table;
-const Attribution attribution_table = {&scores, &scores_backward};
+const Attribution attribution_table = {&scores, &scores_backward, &segment_sum, &segment_spread};
 
 }  // namespace RF_ISA
 }  // namespace rf

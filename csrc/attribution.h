@@ -32,9 +32,21 @@ struct ScoresBackwardArgs {
   int threads;
 };
 
+// Segment s holds the scores [offsets[s], offsets[s + 1]).
+struct SegmentArgs {
+  const void* in;  // sum: scores of `dtype`; spread: [segments], dtype of the result
+  const int64_t* offsets;
+  DType dtype;
+  int64_t segments, elements;
+  void* out;  // sum: [segments] float32, float64 for float64; spread: [elements] likewise
+  int threads;
+};
+
 struct Attribution {
   void (*scores)(const ScoresArgs&);
   void (*scores_backward)(const ScoresBackwardArgs&);
+  void (*segment_sum)(const SegmentArgs&);
+  void (*segment_spread)(const SegmentArgs&);  // every element gets its segment's number
 };
 
 }  // namespace rf

@@ -7,6 +7,7 @@
 #include <array>
 
 #include "isa.h"
+#include "moments.h"
 
 namespace py = pybind11;
 using namespace pybind11::literals;
@@ -241,12 +242,40 @@ void attribution_scores_backward(Address grad, Address activation, Address upstr
                                               at(d_grad), at(d_activation), threads});
 }
 
+void segment_sum(Address scores, Address offsets, int dtype, int64_t segments, int64_t elements, Address out,
+                 int threads) {
+  py::gil_scoped_release release;
+  rf::kernels().attribution->segment_sum(
+      {at(scores), at<int64_t>(offsets), rf::DType(dtype), segments, elements, at(out), threads});
+}
+
+void segment_spread(Address values, Address offsets, int dtype, int64_t segments, int64_t elements, Address out,
+                    int threads) {
+  py::gil_scoped_release release;
+  rf::kernels().attribution->segment_spread(
+      {at(values), at<int64_t>(offsets), rf::DType(dtype), segments, elements, at(out), threads});
+}
+
+// Returns the first element with a wrong id, -1 when all were added.
+int64_t accumulate_by_id(Address scores, Address ids, Address mask, int64_t elements, int64_t size, Address count,
+                         Address mean, Address m2) {
+  py::gil_scoped_release release;
+  return rf::accumulate_by_id({at<double>(scores), at<int64_t>(ids), at<uint8_t>(mask), elements, size,
+                               at<int64_t>(count), at<double>(mean), at<double>(m2)});
+}
+
 void bind_attribution(py::module_& m) {
   m.def("attribution_scores", &attribution_scores, "grad"_a, "activation"_a, "dtype"_a, "reduction"_a, "rows"_a,
         "dim"_a, "grad_stride"_a, "activation_stride"_a, "out"_a, "threads"_a);
   m.def("attribution_scores_backward", &attribution_scores_backward, "grad"_a, "activation"_a, "upstream"_a,
         "scores"_a, "dtype"_a, "reduction"_a, "rows"_a, "dim"_a, "grad_stride"_a, "activation_stride"_a, "d_grad"_a,
         "d_activation"_a, "threads"_a);
+  m.def("segment_sum", &segment_sum, "scores"_a, "offsets"_a, "dtype"_a, "segments"_a, "elements"_a, "out"_a,
+        "threads"_a);
+  m.def("segment_spread", &segment_spread, "values"_a, "offsets"_a, "dtype"_a, "segments"_a, "elements"_a, "out"_a,
+        "threads"_a);
+  m.def("accumulate_by_id", &accumulate_by_id, "scores"_a, "ids"_a, "mask"_a, "elements"_a, "size"_a, "count"_a,
+        "mean"_a, "m2"_a);
 }
 
 // ---- stream ------------------------------------------------------------------------------------------------

@@ -1,9 +1,11 @@
-"""Attribution kernels: row-wise products of a gradient and an activation.
+"""Attribution kernels: row-wise products of a gradient and an activation, and sums over segments.
 
     p_d = grad_d * activation_d;   dot: sum_d p_d    abs: sum_d |p_d|    l2: sqrt(sum_d p_d^2)
 
 Roofline, per row of D elements of e bytes: 2 D e bytes read, 4 written, 2 D to 3 D flops: bandwidth-bound at
 every D (H100: D = 4096 bf16 is 16 KiB, 5.5 ns of 3 TB/s a row). Backward: 2 D e read, up to 2 D e written.
+Segments: e bytes read a score, 8 and 4 a segment; a program sums one segment in float64, which a score's bytes
+hide, and so its sum depends on its own scores alone.
 """
 
 import torch
@@ -14,6 +16,8 @@ from .aot import Variant
 
 # 2048 elements a step: 16 bytes a thread and load for bf16 at 4 warps and two loads in flight.
 MAX_BLOCK = 2048
+# Words and turns hold a few to some hundred tokens: one warp, eight loads in flight.
+SEGMENT_BLOCK = 256
 
 
 @triton.jit
@@ -66,6 +70,34 @@ def scores_backward_kernel(
         tl.store(d_activation + out, (u * g).to(d_activation.dtype.element_ty), inside)
 
 
+@triton.jit
+def _segment(offsets, elements):
+    """(first, end) of this program's segment, cut at the ends of what there is."""
+    segment = tl.program_id(0)
+    size = tl.full([], elements, tl.int64)
+    begin = tl.minimum(tl.maximum(tl.load(offsets + segment), 0), size)
+    return begin, tl.minimum(tl.maximum(tl.load(offsets + segment + 1), begin), size)
+
+
+@triton.jit
+def segment_sum_kernel(scores, offsets, out, elements, BLOCK: tl.constexpr):
+    begin, end = _segment(offsets, elements)
+    total = tl.zeros([], tl.float64)
+    for start in range(begin, end, BLOCK):
+        at = start + tl.arange(0, BLOCK)
+        total += tl.sum(tl.load(scores + at, at < end, 0.0).to(tl.float64), 0)
+    tl.store(out + tl.program_id(0), total.to(out.dtype.element_ty))
+
+
+@triton.jit
+def segment_spread_kernel(values, offsets, out, elements, BLOCK: tl.constexpr):
+    begin, end = _segment(offsets, elements)
+    value = tl.load(values + tl.program_id(0))
+    for start in range(begin, end, BLOCK):
+        at = start + tl.arange(0, BLOCK)
+        tl.store(out + at, tl.zeros([BLOCK], out.dtype.element_ty) + value, at < end)
+
+
 def _tile(dim: int) -> tuple[int, int]:
     """(ROWS, BLOCK): several short rows share a program so that it always holds about MAX_BLOCK elements."""
     block = min(MAX_BLOCK, triton.next_power_of_2(max(dim, 16)))
@@ -107,8 +139,41 @@ def scores_backward(
     )  # fmt: skip
 
 
+def _segments(cu_segments: torch.Tensor) -> tuple[int, torch.Tensor]:
+    return len(cu_segments) - 1, cu_segments.long().contiguous()
+
+
+def segment_sum(scores: torch.Tensor, cu_segments: torch.Tensor) -> torch.Tensor:
+    """[N] -> [S]."""
+    segments, offsets = _segments(cu_segments)
+    dtype = torch.float64 if scores.dtype == torch.float64 else torch.float32
+    out = torch.empty(segments, dtype=dtype, device=scores.device)
+    if segments:
+        segment_sum_kernel[(segments,)](
+            scores.contiguous(), offsets, out, len(scores), BLOCK=SEGMENT_BLOCK, num_warps=1
+        )
+    return out
+
+
+def segment_spread(values: torch.Tensor, cu_segments: torch.Tensor, count: int) -> torch.Tensor:
+    """[S] -> [N]."""
+    segments, offsets = _segments(cu_segments)
+    out = values.new_empty(count)
+    if segments and count:
+        segment_spread_kernel[(segments,)](
+            values.contiguous(), offsets, out, count, BLOCK=SEGMENT_BLOCK, num_warps=1
+        )
+    return out
+
+
 def _variants() -> list[Variant]:
     found = []
+    segments = {"offsets": "*i64", "out": "*fp32", "elements": "i32"}
+    for pointer in ("*fp32", "*bf16"):
+        sums = {"scores": pointer, **segments}
+        found.append(Variant(segment_sum_kernel, sums, {"BLOCK": SEGMENT_BLOCK}, num_warps=1))
+    spread = {"values": "*fp32", **segments}
+    found.append(Variant(segment_spread_kernel, spread, {"BLOCK": SEGMENT_BLOCK}, num_warps=1))
     for pointer in ("*fp32", "*bf16"):
         inputs = {"grad": pointer, "activation": pointer}
         sizes = {"rows": "i32", "dim": "i32", "grad_stride": "i32", "activation_stride": "i32"}

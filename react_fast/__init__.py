@@ -13,9 +13,10 @@ from .ops.advantage import (
     reverse_linear_scan,
     whiten,
 )
-from .ops.attribution import RunningMoments, attribution_scores
+from .ops.attribution import attribution_scores, segment_sum
 from .ops.backend import get_backend, set_backend, use_backend
 from .ops.logprob import token_logprobs
+from .ops.moments import RunningMoments
 from .ops.policy_loss import PolicyLoss, PPOClip, Reinforce, importance_weights, policy_loss, value_loss
 
 __version__ = "0.1.0"
@@ -51,6 +52,7 @@ __all__ = [
     "policy_loss",
     "reverse_linear_scan",
     "reference",
+    "segment_sum",
     "set_backend",
     "token_logprobs",
     "use_backend",

@@ -246,6 +246,15 @@ def attribution_scores_backward(
     d_activation: int,
     threads: int,
 ) -> None: ...
+def segment_sum(
+    scores: int, offsets: int, dtype: int, segments: int, elements: int, out: int, threads: int
+) -> None: ...
+def segment_spread(
+    values: int, offsets: int, dtype: int, segments: int, elements: int, out: int, threads: int
+) -> None: ...
+def accumulate_by_id(
+    scores: int, ids: int, mask: int, elements: int, size: int, count: int, mean: int, m2: int
+) -> int: ...
 
 # ---- stream: the physical limit that benchmarks measure
 

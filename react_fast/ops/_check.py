@@ -5,6 +5,7 @@ Wrong type or dtype: TypeError. Wrong shape, device or value: ValueError.
 
 import math
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -54,6 +55,19 @@ def mask(name: str, value: Any, expected: Sequence[int], like: str, on: torch.de
     shape(name, value, expected, like)
     device(name, value, on, like)
     return value if value.dtype == torch.bool else value != 0
+
+
+def bounds(name: str, value: Any, packed: torch.Tensor, like: str, size: str) -> None:
+    """Offsets [size] that cut the packed tensor into sequences; their values are looked at on CPU only."""
+    integer(name, value)
+    if value.dim() != 1 or value.shape[0] < 1:
+        raise ValueError(f"{name} must be [{size}], got {list(value.shape)}")
+    device(name, value, packed.device, like)
+    if packed.device.type != "cpu" or torch.compiler.is_compiling():
+        return
+    edges = value.tolist()
+    if edges[0] != 0 or edges[-1] != len(packed) or any(b < a for a, b in pairwise(edges)):
+        raise ValueError(f"{name} must rise from 0 to {len(packed)} like {like}, got {edges[:8]}")
 
 
 def number(

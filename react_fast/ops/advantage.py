@@ -1,11 +1,7 @@
 """Returns, advantages and whitening: padded [B, T] or packed [N], torch or numpy in and out."""
 
-import functools
-from collections.abc import Callable
-from itertools import pairwise
 from typing import Any
 
-import numpy as np
 import torch
 import torch.distributed as dist
 
@@ -17,31 +13,13 @@ from ._advantage import group_advantages as _group_advantages
 from ._advantage import moments as _moments
 from ._advantage import reverse_linear_scan as _reverse_linear_scan
 from ._advantage import whiten as _whiten
+from ._arrays import numpy_too
 from .backend import use_reference
 
 Moments = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 
-def _numpy_too(function: Callable[..., Any]) -> Callable[..., Any]:
-    """numpy arrays in, numpy arrays out; the arrays' memory is shared."""
-
-    @functools.wraps(function)
-    def wrapper(*args: Any, **options: Any) -> Any:
-        if not (args and isinstance(args[0], np.ndarray)):
-            return function(*args, **options)
-        found = function(*map(_as_tensor, args), **{name: _as_tensor(x) for name, x in options.items()})
-        return tuple(x.numpy() for x in found) if isinstance(found, tuple) else found.numpy()
-
-    return wrapper
-
-
-def _as_tensor(x: Any) -> Any:
-    if isinstance(x, tuple):
-        return tuple(map(_as_tensor, x))
-    return torch.from_numpy(np.ascontiguousarray(x)) if isinstance(x, np.ndarray) else x
-
-
-@_numpy_too
+@numpy_too
 def discounted_returns(
     rewards: torch.Tensor,
     *,
@@ -81,7 +59,7 @@ def discounted_returns(
     return _gae(rewards, None, last_values, bootstrap_values, *flags, cu_seqlens, None, gamma, 1.0)[1]
 
 
-@_numpy_too
+@numpy_too
 def gae(
     rewards: torch.Tensor,
     values: torch.Tensor,
@@ -130,7 +108,7 @@ def gae(
     return _gae(rewards, values, last_values, bootstrap_values, *flags, cu_seqlens, lams, gamma, shared)
 
 
-@_numpy_too
+@numpy_too
 def reverse_linear_scan(
     a: torch.Tensor,
     b: torch.Tensor,
@@ -156,7 +134,7 @@ def reverse_linear_scan(
     return _reverse_linear_scan(a, b, init, cu_seqlens)
 
 
-@_numpy_too
+@numpy_too
 def group_advantages(
     rewards: torch.Tensor,
     group_ids: torch.Tensor,
@@ -217,7 +195,7 @@ def group_advantages(
     return _group_advantages(rewards, group_ids, valid, None, *options)
 
 
-@_numpy_too
+@numpy_too
 def moments(x: torch.Tensor, mask: torch.Tensor | None = None) -> Moments:
     """Count, mean and sum of squared distances to the mean (M2) of the counting elements.
 
@@ -234,7 +212,7 @@ def moments(x: torch.Tensor, mask: torch.Tensor | None = None) -> Moments:
     return count, mean, m2
 
 
-@_numpy_too
+@numpy_too
 def merge_moments(*parts: Moments) -> Moments:
     """Moments of the union: exact, so parts from micro-batches, ranks and workers combine.
 
@@ -249,7 +227,7 @@ def merge_moments(*parts: Moments) -> Moments:
     return reference.merge_moments(*parts)
 
 
-@_numpy_too
+@numpy_too
 def whiten(
     x: torch.Tensor,
     *,
@@ -345,7 +323,7 @@ def _check_rows(name: str, x: torch.Tensor, cu_seqlens: torch.Tensor | None) -> 
         wanted = "[B, T] (or [N] with cu_seqlens)" if cu_seqlens is None else "[N] with cu_seqlens"
         raise ValueError(f"{name} must be {wanted}, got {list(x.shape)}")
     if cu_seqlens is not None:
-        _check_bounds(cu_seqlens, name, x)
+        _check.bounds("cu_seqlens", cu_seqlens, x, name, "B + 1")
 
 
 def _check_like(
@@ -355,18 +333,6 @@ def _check_like(
     _check.dtype(name, _check.tensor(name, x), other.dtype, first)
     _check.shape(name, x, shape, like)
     _check.device(name, x, other.device, first)
-
-
-def _check_bounds(cu_seqlens: torch.Tensor, name: str, x: torch.Tensor) -> None:
-    _check.integer("cu_seqlens", cu_seqlens)
-    if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 1:
-        raise ValueError(f"cu_seqlens must be [B + 1], got {list(cu_seqlens.shape)}")
-    _check.device("cu_seqlens", cu_seqlens, x.device, name)
-    if x.device.type != "cpu" or torch.compiler.is_compiling():
-        return
-    bounds = cu_seqlens.tolist()
-    if bounds[0] != 0 or bounds[-1] != len(x) or any(b < a for a, b in pairwise(bounds)):
-        raise ValueError(f"cu_seqlens must rise from 0 to {len(x)} like {name}, got {bounds[:8]}")
 
 
 def _row_lams(lam: torch.Tensor, rewards: torch.Tensor, cu_seqlens: torch.Tensor | None) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""Per-token attribution: row-wise products of a gradient and an activation, and their accumulation."""
+"""Per-token attribution: row-wise products of a gradient and an activation, and sums over segments."""
 
 from typing import Any
 
@@ -6,11 +6,13 @@ import torch
 
 from .. import _core, reference
 from . import _check
+from ._arrays import numpy_too
 from .backend import DTYPE, accumulation_dtype, address, register, use_reference
 
 REDUCTIONS = ("dot", "abs", "l2")
 
 
+@numpy_too
 def attribution_scores(
     grad: torch.Tensor, activation: torch.Tensor, *, reduction: str = "dot"
 ) -> torch.Tensor:
@@ -142,83 +144,94 @@ _scores_backward = register(
 )
 
 
-class RunningMoments:
-    """Count, mean and M2 (sum of squared deviations) of a stream of scores, for every id.
+# ---- segments ---------------------------------------------------------------------------------------------------
 
-    A batch's moments are merged into those before it, so the result does not depend, to rounding, on how the
-    stream is cut, and two states merge as if one had seen both. Plain torch; sums are float64.
+
+@numpy_too
+def segment_sum(scores: torch.Tensor, cu_segments: torch.Tensor) -> torch.Tensor:
+    """Sum of the scores of every segment: from tokens to words, spans and turns.
+
+        out[s] = sum of scores[cu_segments[s] : cu_segments[s + 1]]
 
     Args:
-        size: ids are in [0, size).
-        device: of the state and of what `update` gets.
-    Source: Welford 1962; Chan, Golub & LeVeque 1979 for merging.
+        scores: [N] float32, bfloat16, float16 or float64.
+        cu_segments: [S + 1] int32 or int64, bounds of the segments, rising from 0 to N. An empty segment gives 0.
+    Returns: [S] float32 (float64 for float64), summed in float64 on the CPU. Differentiable in `scores`. A sum
+        depends on its own scores alone, bitwise.
+    Raises: TypeError for another dtype; ValueError for a wrong shape or device, or (on CPU, where looking at them
+        waits for nothing) bounds that do not rise from 0 to N.
     """
+    _check.floating("scores", scores)
+    if scores.dim() != 1:
+        raise ValueError(f"scores must be [N], got {list(scores.shape)}")
+    _check.bounds("cu_segments", cu_segments, scores, "scores", "S + 1")
+    if use_reference():
+        return reference.segment_sum(scores, cu_segments)
+    return _segment_sum(scores, cu_segments)
 
-    def __init__(self, size: int, device: torch.device | str | None = None) -> None:
-        if isinstance(size, bool) or not isinstance(size, int) or size < 0:
-            raise ValueError(f"size must be a whole number of ids, got {size!r}")
-        self.count = torch.zeros(size, dtype=torch.int64, device=device)
-        self._mean = torch.zeros(size, dtype=torch.float64, device=device)
-        self._m2 = torch.zeros(size, dtype=torch.float64, device=device)
 
-    def update(self, scores: torch.Tensor, ids: torch.Tensor, mask: torch.Tensor | None = None) -> None:
-        """Add scores [...] under their ids [...]; those with `mask` false do not exist.
+def _segment_sum_cpu(scores: torch.Tensor, cu_segments: torch.Tensor) -> torch.Tensor:
+    out = _segment_sum_fake(scores, cu_segments)
+    x, offsets = scores.contiguous(), cu_segments.long().contiguous()
+    _core.segment_sum(
+        x.data_ptr(), offsets.data_ptr(), DTYPE[x.dtype], len(out), len(x), out.data_ptr(), torch.get_num_threads()
+    )  # fmt: skip
+    return out
 
-        Raises: TypeError for another dtype, ValueError if shapes or devices differ, IndexError for a counting id
-            outside [0, size).
-        """
-        _check.floating("scores", scores)
-        _check.integer("ids", ids)
-        _check.shape("ids", ids, scores.shape, "scores")
-        _check.device("scores", scores, self.count.device, "the moments")
-        _check.device("ids", ids, scores.device, "scores")
-        values, places = scores.detach().reshape(-1).double(), ids.reshape(-1).long()
-        if mask is not None:
-            keep = _check.mask("mask", mask, scores.shape, "scores", scores.device).reshape(-1)
-            values, places = values[keep], places[keep]
-        size = len(self.count)
-        if places.numel() and not 0 <= int(places.min()) <= int(places.max()) < size:
-            raise IndexError(f"ids must be in [0, {size}), got {int(places.min())} to {int(places.max())}")
-        batch = RunningMoments(size, self.count.device)
-        batch.count.index_add_(0, places, torch.ones_like(places))
-        batch._mean.index_add_(0, places, values)
-        batch._mean /= batch.count.clamp_min(1)
-        batch._m2.index_add_(0, places, (values - batch._mean[places]) ** 2)
-        self.merge(batch)
 
-    def merge(self, other: "RunningMoments") -> None:
-        """Add what `other`, of the same size, has seen."""
-        _check.shape("other", other.count, self.count.shape, "these moments")
-        share = other.count.double() / (self.count + other.count).clamp_min(1)
-        delta = other._mean - self._mean
-        self._mean = self._mean + delta * share
-        self._m2 = self._m2 + other._m2 + delta * delta * self.count * share
-        self.count = self.count + other.count
+def _segment_sum_triton(scores: torch.Tensor, cu_segments: torch.Tensor) -> torch.Tensor:
+    from ..kernels import attribution as kernels
 
-    @property
-    def mean(self) -> torch.Tensor:
-        """[size] float64; 0 without observations."""
-        return self._mean
+    return kernels.segment_sum(scores, cu_segments)
 
-    @property
-    def variance(self) -> torch.Tensor:
-        """[size] float64, M2 / (count - 1); NaN for fewer than two observations."""
-        return torch.where(self.count > 1, self._m2 / (self.count - 1), torch.nan)
 
-    @property
-    def standard_error(self) -> torch.Tensor:
-        """[size] float64, of the mean; NaN for fewer than two observations."""
-        return (self.variance / self.count).sqrt()
+def _segment_sum_fake(scores: torch.Tensor, cu_segments: torch.Tensor) -> torch.Tensor:
+    return scores.new_empty(cu_segments.shape[0] - 1, dtype=accumulation_dtype(scores.dtype))
 
-    def state_dict(self) -> dict[str, torch.Tensor]:
-        """Copies of "count", "mean" and "m2"."""
-        return {"count": self.count.clone(), "mean": self._mean.clone(), "m2": self._m2.clone()}
 
-    def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
-        """Go back to a state of the same size."""
-        for name in ("count", "mean", "m2"):
-            _check.shape(name, state[name], self.count.shape, "these moments")
-        device = self.count.device
-        self.count, self._mean, self._m2 = (
-            state[name].to(device).clone() for name in ("count", "mean", "m2")
-        )
+def _segment_sum_setup(ctx: Any, inputs: tuple, output: torch.Tensor) -> None:
+    scores, cu_segments = inputs
+    ctx.save_for_backward(cu_segments)
+    ctx.count, ctx.dtype = scores.shape[0], scores.dtype
+
+
+def _segment_sum_grad(ctx: Any, upstream: torch.Tensor) -> tuple:
+    return _segment_spread(upstream, *ctx.saved_tensors, ctx.count).to(ctx.dtype), None
+
+
+def _segment_spread_cpu(upstream: torch.Tensor, cu_segments: torch.Tensor, count: int) -> torch.Tensor:
+    out = upstream.new_empty(count)
+    x, offsets = upstream.contiguous(), cu_segments.long().contiguous()
+    _core.segment_spread(
+        x.data_ptr(), offsets.data_ptr(), DTYPE[x.dtype], len(x), count, out.data_ptr(), torch.get_num_threads()
+    )  # fmt: skip
+    return out
+
+
+def _segment_spread_triton(upstream: torch.Tensor, cu_segments: torch.Tensor, count: int) -> torch.Tensor:
+    from ..kernels import attribution as kernels
+
+    return kernels.segment_spread(upstream, cu_segments, count)
+
+
+def _segment_spread_fake(upstream: torch.Tensor, cu_segments: torch.Tensor, count: int) -> torch.Tensor:
+    return upstream.new_empty(count)
+
+
+_segment_sum = register(
+    "segment_sum",
+    "(Tensor scores, Tensor cu_segments) -> Tensor",
+    cpu=_segment_sum_cpu,
+    triton=_segment_sum_triton,
+    fake=_segment_sum_fake,
+    setup_context=_segment_sum_setup,
+    backward=_segment_sum_grad,
+)
+# Every element gets its segment's number.
+_segment_spread = register(
+    "segment_spread",
+    "(Tensor upstream, Tensor cu_segments, SymInt count) -> Tensor",
+    cpu=_segment_spread_cpu,
+    triton=_segment_spread_triton,
+    fake=_segment_spread_fake,
+)

@@ -12,7 +12,7 @@ from .advantage import (
     reverse_linear_scan,
     whiten,
 )
-from .attribution import attribution_scores
+from .attribution import RunningMoments, accumulate_by_id, attribution_scores, segment_sum
 from .logprob import token_logprobs
 from .policy_loss import PolicyLoss, PPOClip, Reinforce, importance_weights, policy_loss, value_loss
 from .tracker import Tracker
@@ -21,7 +21,9 @@ __all__ = [
     "PPOClip",
     "PolicyLoss",
     "Reinforce",
+    "RunningMoments",
     "Tracker",
+    "accumulate_by_id",
     "attribution_scores",
     "discounted_returns",
     "gae",
@@ -31,6 +33,7 @@ __all__ = [
     "moments",
     "policy_loss",
     "reverse_linear_scan",
+    "segment_sum",
     "token_logprobs",
     "value_loss",
     "whiten",

@@ -1,5 +1,7 @@
 """Attribution as the equations say it; see react_fast.ops.attribution for shapes and errors."""
 
+from itertools import pairwise
+
 import torch
 
 
@@ -20,3 +22,65 @@ def attribution_scores(
             scores.append((p * p / norm).sum() * 0.5 + norm * 0.5 if norm > 0 else p.sum() * 0)
     flat = torch.stack(scores) if scores else grad.new_empty(0, dtype=wide)
     return flat.view(grad.shape[:-1])
+
+
+def segment_sum(scores: torch.Tensor, cu_segments: torch.Tensor) -> torch.Tensor:
+    wide = torch.float64 if scores.dtype == torch.float64 else torch.float32
+    nothing = scores[:0].to(wide).sum()
+    sums = []
+    for begin, end in pairwise(cu_segments.tolist()):
+        total = nothing
+        for i in range(begin, end):
+            total = total + scores[i].to(wide)
+        sums.append(total)
+    return torch.stack(sums) if sums else scores[:0].to(wide)
+
+
+def accumulate_by_id(
+    scores: torch.Tensor,
+    ids: torch.Tensor,
+    mask: torch.Tensor | None,
+    count: torch.Tensor,
+    mean: torch.Tensor,
+    m2: torch.Tensor,
+) -> None:
+    """Welford's update of count, mean and m2 [size], in place."""
+    keep = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.bool()
+    values, places = scores[keep].double().tolist(), ids[keep].tolist()
+    for i in places:
+        if not 0 <= i < len(count):
+            raise IndexError(f"ids must be in [0, {len(count)}) where mask is true, got {i}")
+    for x, i in zip(values, places, strict=True):
+        count[i] += 1
+        d = x - mean[i]
+        mean[i] += d / count[i]
+        m2[i] += d * (x - mean[i])
+
+
+class RunningMoments:
+    """The loop twin of react_fast.RunningMoments: count, mean and M2 for every id."""
+
+    def __init__(self, size: int, device: torch.device | str | None = None) -> None:
+        self.count = torch.zeros(size, dtype=torch.int64, device=device)
+        self.mean = torch.zeros(size, dtype=torch.float64, device=device)
+        self.m2 = torch.zeros(size, dtype=torch.float64, device=device)
+
+    def update(self, scores: torch.Tensor, ids: torch.Tensor, mask: torch.Tensor | None = None) -> None:
+        accumulate_by_id(scores.detach(), ids, mask, self.count, self.mean, self.m2)
+
+    def merge(self, other: "RunningMoments") -> None:
+        for i in range(len(self.count)):
+            total = self.count[i] + other.count[i]
+            if total:
+                d = other.mean[i] - self.mean[i]
+                self.m2[i] += other.m2[i] + d * d * self.count[i] * other.count[i] / total
+                self.mean[i] += d * other.count[i] / total
+                self.count[i] = total
+
+    @property
+    def variance(self) -> torch.Tensor:
+        return torch.where(self.count > 1, self.m2 / (self.count - 1), torch.nan)
+
+    @property
+    def standard_error(self) -> torch.Tensor:
+        return (self.variance / self.count).sqrt()

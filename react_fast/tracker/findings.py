@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from ..ops.attribution import RunningMoments
+from ..ops.moments import RunningMoments
 from .records import KeyToken, PositionMean
 from .statistics import benjamini_hochberg, student_interval, student_p_value
 

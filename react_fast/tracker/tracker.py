@@ -9,7 +9,8 @@ from typing import Any
 import torch
 
 from ..ops import _check
-from ..ops.attribution import RunningMoments, attribution_scores
+from ..ops.attribution import attribution_scores
+from ..ops.moments import RunningMoments
 from .attribution import Attribution, Target, attribute, batch_scores
 from .findings import key_tokens, position_means
 from .intervention import Deletion, Effects, Experiment, Outcome, intervene
