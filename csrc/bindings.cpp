@@ -6,6 +6,7 @@
 
 #include <array>
 
+#include "bounds.h"
 #include "isa.h"
 #include "moments.h"
 
@@ -63,6 +64,12 @@ void bind_logprob(py::module_& m) {
   m.def("token_logprobs_backward", &token_logprobs_backward, "logits"_a, "token_ids"_a, "mask"_a, "temperatures"_a,
         "dtype"_a, "id_dtype"_a, "rows"_a, "vocab"_a, "inner"_a, "outer_stride"_a, "stride"_a, "temperature"_a, "softcap"_a, "stats"_a,
         "entropy"_a, "d_logp"_a, "d_entropy"_a, "d_logits"_a, "threads"_a);
+}
+
+// ---- packed sequences ----------------------------------------------------------------------------------------
+
+bool bounds_rise(Address bounds, int64_t count, int64_t total) {
+  return rf::bounds_rise(at<int64_t>(bounds), count, total);
 }
 
 // ---- advantage ---------------------------------------------------------------------------------------------
@@ -313,6 +320,7 @@ PYBIND11_MODULE(_core, m) {
   m.attr("openmp") = false;
 #endif
   rf::kernels();  // a wrong REACT_FAST_ISA fails at import, in one line
+  m.def("bounds_rise", &bounds_rise, "bounds"_a, "count"_a, "total"_a);
   bind_logprob(m);
   bind_advantage(m);
   bind_policy_loss(m);

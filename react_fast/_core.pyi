@@ -217,6 +217,10 @@ def importance_weights(
     threads: int,
 ) -> None: ...
 
+# ---- packed sequences
+
+def bounds_rise(bounds: int, count: int, total: int) -> bool: ...
+
 # ---- attribution
 
 def attribution_scores(

@@ -187,6 +187,17 @@ def test_bad_cu_seqlens_is_refused(cu_seqlens, error):
             op()
 
 
+def test_compiled_graph_refuses_bad_cu_seqlens():
+    """Tracing looks at no value; the run must, before it reads memory."""
+    compiled = torch.compile(
+        lambda x, edges: rf.discounted_returns(x, gamma=GAMMA, cu_seqlens=edges), fullgraph=True,
+        backend="aot_eager",
+    )  # fmt: skip
+    compiled(FLAT, EDGES)
+    with pytest.raises(ValueError, match="cu_seqlens must rise from 0 to 5"):
+        compiled(FLAT, torch.tensor([0, 2**40, 5]))
+
+
 def test_bad_scan_is_refused():
     with pytest.raises(ValueError, match=r"(a|b) must be"):
         rf.reverse_linear_scan(torch.ones(2, 3), torch.ones(2, 4))

@@ -5,6 +5,7 @@ from typing import Any
 import torch
 
 from .. import _core
+from . import _check
 from .backend import DTYPE, accumulation_dtype, address, register
 
 Tensor = torch.Tensor
@@ -21,7 +22,7 @@ def _sequences(x: Tensor, cu_seqlens: Maybe) -> tuple[Maybe, int, int]:
     """(offsets as int64, rows, row length)."""
     if cu_seqlens is None:
         return None, x.shape[0], x.shape[1]
-    return cu_seqlens.long().contiguous(), cu_seqlens.shape[0] - 1, 0
+    return _check.rising("cu_seqlens", cu_seqlens, x.shape[0], "the packed steps"), cu_seqlens.shape[0] - 1, 0
 
 
 def _rows(x: Tensor, cu_seqlens: Maybe) -> int:

@@ -5,10 +5,11 @@ Wrong type or dtype: TypeError. Wrong shape, device or value: ValueError.
 
 import math
 from collections.abc import Sequence
-from itertools import pairwise
 from typing import Any
 
 import torch
+
+from .. import _core
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 INTEGERS = (torch.int64, torch.int32)
@@ -58,16 +59,26 @@ def mask(name: str, value: Any, expected: Sequence[int], like: str, on: torch.de
 
 
 def bounds(name: str, value: Any, packed: torch.Tensor, like: str, size: str) -> None:
-    """Offsets [size] that cut the packed tensor into sequences; their values are looked at on CPU only."""
+    """Offsets [size] that cut the packed tensor into sequences; `rising` looks at their values."""
     integer(name, value)
     if value.dim() != 1 or value.shape[0] < 1:
         raise ValueError(f"{name} must be [{size}], got {list(value.shape)}")
     device(name, value, packed.device, like)
-    if packed.device.type != "cpu" or torch.compiler.is_compiling():
-        return
-    edges = value.tolist()
-    if edges[0] != 0 or edges[-1] != len(packed) or any(b < a for a, b in pairwise(edges)):
-        raise ValueError(f"{name} must rise from 0 to {len(packed)} like {like}, got {edges[:8]}")
+
+
+def rising(name: str, value: torch.Tensor, total: int, like: str) -> torch.Tensor:
+    """The offsets as contiguous int64, once they rise from 0 to total. On a GPU looking would wait for it, and the
+    kernels stay inside the arrays; called where memory is read, so that a compiled graph is checked too.
+    """
+    edges = value.to(torch.int64).contiguous()
+    if edges.device.type == "cpu" and not _core.bounds_rise(edges.data_ptr(), edges.shape[0], total):
+        raise ValueError(f"{name} must rise from 0 to {total} like {like}, got {_shortened(edges)}")
+    return edges
+
+
+def _shortened(x: torch.Tensor) -> str:
+    values = x.tolist()
+    return str(values) if len(values) <= 8 else f"[{', '.join(map(str, values[:4]))}, ..., {values[-1]}]"
 
 
 def number(

@@ -62,20 +62,9 @@ def _layout_cpu(
         return None, x.numel(), x.shape[0], x.shape[1]
     if cu_seqlens is None:
         return None, x.shape[0], 1, x.shape[0]
-    bounds = cu_seqlens.to(torch.int64).contiguous()
-    check_bounds(bounds, x)
+    bounds = _offsets(x, cu_seqlens)
+    assert bounds is not None
     return bounds, x.shape[0], bounds.shape[0] - 1, 0
-
-
-def check_bounds(bounds: torch.Tensor, x: torch.Tensor) -> None:
-    """Refuse cu_seqlens that do not divide the packed x. Reads them, so only where that is no device sync."""
-    if bounds[0] != 0 or bounds[-1] != x.shape[0] or bool((bounds.diff() < 0).any()):
-        raise ValueError(f"cu_seqlens must rise from 0 to N = {x.shape[0]}, got {_shortened(bounds)}")
-
-
-def _shortened(x: torch.Tensor) -> str:
-    values = x.tolist()
-    return str(values) if len(values) <= 8 else f"[{', '.join(map(str, values[:4]))}, ..., {values[-1]}]"
 
 
 def denominator_value(number: float, tensor: torch.Tensor | None) -> float:
@@ -85,9 +74,10 @@ def denominator_value(number: float, tensor: torch.Tensor | None) -> float:
     return _check.number("denominator", float(tensor), low=0.0, low_open=True)
 
 
-def _bounds_triton(x: torch.Tensor, cu_seqlens: torch.Tensor | None) -> torch.Tensor | None:
-    """Checked on the CPU; on a device the check would synchronise, and the kernels stay inside the arrays."""
-    return _layout_cpu(x, cu_seqlens)[0] if x.device.type == "cpu" else _flat(cu_seqlens)
+def _offsets(x: torch.Tensor, cu_seqlens: torch.Tensor | None) -> torch.Tensor | None:
+    return (
+        None if cu_seqlens is None else _check.rising("cu_seqlens", cu_seqlens, len(x), "the packed tokens")
+    )
 
 
 def _denominator_triton(number: float, tensor: torch.Tensor | None) -> tuple[float, torch.Tensor | None]:
@@ -104,7 +94,9 @@ def _scaled(saved: torch.Tensor, upstream: torch.Tensor, dtype: torch.dtype) -> 
 
 def _outputs(like: torch.Tensor, shapes: tuple[tuple[int, ...], ...]) -> list[torch.Tensor]:
     dtype = accumulation_dtype(like.dtype)
-    return [torch.empty(shape, dtype=dtype, device=like.device) for shape in shapes]
+    if dtype == like.dtype:
+        return [like.new_empty(shape) for shape in shapes]
+    return [like.new_empty(shape, dtype=dtype) for shape in shapes]
 
 
 def _shapes(logprobs: torch.Tensor, want_logprobs: bool, want_entropy: bool) -> tuple[tuple[int, ...], ...]:
@@ -146,7 +138,7 @@ def _policy_loss_triton(
     from ..kernels.policy_loss_layout import Layout, token_weights
 
     outputs = _outputs(logprobs, _shapes(logprobs, want_logprobs, want_entropy))
-    layout = Layout.of(logprobs, mask, _bounds_triton(logprobs, cu_seqlens))
+    layout = Layout.of(logprobs, mask, _offsets(logprobs, cu_seqlens))
     number, tensor = _denominator_triton(denominator, denominator_tensor)
     kernels.policy_loss(
         [_flat(x) for x in (logprobs, old_logprobs, ref_logprobs, entropy, importance)], advantages, layout,
@@ -289,7 +281,7 @@ def _importance_weights_triton(
     from ..kernels.policy_loss_layout import Layout
 
     weights, stats = _outputs(logprobs, _importance_shapes(logprobs))
-    layout = Layout.of(logprobs, mask, _bounds_triton(logprobs, cu_seqlens))
+    layout = Layout.of(logprobs, mask, _offsets(logprobs, cu_seqlens))
     kernels.importance_weights(
         logprobs.contiguous(), behavior_logprobs.contiguous(), layout, level, mode, low, high, normalize, weights,
         stats,

@@ -14,7 +14,7 @@ from ._advantage import moments as _moments
 from ._advantage import reverse_linear_scan as _reverse_linear_scan
 from ._advantage import whiten as _whiten
 from ._arrays import numpy_too
-from .backend import use_reference
+from .backend import get_backend, use_reference
 
 Moments = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
@@ -324,6 +324,8 @@ def _check_rows(name: str, x: torch.Tensor, cu_seqlens: torch.Tensor | None) -> 
         raise ValueError(f"{name} must be {wanted}, got {list(x.shape)}")
     if cu_seqlens is not None:
         _check.bounds("cu_seqlens", cu_seqlens, x, name, "B + 1")
+        if get_backend() in ("reference", "triton") and not torch.compiler.is_compiling():
+            _check.rising("cu_seqlens", cu_seqlens, x.shape[0], "the packed steps")  # the core does it itself
 
 
 def _check_like(

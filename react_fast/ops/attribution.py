@@ -166,13 +166,14 @@ def segment_sum(scores: torch.Tensor, cu_segments: torch.Tensor) -> torch.Tensor
         raise ValueError(f"scores must be [N], got {list(scores.shape)}")
     _check.bounds("cu_segments", cu_segments, scores, "scores", "S + 1")
     if use_reference():
+        _check.rising("cu_segments", cu_segments, len(scores), "scores")
         return reference.segment_sum(scores, cu_segments)
     return _segment_sum(scores, cu_segments)
 
 
 def _segment_sum_cpu(scores: torch.Tensor, cu_segments: torch.Tensor) -> torch.Tensor:
     out = _segment_sum_fake(scores, cu_segments)
-    x, offsets = scores.contiguous(), cu_segments.long().contiguous()
+    x, offsets = scores.contiguous(), _check.rising("cu_segments", cu_segments, len(scores), "scores")
     _core.segment_sum(
         x.data_ptr(), offsets.data_ptr(), DTYPE[x.dtype], len(out), len(x), out.data_ptr(), torch.get_num_threads()
     )  # fmt: skip
@@ -182,7 +183,7 @@ def _segment_sum_cpu(scores: torch.Tensor, cu_segments: torch.Tensor) -> torch.T
 def _segment_sum_triton(scores: torch.Tensor, cu_segments: torch.Tensor) -> torch.Tensor:
     from ..kernels import attribution as kernels
 
-    return kernels.segment_sum(scores, cu_segments)
+    return kernels.segment_sum(scores, _check.rising("cu_segments", cu_segments, len(scores), "scores"))
 
 
 def _segment_sum_fake(scores: torch.Tensor, cu_segments: torch.Tensor) -> torch.Tensor:
@@ -201,7 +202,7 @@ def _segment_sum_grad(ctx: Any, upstream: torch.Tensor) -> tuple:
 
 def _segment_spread_cpu(upstream: torch.Tensor, cu_segments: torch.Tensor, count: int) -> torch.Tensor:
     out = upstream.new_empty(count)
-    x, offsets = upstream.contiguous(), cu_segments.long().contiguous()
+    x, offsets = upstream.contiguous(), _check.rising("cu_segments", cu_segments, count, "scores")
     _core.segment_spread(
         x.data_ptr(), offsets.data_ptr(), DTYPE[x.dtype], len(x), count, out.data_ptr(), torch.get_num_threads()
     )  # fmt: skip

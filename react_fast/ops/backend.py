@@ -30,6 +30,9 @@ DTYPE = {
 
 Implementation = Callable[..., Any]
 
+_SCALARS = frozenset((type(None), bool, int, float, str, list))
+_TENSORS = frozenset((torch.Tensor, torch.nn.Parameter))
+
 _library = torch.library.Library("react_fast", "FRAGMENT")
 _OPS: list[str] = []
 
@@ -102,6 +105,27 @@ def address(tensor: torch.Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
 
 
+def _watched() -> bool:
+    """Someone wants to see every call: the compiler, a dispatch mode, a function transform, the profiler."""
+    return (
+        torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._functorch.peek_interpreter_stack() is not None
+        or torch.autograd._profiler_enabled()
+    )
+
+
+def _plain(args: tuple, recording: bool) -> bool:
+    """Tensors that are no subclass, not meta, and need no gradient."""
+    for x in args:
+        kind = type(x)
+        if kind in _SCALARS:
+            continue
+        if kind not in _TENSORS or (recording and x.requires_grad):
+            return False
+    return not args[0].is_meta
+
+
 def register(
     name: str,
     schema: str,
@@ -115,7 +139,8 @@ def register(
     """Define torch.ops.react_fast.<name> and return its overload.
 
     The low-level registration (define, impl, fake, autograd) costs 6 us a call without gradient and 13 us
-    with one; torch.library.custom_op costs 93 us.
+    with one; torch.library.custom_op costs 93 us. An eager call without gradient and without anyone who wants to
+    see it costs 1 us: it goes straight to the implementation.
 
     Args:
         name: operator name.
@@ -137,7 +162,13 @@ def register(
             f"react_fast::{name}", backward, setup_context=setup_context, lib=_library
         )
     _OPS.append(name)
-    return getattr(torch.ops.react_fast, name).default
+    overload = getattr(torch.ops.react_fast, name).default
+
+    def call(*args: Any) -> Any:
+        plain = not _watched() and _plain(args, torch.is_grad_enabled())
+        return run(*args) if plain else overload(*args)
+
+    return call
 
 
 def registered_ops() -> tuple[str, ...]:

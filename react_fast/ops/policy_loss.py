@@ -15,7 +15,6 @@ from ._policy_loss import (
     METRICS,
     MODES,
     OBJECTIVES,
-    check_bounds,
     denominator_value,
     importance_weights_op,
     per_row,
@@ -136,7 +135,7 @@ def policy_loss(
         )
     if use_reference():
         if cu_seqlens is not None:
-            check_bounds(cu_seqlens, logprobs)
+            _check.rising("cu_seqlens", cu_seqlens, len(logprobs), "the packed tokens")
         return reference.policy_loss(
             logprobs, old_logprobs, advantages, mask, objective=objective, aggregation=aggregation,
             ref_logprobs=ref_logprobs, kl_coef=kl_coef, kl_estimator=kl_estimator, kl_gradient=kl_gradient,
@@ -151,7 +150,8 @@ def policy_loss(
         KL_GRADIENTS.index(kl_gradient), entropy_coef, grad and logprobs.requires_grad,
         grad and entropy is not None and entropy.requires_grad,
     )  # fmt: skip
-    values = stats.unbind()
+    optional = ref_logprobs is not None or entropy is not None or importance is not None
+    values = (stats if optional else stats[:ALWAYS]).unbind()
     metrics = dict(zip(METRICS[:ALWAYS], values, strict=False))
     if ref_logprobs is not None:
         metrics["kl"] = values[ALWAYS]
@@ -248,7 +248,7 @@ def importance_weights(
         raise ValueError(f"cu_seqlens must be given for packed logprobs and level {level!r}, got None")
     if use_reference():
         if cu_seqlens is not None:
-            check_bounds(cu_seqlens, logprobs)
+            _check.rising("cu_seqlens", cu_seqlens, len(logprobs), "the packed tokens")
         return reference.importance_weights(
             logprobs, behavior_logprobs, mask, level=level, mode=mode, low=low, high=high, normalize=normalize,
             cu_seqlens=cu_seqlens,
@@ -276,12 +276,9 @@ def _check_tokens(
 
 
 def _check_cu_seqlens(name: str, value: torch.Tensor, cu_seqlens: torch.Tensor) -> None:
-    _check.integer("cu_seqlens", cu_seqlens)
     if value.dim() != 1:
         raise ValueError(f"{name} must be packed [N] when cu_seqlens is given, got {list(value.shape)}")
-    if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 1:
-        raise ValueError(f"cu_seqlens must be [B + 1], got {list(cu_seqlens.shape)}")
-    _check.device("cu_seqlens", cu_seqlens, value.device, name)
+    _check.bounds("cu_seqlens", cu_seqlens, value, name, "B + 1")
 
 
 def _check_like(name: str, value: torch.Tensor, other: torch.Tensor, like: str) -> None:
