@@ -98,3 +98,24 @@ def test_compiled_graph_follows_the_backend():
     for name in ("auto", "cpu", "triton", "reference"):
         with rf.use_backend(name):
             torch.testing.assert_close(compiled(grad, activation), (grad * activation).sum(-1))
+
+
+VECTOR = torch.linspace(-1, 2, 12, dtype=torch.float64)
+DIFFERENTIABLE = {
+    "token_logprobs": lambda x: rf.token_logprobs(x.view(3, 4), torch.tensor([0, 3, 1])),
+    "gae": lambda x: rf.gae(x.view(3, 4), x.view(3, 4) ** 2, gamma=0.9, lam=0.8)[0],
+    "reverse_linear_scan": lambda x: rf.reverse_linear_scan(x.view(3, 4), x.view(3, 4)),
+    "group_advantages": lambda x: rf.group_advantages(x, torch.arange(12) // 4),
+    "whiten": lambda x: rf.whiten(x),
+    "attribution_scores": lambda x: rf.attribution_scores(x.view(3, 4), x.view(3, 4)),
+    "segment_sum": lambda x: rf.segment_sum(x, torch.tensor([0, 5, 12])),
+}
+
+
+@pytest.mark.parametrize("op", DIFFERENTIABLE)
+def test_batched_gradients(op):
+    """torch.autograd.grad(is_grads_batched=True), which hands the backward tensors without storage."""
+    function = DIFFERENTIABLE[op]
+    rows = torch.autograd.functional.jacobian(function, VECTOR)
+    batched = torch.autograd.functional.jacobian(function, VECTOR, vectorize=True)
+    torch.testing.assert_close(batched, rows, rtol=0, atol=0)

@@ -14,6 +14,8 @@ from react_fast.trainer.model import fresh_model
 from react_fast.trainer.rollout import Episodes, SamplingParams
 from react_fast.trainer.trainer import Trainer
 
+from . import policies
+
 RECORDS = [
     Record("es>pt:Alemania=", "Alemanha"),
     Record("es>pt:Francia=", "França"),
@@ -101,6 +103,31 @@ def test_parity_with_the_reference(case, shared):
     assert trainer.updates == reference.updates == 5 * config.updates_per_step
     torch.testing.assert_close(_weights(fast), _weights(slow), rtol=0, atol=1e-9)
     assert float((_weights(fast) - before).abs().max()) > 1e-3, "the updates must have moved the parameters"
+
+
+@pytest.mark.parametrize("every", [1, 2])
+@pytest.mark.parametrize("credit", ["uniform", "attribution"])
+def test_parity_with_trackers_on(credit, every):
+    """Both loops, each with its tracker, on the same rollouts: the same parameters and the same moments."""
+    config = _config(credit=credit, credit_floor=0.3, minibatches=2, kl_coef=0.05)
+    (fast, tokenizer), (slow, _) = _policy(), _policy()
+    watched = react_fast.CausalityTracker(fast, tokenizer, every=every)
+    loops = react_fast.reference.Tracker(slow, tokenizer, every=every)
+    trainer = Trainer(fast, tokenizer, _env(), algorithm=GRPO(), tracker=watched, config=config)
+    reference = ReferenceTrainer(slow, tokenizer, _env(), algorithm=GRPO(), tracker=loops, config=config)
+    for _ in range(config.steps):
+        trajectories = trainer.collect()
+        trainer.train_step()
+        reference.train_step(trajectories)
+    torch.testing.assert_close(_weights(fast), _weights(slow), rtol=0, atol=1e-9)
+    assert int(watched.by_token.count.sum()) > 0
+    policies.assert_moments(watched.by_token, loops.by_token)
+    policies.assert_moments(watched.by_position, loops.by_position)
+    if credit == "attribution":
+        plain, _ = _policy()
+        uniform = _config(credit="uniform", minibatches=2, kl_coef=0.05)
+        Trainer(plain, tokenizer, _env(), algorithm=GRPO(), config=uniform).train()
+        assert float((_weights(plain) - _weights(fast)).abs().max()) > 1e-4, "credit must change the update"
 
 
 @pytest.mark.parametrize("algorithm", [SFT(), GRPO()], ids=["sft", "grpo"])

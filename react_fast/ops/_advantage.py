@@ -268,7 +268,8 @@ def _group_setup(ctx: Any, inputs: tuple, output: Tensor) -> None:
 
 def _group_grad(ctx: Any, upstream: Tensor) -> tuple:
     rewards, group_ids, valid = ctx.saved_tensors
-    grad = group_advantages(rewards.detach(), group_ids, valid, upstream, *ctx.options)
+    op = torch.ops.react_fast.group_advantages.default
+    grad = op(rewards.detach(), group_ids, valid, upstream, *ctx.options)
     return grad.to(rewards.dtype), *[None] * 9
 
 

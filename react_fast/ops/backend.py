@@ -164,6 +164,9 @@ def register(
     _OPS.append(name)
     overload = getattr(torch.ops.react_fast, name).default
 
+    if backward is None:  # called by autograd, which may batch the gradients it passes
+        return overload
+
     def call(*args: Any) -> Any:
         plain = not _watched() and _plain(args, torch.is_grad_enabled())
         return run(*args) if plain else overload(*args)

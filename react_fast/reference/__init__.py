@@ -16,6 +16,7 @@ from .attribution import RunningMoments, accumulate_by_id, attribution_scores, s
 from .logprob import token_logprobs
 from .policy_loss import PolicyLoss, PPOClip, Reinforce, importance_weights, policy_loss, value_loss
 from .tracker import Tracker
+from .trainer import Trainer
 
 __all__ = [
     "PPOClip",
@@ -23,6 +24,7 @@ __all__ = [
     "Reinforce",
     "RunningMoments",
     "Tracker",
+    "Trainer",
     "accumulate_by_id",
     "attribution_scores",
     "discounted_returns",

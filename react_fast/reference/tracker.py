@@ -49,9 +49,9 @@ class Tracker:
     # ---- training ------------------------------------------------------------------------------------------
 
     @contextmanager
-    def observe(self, ids: torch.Tensor, actions: torch.Tensor) -> Iterator[None]:
-        """Around forward and backward on one sequence: ids [L], actions [L]."""
-        due = self.calls % self.every == 0
+    def observe(self, ids: torch.Tensor, actions: torch.Tensor, *, step: int | None = None) -> Iterator[None]:
+        """Around forward and backward on one sequence: ids [L], actions [L]; one in `every` steps counts."""
+        due = (self.calls if step is None else step) % self.every == 0
         self.calls += 1
         outputs: list[torch.Tensor] = []
 

@@ -239,9 +239,10 @@ class Trainer:
         denominator = sum(int(one.mask.sum()) if per_token else int(one.mask.any()) for one in batch)
         self.optimizer.zero_grad(set_to_none=True)
         torch.manual_seed(_key(self.config.seed, _DROPOUT, self.updates))
+        tracker = self.tracker
         for one in batch:
             actions = torch.nn.functional.pad(one.mask, (1, 0))
-            with self.tracker.observe(one.ids, actions) if self.tracker is not None else nullcontext():
+            with nullcontext() if tracker is None else tracker.observe(one.ids, actions, step=self.step):
                 logp, entropy = self._logprobs(self.model, one)
                 loss, metrics = loss_of(self, one, logp, entropy, max(denominator, 1))
                 loss.backward()
