@@ -16,6 +16,8 @@ from transformers import (
     Starcoder2ForCausalLM,
 )
 
+from .folder import RunFolder
+
 PAD, BOS, EOS = "<pad>", "<bos>", "<eos>"
 # Byte-level BPE starts from all 256 bytes, so no text is ever unknown.
 MIN_VOCAB = 256 + 3
@@ -27,7 +29,8 @@ def load_model(path: str | PathLike[str], dtype: torch.dtype = torch.float32) ->
     The tokenizer pads on the left, as generation needs; without a padding token the end token serves.
 
     Args:
-        path: folder as `save_pretrained` writes it.
+        path: folder as `save_pretrained` writes it, or a run folder of `react-fast train`: its newest complete
+            checkpoint.
         dtype: of the parameters.
     Returns: (model in evaluation mode, tokenizer).
     Raises: FileNotFoundError without folder, config.json, weights or tokenizer; ValueError if the folder
@@ -39,6 +42,8 @@ def load_model(path: str | PathLike[str], dtype: torch.dtype = torch.float32) ->
         raise FileNotFoundError(
             f"model path must be a local folder, got {folder}, which does not exist or is a file"
         )
+    if (folder / "checkpoints").is_dir():
+        folder = RunFolder(folder).newest_checkpoint()
     if not (folder / "config.json").is_file():
         raise FileNotFoundError(f"model folder {folder} has no config.json")
     tokenizer = _load_tokenizer(folder)
