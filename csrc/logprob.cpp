@@ -186,8 +186,8 @@ void backward_chunk(const T* x, int64_t n, T* out, const Slope& s, const Row& ro
   const f32v a = splat(static_cast<float>(s.a)), b = splat(static_cast<float>(s.b));
   const f32v largest = splat(static_cast<float>(s.largest));
   const auto slope = [&](f32v logits) {
-    const f32v d = difference(logit<capped>(logits, row), largest, row);
-    const f32v value = exp_nonpositive(d) * (b * d + a);
+    const Exponential found = exponential(logit<capped>(logits, row), largest, row);
+    const f32v value = found.e * (b * found.d + a);
     return capped ? value * cap_slope(logits, row) : value;
   };
   int64_t j = 0;

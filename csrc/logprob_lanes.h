@@ -24,13 +24,25 @@ constexpr double kMinusInfinity = -__builtin_inf();
 struct Row {
   double inverse_t;
   f32v inverse_high, inverse_low, softcap;
+  f32v log2_high, log2_low, lowest;  // log2(e) / T likewise, and the gap below which exp is 0
+
+  Row(double temperature, double softcap)
+      : inverse_t(1.0 / temperature), softcap(splat(static_cast<float>(softcap))) {
+    split(inverse_t, inverse_high, inverse_low);
+    const double log2_t = 1.4426950408889634 * inverse_t;
+    split(log2_t, log2_high, log2_low);
+    lowest = splat(static_cast<float>(-126.0 / log2_t));
+  }
+
+  static void split(double x, f32v& high, f32v& low) {
+    const float top = static_cast<float>(x);
+    high = splat(top);
+    low = splat(static_cast<float>(x - static_cast<double>(top)));
+  }
 };
 
 Row row_of(const LogprobInput& in, int64_t i) {
-  const double inverse = 1.0 / (in.temperatures != nullptr ? in.temperatures[i] : in.temperature);
-  const float high = static_cast<float>(inverse);
-  return {inverse, splat(high), splat(static_cast<float>(inverse - static_cast<double>(high))),
-          splat(static_cast<float>(in.softcap))};
+  return Row(in.temperatures != nullptr ? in.temperatures[i] : in.temperature, in.softcap);
 }
 
 // tanh(a): an odd polynomial (relative error 3e-9) where 1 - e would cancel, (1 - e) / (1 + e) with
@@ -117,13 +129,24 @@ float block_max(const T* x, int64_t n) {
   return max_lanes(max(max(m[0], m[1]), max(m[2], m[3])));
 }
 
+// d = (u - largest) / T and exp(d); d is some finite number where exp(d) is 0.
+inline Exponential exponential(f32v u, f32v largest, const Row& row) {
+#if RF_EXP_SCALED
+  return exp_scaled(u - largest, row.log2_high, row.log2_low, row.inverse_high, row.lowest);
+#else
+  const f32v d = difference(u, largest, row);
+  return {exp_nonpositive(d), d};
+#endif
+}
+
 template <bool entropy, bool ties>
 struct Sums {
   f32v rest{}, moment{}, equal{};
 
   inline void add(f32v u, f32v largest, const Row& row) {
-    const f32v d = difference(u, largest, row);
-    f32v e = exp_nonpositive(d);
+    const Exponential found = exponential(u, largest, row);
+    f32v e = found.e;
+    const f32v d = found.d;
     if (ties) {
       const i32v tie = u == largest;
       equal += tie ? splat(1.0f) : splat(0.0f);
@@ -134,7 +157,7 @@ struct Sums {
   }
 };
 
-// Sums over one block, prefetching the block behind it. Per-block sums are float32, everything above is double.
+// Sums over one block, prefetching the next but one into L2: measured best, a tenth faster than the next into L1. Per-block sums are float32, everything above is double.
 template <bool entropy, bool capped, bool ties, class T>
 Fold block_sums(const T* x, int64_t n, double largest, const Row& row) {
   // A block of forbidden tokens has no largest; any finite one gives exp(-inf) = 0, and NaN stays NaN.
@@ -143,7 +166,7 @@ Fold block_sums(const T* x, int64_t n, double largest, const Row& row) {
   int64_t j = 0;
   for (; j + 2 * kLanes <= n; j += 2 * kLanes) {
     for (int u = 0; u < 2; ++u) {
-      __builtin_prefetch(x + j + u * kLanes + kBlock);
+      __builtin_prefetch(x + j + u * kLanes + 2 * kBlock, 0, 2);
       sums[u].add(logit<capped>(load(x + j + u * kLanes), row), reference, row);
     }
   }

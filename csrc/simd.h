@@ -256,5 +256,44 @@ inline f32v exp_nonpositive(f32v x) {
   return x < low ? splat(0.0f) : result;
 }
 
+struct Exponential {
+  f32v e, d;
+};
+
+#if defined(__FMA__) || defined(__aarch64__)
+// d = gap * scale and e = exp(d) for gap <= 0, with scale log2(e) = high + low: as accurate, in two thirds of the
+// operations. gap (high + low) = n + r with |r| <= 1/2, r exact but for one rounding since a fused multiply-add makes
+// it, and 2^r = 1 + r (ln2 + r q(r)), q a degree-4 polynomial fitted to a relative error of 3e-9. Both are exactly 0
+// for gap < lowest = -126 / (high + low), -inf among them; NaN stays NaN.
+inline Exponential exp_scaled(f32v gap, f32v high, f32v low, f32v scale, f32v lowest) {
+  const f32v shifter = splat(12582912.0f);
+  const f32v shifted = gap * high + shifter;
+  const f32v n = shifted - shifter;
+  const f32v r = gap * low + (gap * high - n);
+  f32v q = splat(1.53243149e-4f);
+  q = q * r + splat(1.33909588e-3f);
+  q = q * r + splat(9.61851794e-3f);
+  q = q * r + splat(5.55035956e-2f);
+  q = q * r + splat(2.40226477e-1f);
+  q = q * r + splat(6.93147182e-1f);
+  const f32v y = q * r + splat(1.0f);
+#if defined(__AVX512F__)
+  const __mmask16 kept =
+      _mm512_cmp_ps_mask(reinterpret_cast<__m512>(gap), reinterpret_cast<__m512>(lowest), _CMP_NLT_UQ);
+  return {reinterpret_cast<f32v>(
+              _mm512_maskz_scalef_ps(kept, reinterpret_cast<__m512>(y), reinterpret_cast<__m512>(n))),
+          reinterpret_cast<f32v>(
+              _mm512_maskz_mul_ps(kept, reinterpret_cast<__m512>(gap), reinterpret_cast<__m512>(scale)))};
+#else
+  const f32v e = reinterpret_cast<f32v>((reinterpret_cast<i32v>(shifted) + 127) << 23) * y;
+  const i32v gone = gap < lowest;
+  return {gone ? splat(0.0f) : e, gone ? splat(0.0f) : gap * scale};
+#endif
+}
+#define RF_EXP_SCALED 1
+#else
+#define RF_EXP_SCALED 0
+#endif
+
 }  // namespace RF_ISA
 }  // namespace rf

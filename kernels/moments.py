@@ -82,11 +82,12 @@ VARIANTS = [
     Variant(
         accumulate_by_id_kernel,
         {
-            "scores": scores, "ids": "*i64", "order": "*i64", "good_count": "*i64", "count": "*i64",
+            "scores": scores, "ids": ids, "order": "*i64", "good_count": "*i64", "count": "*i64",
             "mean": "*fp64", "m2": "*fp64",
         },
         {"BLOCK": BLOCK},
         num_warps=1,
     )
-    for scores in ("*fp32", "*fp64")
+    for scores in ("*fp32", "*bf16", "*fp64")
+    for ids in ("*i32", "*i64")
 ]  # fmt: skip

@@ -97,6 +97,43 @@ def test_any_strides_and_many_of_one_id(backend):
     torch.testing.assert_close(moments.variance[0], kept.var(), rtol=1e-12, atol=0)
 
 
+def test_far_from_zero(backend):
+    """Mean 1e8, spread 1: the sum of squares has no digit of the variance left, the distances to the mean do."""
+    scores, ids = torch.randn(400, dtype=torch.float64) + 1e8, torch.arange(400) % 2
+    moments = RunningMoments(2)
+    for part in range(0, 400, 80):
+        moments.update(scores[part : part + 80], ids[part : part + 80])
+    for i in (0, 1):
+        expected = (scores[ids == i] - 1e8).var()
+        # Distances carry 1e8 * 2^-53 = 1e-8 of rounding each, 200 of them.
+        torch.testing.assert_close(moments.variance[i], expected, rtol=1e-6, atol=0)
+
+
+def test_every_run_gives_the_same_bits(backend):
+    scores, ids = torch.randn(300), torch.randint(0, 9, (300,))
+    states = []
+    for threads in (1, 2, 4, 4):
+        torch.set_num_threads(threads)
+        moments = RunningMoments(9)
+        moments.update(scores, ids)
+        moments.update(scores.flip(0), ids.flip(0))
+        states.append(moments.state_dict())
+    for state in states[1:]:
+        for name, value in state.items():
+            contract.assert_bitwise(value, states[0][name])
+
+
+def test_state_of_another_dtype_or_size_is_refused():
+    moments = RunningMoments(SIZE)
+    state = moments.state_dict()
+    with pytest.raises(TypeError, match="mean must be float64 like these moments, got float32"):
+        moments.load_state_dict({**state, "mean": state["mean"].float()})
+    with pytest.raises(TypeError, match="count must be int64 like these moments, got int32"):
+        moments.load_state_dict({**state, "count": state["count"].int()})
+    with pytest.raises(ValueError, match=r"m2 must be \[7\] like these moments, got \[3\]"):
+        moments.load_state_dict({**state, "m2": state["m2"][:3]})
+
+
 def test_nan_stays_at_its_id(backend):
     scores, ids = torch.randn(50), torch.arange(50) % 5
     clean, dirty = RunningMoments(5), RunningMoments(5)

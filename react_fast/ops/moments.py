@@ -86,12 +86,16 @@ class RunningMoments:
         return {"count": self.count.clone(), "mean": self._mean.clone(), "m2": self._m2.clone()}
 
     def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
-        """Go back to a state of the same size."""
-        for name in ("count", "mean", "m2"):
-            _check.shape(name, state[name], self.count.shape, "these moments")
+        """Go back to a state of the same size, as `state_dict` gave it.
+
+        Raises: TypeError for another dtype, ValueError for another size.
+        """
+        for name, own in self.state_dict().items():
+            _check.dtype(name, _check.tensor(name, state[name]), own.dtype, "these moments")
+            _check.shape(name, state[name], own.shape, "these moments")
         device = self.count.device
         self.count, self._mean, self._m2 = (
-            state[name].to(device).clone() for name in ("count", "mean", "m2")
+            state[name].to(device).contiguous().clone() for name in ("count", "mean", "m2")
         )
 
 
