@@ -8,6 +8,8 @@
 
 #if defined(__AVX2__)
 #include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
 #endif
 
 #include "dtype.h"
@@ -256,6 +258,22 @@ inline f32v exp_nonpositive(f32v x) {
   return x < low ? splat(0.0f) : result;
 }
 
+#if defined(__FMA__) || defined(__aarch64__)
+// a b + c with one rounding, whatever the compiler makes of the plain expression.
+inline f32v fused(f32v a, f32v b, f32v c) {
+#if defined(__AVX512F__)
+  return reinterpret_cast<f32v>(_mm512_fmadd_ps(reinterpret_cast<__m512>(a), reinterpret_cast<__m512>(b),
+                                                reinterpret_cast<__m512>(c)));
+#elif defined(__FMA__)
+  return reinterpret_cast<f32v>(_mm256_fmadd_ps(reinterpret_cast<__m256>(a), reinterpret_cast<__m256>(b),
+                                                reinterpret_cast<__m256>(c)));
+#else
+  return reinterpret_cast<f32v>(vfmaq_f32(reinterpret_cast<float32x4_t>(c), reinterpret_cast<float32x4_t>(a),
+                                          reinterpret_cast<float32x4_t>(b)));
+#endif
+}
+#endif
+
 struct Exponential {
   f32v e, d;
 };
@@ -269,7 +287,7 @@ inline Exponential exp_scaled(f32v gap, f32v high, f32v low, f32v scale, f32v lo
   const f32v shifter = splat(12582912.0f);
   const f32v shifted = gap * high + shifter;
   const f32v n = shifted - shifter;
-  const f32v r = gap * low + (gap * high - n);
+  const f32v r = fused(gap, low, fused(gap, high, -n));
   f32v q = splat(1.53243149e-4f);
   q = q * r + splat(1.33909588e-3f);
   q = q * r + splat(9.61851794e-3f);
