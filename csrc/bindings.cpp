@@ -66,6 +66,39 @@ void bind_logprob(py::module_& m) {
         "entropy"_a, "d_logp"_a, "d_entropy"_a, "d_logits"_a, "threads"_a);
 }
 
+rf::LogitTile logit_tile(Address tile, Address bias, Address token_ids, Address temperatures, int dtype, int64_t rows,
+                         int64_t columns, int64_t stride, int64_t first, double scale, double temperature,
+                         double softcap, int threads) {
+  return {at(tile), at(bias), at<const int64_t>(token_ids), at<const double>(temperatures), rf::DType(dtype), rows,
+          columns, stride, first, scale, temperature, softcap, threads};
+}
+
+void fold_tile(Address tile, Address bias, Address token_ids, Address temperatures, int dtype, int64_t rows,
+               int64_t columns, int64_t stride, int64_t first, double scale, double temperature, double softcap,
+               Address state, bool moment, Address factor, Address shift, Address weighted, int threads) {
+  py::gil_scoped_release release;
+  const auto in = logit_tile(tile, bias, token_ids, temperatures, dtype, rows, columns, stride, first, scale,
+                             temperature, softcap, threads);
+  rf::kernels().linear_logprob->fold({in, at<double>(state), moment, at(factor), at(shift), at(weighted)});
+}
+
+void turn_tile(Address tile, Address bias, Address token_ids, Address temperatures, int dtype, int64_t rows,
+               int64_t columns, int64_t stride, int64_t first, double scale, double temperature, double softcap,
+               Address stats, int threads) {
+  py::gil_scoped_release release;
+  const auto in = logit_tile(tile, bias, token_ids, temperatures, dtype, rows, columns, stride, first, scale,
+                             temperature, softcap, threads);
+  rf::kernels().linear_logprob->turn({in, at<const double>(stats)});
+}
+
+void bind_linear_logprob(py::module_& m) {
+  m.def("fold_tile", &fold_tile, "tile"_a, "bias"_a, "token_ids"_a, "temperatures"_a, "dtype"_a, "rows"_a,
+        "columns"_a, "stride"_a, "first"_a, "scale"_a, "temperature"_a, "softcap"_a, "state"_a, "moment"_a,
+        "factor"_a, "shift"_a, "weighted"_a, "threads"_a);
+  m.def("turn_tile", &turn_tile, "tile"_a, "bias"_a, "token_ids"_a, "temperatures"_a, "dtype"_a, "rows"_a,
+        "columns"_a, "stride"_a, "first"_a, "scale"_a, "temperature"_a, "softcap"_a, "stats"_a, "threads"_a);
+}
+
 // ---- packed sequences ----------------------------------------------------------------------------------------
 
 bool bounds_rise(Address bounds, int64_t count, int64_t total) {
@@ -322,6 +355,7 @@ PYBIND11_MODULE(_core, m) {
   rf::kernels();  // a wrong REACT_FAST_ISA fails at import, in one line
   m.def("bounds_rise", &bounds_rise, "bounds"_a, "count"_a, "total"_a);
   bind_logprob(m);
+  bind_linear_logprob(m);
   bind_advantage(m);
   bind_policy_loss(m);
   bind_attribution(m);

@@ -7,6 +7,7 @@
   namespace rf {                              \
   namespace isa {                             \
   extern const Logprob logprob_table;         \
+  extern const LinearLogprob linear_logprob_table; \
   extern const Advantage advantage_table;     \
   extern const PolicyLoss policy_loss_table;  \
   extern const Attribution attribution_table; \
@@ -16,8 +17,8 @@
 
 #define RF_ENTRY(isa)                                                          \
   {                                                                            \
-    #isa, &isa::logprob_table, &isa::advantage_table, &isa::policy_loss_table, \
-        &isa::attribution_table, &isa::stream_table                            \
+    #isa, &isa::logprob_table, &isa::linear_logprob_table, &isa::advantage_table, \
+        &isa::policy_loss_table, &isa::attribution_table, &isa::stream_table      \
   }
 
 RF_TABLES(baseline)

@@ -12,6 +12,7 @@
 
 #include "advantage.h"
 #include "attribution.h"
+#include "linear_logprob.h"
 #include "logprob.h"
 #include "policy_loss.h"
 #include "stream.h"
@@ -21,6 +22,7 @@ namespace rf {
 struct Kernels {
   const char* isa;
   const Logprob* logprob;
+  const LinearLogprob* linear_logprob;
   const Advantage* advantage;
   const PolicyLoss* policy_loss;
   const Attribution* attribution;

@@ -15,6 +15,7 @@ from .ops.advantage import (
 )
 from .ops.attribution import attribution_scores, segment_sum
 from .ops.backend import get_backend, set_backend, use_backend
+from .ops.linear_logprob import linear_token_logprobs
 from .ops.logprob import token_logprobs
 from .ops.moments import RunningMoments
 from .ops.policy_loss import PolicyLoss, PPOClip, Reinforce, importance_weights, policy_loss, value_loss
@@ -47,6 +48,7 @@ __all__ = [
     "get_backend",
     "group_advantages",
     "importance_weights",
+    "linear_token_logprobs",
     "merge_moments",
     "moments",
     "policy_loss",

@@ -217,6 +217,45 @@ def importance_weights(
     threads: int,
 ) -> None: ...
 
+# ---- linear_logprob: tiles of logits between two GEMMs
+
+def fold_tile(
+    tile: int,
+    bias: int,
+    token_ids: int,
+    temperatures: int,
+    dtype: int,
+    rows: int,
+    columns: int,
+    stride: int,
+    first: int,
+    scale: float,
+    temperature: float,
+    softcap: float,
+    state: int,
+    moment: bool,
+    factor: int,
+    shift: int,
+    weighted: int,
+    threads: int,
+) -> None: ...
+def turn_tile(
+    tile: int,
+    bias: int,
+    token_ids: int,
+    temperatures: int,
+    dtype: int,
+    rows: int,
+    columns: int,
+    stride: int,
+    first: int,
+    scale: float,
+    temperature: float,
+    softcap: float,
+    stats: int,
+    threads: int,
+) -> None: ...
+
 # ---- packed sequences
 
 def bounds_rise(bounds: int, count: int, total: int) -> bool: ...

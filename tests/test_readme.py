@@ -48,6 +48,8 @@ def test_you_have_a_trainer():
     logits = torch.randn(*shape, vocab, requires_grad=True)
     names: dict[str, Any] = {
         "logits": logits,
+        "hidden": torch.randn(*shape, 5),
+        "lm_head": torch.randn(vocab, 5),
         "token_ids": torch.randint(0, vocab, shape),
         "mask": torch.rand(shape) > 0.2,
         "cut": torch.zeros(shape, dtype=torch.bool),

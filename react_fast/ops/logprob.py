@@ -83,7 +83,7 @@ def token_logprobs(
     if mask is not None:
         mask = _check.mask("mask", mask, rows, "logits[..., 0]", logits.device)
     if isinstance(temperature, torch.Tensor):
-        _per_row_temperature(temperature, logits)
+        check_temperature(temperature, logits)
         shared, per_row = 1.0, temperature
     else:
         shared, per_row = _check.number("temperature", temperature, low=LOW, high=HIGH), None
@@ -101,7 +101,7 @@ def token_logprobs(
     return (logp, entropy) if return_entropy else logp
 
 
-def _per_row_temperature(temperature: torch.Tensor, logits: torch.Tensor) -> None:
+def check_temperature(temperature: torch.Tensor, logits: torch.Tensor) -> None:
     _check.floating("temperature", temperature)
     _check.shape("temperature", temperature, logits.shape[:-1], "logits[..., 0]")
     _check.device("temperature", temperature, logits.device, "logits")

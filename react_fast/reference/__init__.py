@@ -13,7 +13,7 @@ from .advantage import (
     whiten,
 )
 from .attribution import RunningMoments, accumulate_by_id, attribution_scores, segment_sum
-from .logprob import token_logprobs
+from .logprob import linear_token_logprobs, token_logprobs
 from .policy_loss import PolicyLoss, PPOClip, Reinforce, importance_weights, policy_loss, value_loss
 from .tracker import Tracker
 from .trainer import Trainer
@@ -31,6 +31,7 @@ __all__ = [
     "gae",
     "group_advantages",
     "importance_weights",
+    "linear_token_logprobs",
     "merge_moments",
     "moments",
     "policy_loss",

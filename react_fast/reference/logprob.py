@@ -34,6 +34,30 @@ def token_logprobs(
     return (logp, entropy) if return_entropy else logp
 
 
+def linear_token_logprobs(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    token_ids: torch.Tensor,
+    *,
+    bias: torch.Tensor | None = None,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    temperature: float | torch.Tensor = 1.0,
+    mask: torch.Tensor | None = None,
+    return_entropy: bool = False,
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    wide = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+    rows = []
+    for h in hidden.reshape(-1, hidden.shape[-1]):
+        x = weight.to(wide) @ h.to(wide)
+        rows.append(logit_scale * (x if bias is None else x + bias.to(wide)))
+    logits = torch.stack(rows) if rows else hidden.new_empty((0, len(weight)), dtype=wide)
+    return token_logprobs(
+        logits.view(*hidden.shape[:-1], len(weight)), token_ids, temperature=temperature, softcap=softcap,
+        mask=mask, return_entropy=return_entropy,
+    )  # fmt: skip
+
+
 def _row(
     i: int, x: torch.Tensor, y: int, temperature: float, softcap: float | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
