@@ -12,7 +12,8 @@ from typing import NamedTuple
 import torch
 
 from .. import _core
-from .backend import DTYPE, accumulation_dtype, address
+from .backend import DTYPE, accumulation_dtype, address, get_backend, resolve
+from .logprob import HIGH, LOW
 
 Tensor = torch.Tensor
 Maybe = torch.Tensor | None
@@ -52,6 +53,57 @@ class Sums(NamedTuple):
     entropy: Tensor
     U: Tensor
     Q: Tensor
+
+
+class Rows:
+    """The rows that count, as [N, D] and [N]; `back` puts their results where they came from."""
+
+    def __init__(
+        self,
+        hidden: Tensor,
+        token_ids: Tensor,
+        mask: Maybe,
+        per_row: Maybe,
+        options: Options,
+    ) -> None:
+        if resolve(hidden.device.type) != "cpu":
+            raise RuntimeError(
+                f"linear_token_logprobs has a kernel for CPU tensors only, got {hidden.device.type} under backend "
+                f"'{get_backend()}'; use token_logprobs on the logits there"
+            )
+        self.shape = hidden.shape[:-1]
+        x, ids = hidden.reshape(-1, hidden.shape[-1]), token_ids.reshape(-1).long()
+        temperatures = None if per_row is None else per_row.reshape(-1).double()
+        self.index: Maybe = None
+        if mask is not None and not bool(mask.all()):
+            self.index = mask.reshape(-1).nonzero()[:, 0]
+            x, ids = x[self.index], ids[self.index]
+            temperatures = None if temperatures is None else temperatures[self.index]
+        self.hidden, self.ids, self.temperatures = x.contiguous(), ids.contiguous(), temperatures
+        self.inverse_t: Tensor | float = 1.0 / (options.temperature if temperatures is None else temperatures)
+
+    def take(self, x: Tensor) -> Tensor:
+        """[...] or [..., k] -> [N] or [N, k]."""
+        flat = x.reshape(-1, *x.shape[len(self.shape) :])
+        return flat if self.index is None else flat[self.index]
+
+    def back(self, x: Tensor) -> Tensor:
+        """[N] or [N, k] -> [...] or [..., k], 0 in the other rows."""
+        if self.index is not None:
+            whole = x.new_zeros(self.shape.numel(), *x.shape[1:])
+            x = whole.index_copy_(0, self.index, x)
+        return x.view((*self.shape, *x.shape[1:]))
+
+    def check(self, vocab: int) -> None:
+        wrong = (self.ids < 0) | (self.ids >= vocab)
+        if bool(wrong.any()):
+            raise IndexError(
+                f"token_ids must be in [0, {vocab}) where mask is true, got {int(self.ids[wrong][0])}"
+            )
+        if self.temperatures is not None and len(self.temperatures):
+            low, high = float(self.temperatures.min()), float(self.temperatures.max())
+            if not LOW <= low <= high <= HIGH:
+                raise ValueError(f"temperature must be in [{LOW:g}, {HIGH:g}], got {low:g} to {high:g}")
 
 
 def budget() -> int:

@@ -9,7 +9,7 @@ import torch.distributed as dist
 from .. import reference
 from . import _check
 from . import _linear_logprob as tiles
-from .backend import accumulation_dtype, get_backend, register, resolve, use_reference
+from .backend import accumulation_dtype, register, use_reference
 from .logprob import HIGH, LOW, check_temperature
 
 Maybe = torch.Tensor | None
@@ -159,65 +159,9 @@ def _check_matrices(hidden: torch.Tensor, weight: torch.Tensor, bias: Maybe) -> 
         _check.device("bias", bias, hidden.device, "hidden")
 
 
-# ---- rows that count ------------------------------------------------------------------------------------------
-
-
-class _Rows:
-    """The rows that count, as [N, D] and [N]; `back` puts their results where they came from."""
-
-    def __init__(
-        self,
-        hidden: torch.Tensor,
-        token_ids: torch.Tensor,
-        mask: Maybe,
-        per_row: Maybe,
-        options: tiles.Options,
-    ) -> None:
-        if resolve(hidden.device.type) != "cpu":
-            raise RuntimeError(
-                f"linear_token_logprobs has a kernel for CPU tensors only, got {hidden.device.type} under backend "
-                f"'{get_backend()}'; use token_logprobs on the logits there"
-            )
-        self.shape = hidden.shape[:-1]
-        x, ids = hidden.reshape(-1, hidden.shape[-1]), token_ids.reshape(-1).long()
-        temperatures = None if per_row is None else per_row.reshape(-1).double()
-        self.index: Maybe = None
-        if mask is not None and not bool(mask.all()):
-            self.index = mask.reshape(-1).nonzero()[:, 0]
-            x, ids = x[self.index], ids[self.index]
-            temperatures = None if temperatures is None else temperatures[self.index]
-        self.hidden, self.ids, self.temperatures = x.contiguous(), ids.contiguous(), temperatures
-        self.inverse_t: torch.Tensor | float = 1.0 / (
-            options.temperature if temperatures is None else temperatures
-        )
-
-    def take(self, x: torch.Tensor) -> torch.Tensor:
-        """[...] or [..., k] -> [N] or [N, k]."""
-        flat = x.reshape(-1, *x.shape[len(self.shape) :])
-        return flat if self.index is None else flat[self.index]
-
-    def back(self, x: torch.Tensor) -> torch.Tensor:
-        """[N] or [N, k] -> [...] or [..., k], 0 in the other rows."""
-        if self.index is not None:
-            whole = x.new_zeros(self.shape.numel(), *x.shape[1:])
-            x = whole.index_copy_(0, self.index, x)
-        return x.view((*self.shape, *x.shape[1:]))
-
-    def check(self, vocab: int) -> None:
-        wrong = (self.ids < 0) | (self.ids >= vocab)
-        if bool(wrong.any()):
-            raise IndexError(
-                f"token_ids must be in [0, {vocab}) where mask is true, got {int(self.ids[wrong][0])}"
-            )
-        if self.temperatures is not None and len(self.temperatures):
-            low, high = float(self.temperatures.min()), float(self.temperatures.max())
-            if not LOW <= low <= high <= HIGH:
-                raise ValueError(f"temperature must be in [{LOW:g}, {HIGH:g}], got {low:g} to {high:g}")
-
-
 def _fold(
-    rows: _Rows, weight: torch.Tensor, bias: Maybe, options: tiles.Options, want_entropy: bool, want_hidden: bool,
-    group: Any = None,
+    rows: tiles.Rows, weight: torch.Tensor, bias: Maybe, options: tiles.Options, want_entropy: bool,
+    want_hidden: bool, group: Any = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
     """(state, U, Q, ids inside this shard) over the whole vocabulary, whoever holds it."""
     vocab, rank = weight.shape[0], 0
@@ -245,14 +189,14 @@ def _fold(
     return whole, U, Q, ids
 
 
-def _results(rows: _Rows, sums: tiles.Sums, want_entropy: bool, dtype: torch.dtype) -> tuple:
+def _results(rows: tiles.Rows, sums: tiles.Sums, want_entropy: bool, dtype: torch.dtype) -> tuple:
     entropy = rows.back(sums.entropy).to(dtype) if want_entropy else sums.entropy.new_empty(0, dtype=dtype)
     return rows.back(sums.logp).to(dtype), entropy
 
 
 def _gradients(
-    rows: _Rows, weight: torch.Tensor, bias: Maybe, ids: torch.Tensor, options: tiles.Options, sums: tiles.Sums,
-    d_logp: Maybe, d_entropy: Maybe, wanted: Sequence[bool],
+    rows: tiles.Rows, weight: torch.Tensor, bias: Maybe, ids: torch.Tensor, options: tiles.Options,
+    sums: tiles.Sums, d_logp: Maybe, d_entropy: Maybe, wanted: Sequence[bool],
 ) -> tuple[Maybe, Maybe, Maybe]:  # fmt: skip
     """Gradients of hidden (of the rows that count), weight and bias."""
     zero = torch.zeros_like(sums.logp)
@@ -277,7 +221,7 @@ class _Eager(torch.autograd.Function):
         ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, bias: Maybe, token_ids: torch.Tensor, mask: Maybe,
         per_row: Maybe, options: tiles.Options, want_entropy: bool, want_hidden: bool, group: Any,
     ) -> Any:  # fmt: skip
-        rows = _Rows(hidden, token_ids, mask, per_row, options)
+        rows = tiles.Rows(hidden, token_ids, mask, per_row, options)
         state, U, Q, ids = _fold(rows, weight, bias, options, want_entropy, want_hidden, group)
         ctx.rows, ctx.options, ctx.group, ctx.dtype, ctx.want_entropy = (
             rows,
@@ -294,7 +238,7 @@ class _Eager(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *upstream: Maybe) -> Any:
         weight, bias, ids, state, U, Q = ctx.saved_tensors
-        rows: _Rows = ctx.rows
+        rows: tiles.Rows = ctx.rows
         d_logp, d_entropy = upstream[0], upstream[1] if ctx.want_entropy else None
         if d_logp is None and d_entropy is None:
             return (None,) * 10
@@ -318,7 +262,7 @@ def _forward_cpu(
     scale: float, temperature: float, softcap: float, invariant: bool, want_entropy: bool, want_hidden: bool,
 ) -> tuple[torch.Tensor, ...]:  # fmt: skip
     options = tiles.Options(scale, temperature, softcap, invariant)
-    rows = _Rows(hidden, token_ids, mask, per_row, options)
+    rows = tiles.Rows(hidden, token_ids, mask, per_row, options)
     state, U, Q, _ = _fold(rows, weight, bias, options, want_entropy, want_hidden)
     sums = tiles.finish(state, rows.inverse_t, U, Q)
     logp, entropy = _results(rows, sums, want_entropy, accumulation_dtype(hidden.dtype))
@@ -363,7 +307,7 @@ def _backward_cpu(
     temperature: float, softcap: float, invariant: bool, want_hidden: bool, want_weight: bool, want_bias: bool,
 ) -> tuple[torch.Tensor, ...]:  # fmt: skip
     options = tiles.Options(scale, temperature, softcap, invariant)
-    rows = _Rows(hidden, token_ids, mask, per_row, options)
+    rows = tiles.Rows(hidden, token_ids, mask, per_row, options)
     U, Q = (rows.take(x) if x.dim() == hidden.dim() and want_hidden else x for x in (U, Q))
     sums = tiles.finish(rows.take(state), rows.inverse_t, U, Q)
     wanted = (want_hidden, want_weight, want_bias)
