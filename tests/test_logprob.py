@@ -335,3 +335,45 @@ BAD = [
 def test_bad_input_is_refused(logits, ids, options, error, text):
     with pytest.raises(error, match=text):
         rf.token_logprobs(logits, ids, **options)
+
+
+def test_kernel_gives_nan_where_it_may_not_look(monkeypatch):
+    """Checking values would wait for a GPU: that row alone is NaN, unless REACT_FAST_CHECKED asks to look."""
+    logits, ids = _case((4, 9))
+    clean = rf.token_logprobs(logits, ids)
+    keep, mask = [0, 2, 3], torch.tensor([True, False, True, True])
+    with rf.use_backend("triton"):
+        kept = rf.token_logprobs(logits, ids)[keep]
+        for wrong in (9, -1, -100, 2**40):
+            ids[1] = wrong
+            monkeypatch.delenv("REACT_FAST_CHECKED", raising=False)
+            found = rf.token_logprobs(logits, ids)
+            assert found.isnan().tolist() == [False, True, False, False]
+            contract.assert_bitwise(found[keep], kept)
+            monkeypatch.setenv("REACT_FAST_CHECKED", "1")
+            with pytest.raises(IndexError, match=rf"token_ids must be in \[0, 9\) .* got {wrong} at"):
+                rf.token_logprobs(logits, ids)
+            contract.assert_bitwise(rf.token_logprobs(logits, ids, mask=mask)[keep], kept)
+        ids[1] = 0
+        temperature = torch.tensor([1.0, 0.0, 1.0, 1.0])
+        with pytest.raises(ValueError, match=r"got 0 at temperature\[1\]"):
+            rf.token_logprobs(logits, ids, temperature=temperature)
+        monkeypatch.delenv("REACT_FAST_CHECKED")
+        found = rf.token_logprobs(logits, ids, temperature=temperature)
+        assert found.isnan().tolist() == [False, True, False, False]
+    torch.testing.assert_close(kept, clean[keep], rtol=1e-6, atol=1e-6)  # both within a few ulp of the row
+
+
+@pytest.mark.parametrize("chosen", ["cpu", "reference"])
+@pytest.mark.parametrize("wrong", [9, -1, -100, 2**40])
+def test_id_out_of_range_is_refused_where_looking_costs_nothing(chosen, wrong):
+    logits, ids = _case((2, 2, 9))
+    ids[1, 0] = wrong
+    with rf.use_backend(chosen):
+        with pytest.raises(
+            IndexError, match=rf"token_ids must be in \[0, 9\) where mask is true, got {wrong}"
+        ):
+            rf.token_logprobs(logits, ids)
+        mask = torch.ones(2, 2, dtype=torch.bool)
+        mask[1, 0] = False
+        assert bool(rf.token_logprobs(logits, ids, mask=mask).isfinite().all())

@@ -1,0 +1,231 @@
+"""What every op refuses, on every backend: one wrong argument at a time, named in one line, nothing read.
+
+Values that only one op knows (an unknown objective, bounds that cross) are in that op's own tests.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+import react_fast as rf
+
+BACKENDS = ("cpu", "reference", "triton")
+Arguments = dict[str, Any]
+
+
+def _floats(*shape: int) -> torch.Tensor:
+    return torch.linspace(-1, 1, torch.Size(shape).numel()).view(shape)
+
+
+def _ids(*shape: int) -> torch.Tensor:
+    return torch.zeros(shape, dtype=torch.int64)
+
+
+def _flags(*shape: int) -> torch.Tensor:
+    return torch.ones(shape, dtype=torch.bool)
+
+
+def _edges() -> torch.Tensor:
+    return torch.tensor([0, 2, 5])
+
+
+def _episodes(*shape: int) -> Arguments:
+    """What all returns share, two rows of it."""
+    flags = {name: _flags(*shape) for name in ("mask", "terminated", "truncated")}
+    return {
+        "rewards": _floats(*shape),
+        **flags,
+        "last_values": _floats(2),
+        "bootstrap_values": _floats(*shape),
+    }
+
+
+def _policy(*shape: int) -> Arguments:
+    names = ("logprobs", "old_logprobs", "advantages", "ref_logprobs", "entropy", "importance")
+    return {**{name: _floats(*shape) for name in names}, "mask": _flags(*shape)}
+
+
+def _update_moments(**given: Any) -> None:
+    rf.RunningMoments(4).update(**given)
+
+
+# Every tensor argument that an op has; the first one sets shape, dtype and device for the others.
+OPS: dict[str, tuple[Callable[..., Any], Arguments, Arguments]] = {
+    "token_logprobs": (
+        rf.token_logprobs,
+        {
+            "logits": _floats(2, 3, 4),
+            "token_ids": _ids(2, 3),
+            "temperature": _floats(2, 3) + 2,
+            "mask": _flags(2, 3),
+        },
+        {},
+    ),
+    "discounted_returns": (rf.discounted_returns, _episodes(2, 3), {"gamma": 0.9}),
+    "discounted_returns packed": (
+        rf.discounted_returns,
+        {**_episodes(5), "cu_seqlens": _edges()},
+        {"gamma": 0.9},
+    ),
+    "gae": (
+        rf.gae,
+        {**_episodes(2, 3), "values": _floats(2, 3), "lam": _floats(2) / 4 + 0.5},
+        {"gamma": 0.9},
+    ),
+    "gae packed": (
+        rf.gae,
+        {**_episodes(5), "values": _floats(5), "lam": _floats(2) / 4 + 0.5, "cu_seqlens": _edges()},
+        {"gamma": 0.9},
+    ),
+    "reverse_linear_scan": (
+        rf.reverse_linear_scan,
+        {"a": _floats(2, 3), "b": _floats(2, 3), "init": _floats(2)},
+        {},
+    ),
+    "reverse_linear_scan packed": (
+        rf.reverse_linear_scan,
+        {"a": _floats(5), "b": _floats(5), "init": _floats(2), "cu_seqlens": _edges()},
+        {},
+    ),
+    "group_advantages": (
+        rf.group_advantages,
+        {"rewards": _floats(4), "group_ids": _ids(4), "valid": _flags(4)},
+        {},
+    ),
+    "moments": (rf.moments, {"x": _floats(2, 3), "mask": _flags(2, 3)}, {}),
+    "whiten": (rf.whiten, {"x": _floats(2, 3), "mask": _flags(2, 3)}, {}),
+    "policy_loss": (rf.policy_loss, _policy(2, 3), {"kl_coef": 0.1, "entropy_coef": 0.1}),
+    "policy_loss packed": (rf.policy_loss, {**_policy(5), "cu_seqlens": _edges()}, {"kl_coef": 0.1}),
+    "value_loss": (
+        rf.value_loss,
+        {
+            "values": _floats(2, 3),
+            "old_values": _floats(2, 3),
+            "returns": _floats(2, 3),
+            "mask": _flags(2, 3),
+        },
+        {"clip": 0.2},
+    ),
+    "importance_weights": (
+        rf.importance_weights,
+        {"logprobs": _floats(2, 3), "behavior_logprobs": _floats(2, 3), "mask": _flags(2, 3)},
+        {"low": 0.5, "high": 2.0},
+    ),
+    "importance_weights packed": (
+        rf.importance_weights,
+        {"logprobs": _floats(5), "behavior_logprobs": _floats(5), "mask": _flags(5), "cu_seqlens": _edges()},
+        {"low": 0.5, "high": 2.0, "level": "sequence"},
+    ),
+    "attribution_scores": (
+        rf.attribution_scores,
+        {"grad": _floats(2, 3), "activation": _floats(2, 3)},
+        {},
+    ),
+    "segment_sum": (rf.segment_sum, {"scores": _floats(5), "cu_segments": _edges()}, {}),
+    "RunningMoments.update": (
+        _update_moments,
+        {"scores": _floats(2, 3), "ids": _ids(2, 3), "mask": _flags(2, 3)},
+        {},
+    ),
+}
+# Floats whose dtype is their own business: a number for each row, not an element of the computation.
+OWN_DTYPE = ("temperature", "lam")
+WRONG: dict[str, tuple[Callable[[torch.Tensor], Any], type[Exception]]] = {
+    "one row more": (lambda x: torch.cat([x, x[:1]]), ValueError),
+    "one axis more": (lambda x: x[None], ValueError),
+    "another device": (lambda x: x.to("meta"), ValueError),
+    "another kind of number": (lambda x: x.int() if x.is_floating_point() else x.float(), TypeError),
+    "complex": (lambda x: x.to(torch.complex64), TypeError),
+    "no tensor": (lambda x: x.tolist(), TypeError),
+}
+
+
+@pytest.mark.parametrize("chosen", BACKENDS)
+@pytest.mark.parametrize("wrong", WRONG)
+@pytest.mark.parametrize("op", OPS)
+def test_wrong_shape_dtype_and_device(op, wrong, chosen):
+    function, tensors, options = OPS[op]
+    damage, error = WRONG[wrong]
+    with rf.use_backend(chosen):
+        function(**tensors, **options)  # what is damaged below was right
+        for name in tensors:
+            _refused(
+                function, {**tensors, name: damage(tensors[name]), **options}, error, _blamed(name, tensors)
+            )
+
+
+@pytest.mark.parametrize("chosen", BACKENDS)
+@pytest.mark.parametrize("op", OPS)
+def test_wrong_precision(op, chosen):
+    """Floats that meet in one computation have one dtype: nothing is cast silently."""
+    function, tensors, options = OPS[op]
+    floats = [n for n, x in tensors.items() if x.is_floating_point() and n not in OWN_DTYPE]
+    if len(floats) < 2:
+        pytest.skip("one float argument: every float dtype is right")
+    with rf.use_backend(chosen):
+        for name in floats:
+            given = {**tensors, name: tensors[name].double(), **options}
+            _refused(function, given, TypeError, _blamed(name, tensors))
+
+
+# Arguments with one element for each packed sequence.
+PER_ROW = ("last_values", "lam", "init")
+
+
+def _blamed(name: str, tensors: Arguments) -> str:
+    """Arguments that the error may name: the wrong one; where others are held against it, one of those."""
+    if name == next(iter(tensors)):
+        return "|".join(tensors)
+    return "|".join((name, *PER_ROW)) if name == "cu_seqlens" else name
+
+
+def _refused(function: Callable[..., Any], given: Arguments, error: type[Exception], names: str) -> None:
+    with pytest.raises(error, match=rf"^({names}) must ") as caught:
+        function(**given)
+    assert "\n" not in str(caught.value)
+
+
+NAN, INF = float("nan"), float("inf")
+NUMBERS: dict[str, dict[str, tuple[Any, ...]]] = {
+    "token_logprobs": {"temperature": (0, 0.0, -1.0, NAN, INF), "softcap": (0, -1.0, NAN, INF)},
+    "discounted_returns": {"gamma": (1.5, -0.1, NAN, INF)},
+    "gae": {"gamma": (1.5, -0.1, NAN, INF), "lam": (1.5, -0.1, NAN, INF)},
+    "group_advantages": {"eps": (-1.0, NAN), "min_std": (-1.0, NAN), "ddof": (2, -1)},
+    "whiten": {"eps": (-1.0, NAN), "ddof": (2, -1)},
+    "policy_loss": {"kl_coef": (NAN, INF), "entropy_coef": (NAN, INF), "denominator": (0, -1.0, NAN, INF)},
+    "value_loss": {"clip": (0, -1.0, NAN), "denominator": (0, -1.0, NAN, INF)},
+    "importance_weights": {"low": (-0.1, NAN, INF, 3.0), "high": (-1.0, NAN, 0.4)},
+}
+
+
+@pytest.mark.parametrize("chosen", BACKENDS)
+@pytest.mark.parametrize("op", NUMBERS)
+def test_number_out_of_range(op, chosen):
+    function, tensors, options = OPS[op]
+    with rf.use_backend(chosen):
+        for name, values in NUMBERS[op].items():
+            blamed = "low|high" if name in ("low", "high") else name
+            for value in values:
+                _refused(function, {**tensors, **options, name: value}, ValueError, blamed)
+            if name != "ddof":
+                _refused(function, {**tensors, **options, name: "1"}, TypeError, name)
+                _refused(function, {**tensors, **options, name: True}, TypeError, name)
+
+
+def test_every_public_op_is_here():
+    """A new op joins the table, or is named here with the reason why it has nothing to refuse."""
+    checked = {op.split(" ")[0].split(".")[0] for op in OPS}
+    merges = {"merge_moments"}  # takes results of `moments`
+    ops = {name for name in rf.__all__ if name[0].islower() or name == "RunningMoments"}
+    others = {
+        "__version__",
+        "get_backend",
+        "set_backend",
+        "use_backend",
+        "reference",
+        "load_model",
+        "fresh_model",
+    }
+    assert ops - others == checked | merges
