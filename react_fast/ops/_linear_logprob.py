@@ -20,8 +20,8 @@ Maybe = torch.Tensor | None
 
 # The fold's unit (kBlock of csrc/logprob_lanes.h): with tiles of whole units the sums do not depend on the width.
 UNIT = 2048
-# Bytes of a tile that a last-level cache keeps between the GEMM that writes it and the one that reads it; wide enough
-# that the GEMM library runs at full speed (2048 columns cost it a third).
+# Bytes of a tile that a last-level cache keeps between the GEMM that writes it and the one that reads it, and wide
+# enough that the GEMM library runs at full speed (2048 columns cost it a third).
 CACHED = 32 << 20
 # Rows of a GEMM that must give every row the same bits wherever it stands: always this many, padded with zeros.
 INVARIANT_ROWS = 64
