@@ -41,7 +41,7 @@ struct Row {
   }
 };
 
-Row row_of(const LogprobInput& in, int64_t i) {
+inline Row row_of(const LogprobInput& in, int64_t i) {
   return Row(in.temperatures != nullptr ? in.temperatures[i] : in.temperature, in.softcap);
 }
 
@@ -96,7 +96,7 @@ struct Fold {
   double largest = kMinusInfinity, ties = 0, rest = 0, moment = 0;
 };
 
-void merge(Fold& into, const Fold& part, double inverse_t) {
+inline void merge(Fold& into, const Fold& part, double inverse_t) {
   const bool above = part.largest > into.largest;
   const Fold top = above ? part : into, low = above ? into : part;
   into = top;

@@ -279,6 +279,21 @@ def test_unused_outputs_and_tied_weights():
         torch.testing.assert_close(a, e, rtol=1e-12, atol=1e-12)
 
 
+def test_changed_in_place_is_noticed():
+    """What the backward needs is kept by autograd: no wrong gradient after a change, and none of second order."""
+    leaves, ids, options = _case((5, 4, 20), "plain")
+    hidden = leaves["hidden"] * 1.0
+    logp = _call({**leaves, "hidden": hidden}, ids, options, entropy=False)
+    (slope,) = torch.autograd.grad(logp.sum(), leaves["weight"], create_graph=True)
+    with pytest.raises(RuntimeError, match=r"does not require grad|once_differentiable"):
+        torch.autograd.grad(slope.sum(), leaves["hidden"])
+    logp = _call({**leaves, "hidden": hidden}, ids, options, entropy=False)
+    with torch.no_grad():
+        hidden.mul_(2)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        logp.sum().backward()
+
+
 def test_autocast():
     leaves, ids, options = _case((5, 8, 40), "everything", torch.float32)
     with torch.autocast("cpu", dtype=torch.bfloat16):

@@ -231,14 +231,18 @@ class _Eager(torch.autograd.Function):
             want_entropy,
         )
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(weight, bias, ids, state, U, Q)
+        kept = hidden if rows.index is None else rows.hidden
+        ctx.save_for_backward(kept, weight, bias, ids, state, U, Q)
+        del rows.hidden  # autograd keeps it, and notices when it is changed in place
         sums = tiles.finish(state, rows.inverse_t, U, Q)
         return _results(rows, sums, want_entropy, accumulation_dtype(hidden.dtype))
 
     @staticmethod
+    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *upstream: Maybe) -> Any:
-        weight, bias, ids, state, U, Q = ctx.saved_tensors
+        hidden, weight, bias, ids, state, U, Q = ctx.saved_tensors
         rows: tiles.Rows = ctx.rows
+        rows.hidden = hidden.reshape(-1, hidden.shape[-1]).contiguous()
         d_logp, d_entropy = upstream[0], upstream[1] if ctx.want_entropy else None
         if d_logp is None and d_entropy is None:
             return (None,) * 10
