@@ -380,6 +380,11 @@ def test_bad_input_is_refused(hidden, weight, ids, options, error, text):
         rf.linear_token_logprobs(hidden, weight, ids, **options)
 
 
+def test_process_group_needs_plain_tensors():
+    with pytest.raises(ValueError, match=r"tp_group must be None under torch\.compile and for fake tensors"):
+        rf.linear_token_logprobs(H.to("meta"), W.to("meta"), IDS.to("meta"), tp_group=object())
+
+
 def test_bad_budget_is_refused(monkeypatch):
     monkeypatch.setenv("REACT_FAST_TILE_MIB", "lots")
     with pytest.raises(

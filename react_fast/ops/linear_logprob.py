@@ -120,7 +120,9 @@ def linear_token_logprobs(
         )  # fmt: skip
     options = tiles.Options(scale, shared, cap, bool(batch_invariant))
     want_hidden = torch.is_grad_enabled() and hidden.requires_grad
-    if torch.compiler.is_compiling() or hidden.is_meta or type(hidden) is not torch.Tensor:
+    if torch.compiler.is_compiling() or hidden.is_meta or type(hidden) not in _EAGER:
+        if tp_group is not None:
+            raise ValueError("tp_group must be None under torch.compile and for fake tensors, got a process group")
         logp, entropy, *_ = _op(
             hidden, weight, bias, token_ids, mask, per_row, *options, bool(return_entropy), want_hidden
         )
@@ -138,6 +140,9 @@ def linear_token_logprobs(
             tp_group,
         )
     return (logp, entropy) if return_entropy else logp
+
+
+_EAGER = (torch.Tensor, torch.nn.Parameter)
 
 
 def _gathered(weight: Any) -> Any:
