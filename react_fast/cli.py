@@ -2,7 +2,9 @@
 
 import importlib.util
 import sys
+import warnings
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from .info import info_lines
@@ -18,6 +20,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Args:
         arguments: words after the program's name; None: those of the process.
     Returns: 0; 2 for what the user can mend, told in one line; 130 after Ctrl-C.
+
+    Warnings of this package are one line, too.
     """
     words = list(sys.argv[1:] if arguments is None else arguments)
     missing = [name for name in _TRAIN_EXTRA if importlib.util.find_spec(name) is None]
@@ -27,7 +31,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if missing:
         print(f"react-fast needs {', '.join(missing)}; {_INSTALL}", file=sys.stderr)
         return 2
-    return _run(words)
+    usual, warnings.formatwarning = warnings.formatwarning, _warning_line
+    try:
+        return _run(words)
+    finally:
+        warnings.formatwarning = usual
 
 
 def _run(words: list[str]) -> int:
@@ -46,6 +54,17 @@ def _run(words: list[str]) -> int:
         return _fail(str(error), 2)
     except (KeyboardInterrupt, typer.Abort):
         return _fail("interrupted", 130)
+
+
+_usual_line = warnings.formatwarning
+
+
+def _warning_line(
+    message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None
+) -> str:
+    if category is UserWarning and Path(filename).is_relative_to(Path(__file__).parent):
+        return f"react-fast: {' '.join(str(message).split())}\n"
+    return _usual_line(message, category, filename, lineno, line)
 
 
 def _fail(message: str, code: int) -> int:

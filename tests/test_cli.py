@@ -106,6 +106,17 @@ def test_dry_run_prints_the_resolved_config_and_the_batch_numbers(capsys, tiny, 
         (["--model.path", "gone"], "model path must be a local folder, got gone"),
         (["--model.vocab_size", "7"], "vocab_size must be at least 259"),
         (["--algorithm.options", "{clip: 3}"], "algorithm.options.clip is not a key"),
+        (
+            ["--algorithm.options", "{ratio_max: wide}"],
+            "algorithm.options.ratio_max must be a number, got str",
+        ),
+        (
+            ["--algorithm.name", "reinforce", "--algorithm.options", "{gamma: 1.5}"],
+            "algorithm.options.gamma must be in [0, 1], got 1.5",
+        ),
+        (["--learning_rate", "fast"], "trainer.learning_rate must be a valid number, got 'fast'"),
+        (["--trainer.steps"], "trainer.steps needs a value; write --key value"),
+        (["--run_dir", "/dev/null/run"], "run folder /dev/null/run cannot be used: Not a directory"),
         (["--resume", "gone"], "checkpoint gone does not exist"),
     ],
     ids=lambda value: "-".join(value) if isinstance(value, list) else "",
@@ -114,8 +125,15 @@ def test_what_the_user_can_mend_is_one_line(capsys, tiny, words, message):
     assert message in _refused(capsys, [*tiny(), *words])
 
 
-def test_a_missing_config_file_is_named(capsys):
-    assert "gone.yaml" in _refused(capsys, ["train", "--config", "gone.yaml"])
+def test_a_config_file_that_cannot_be_read_is_named(capsys, tmp_path):
+    for path, problem in (
+        ("gone.yaml", "config gone.yaml cannot be read: No such file or directory"),
+        (str(tmp_path), f"config {tmp_path} cannot be read: Is a directory"),
+    ):
+        assert _refused(capsys, ["train", "--config", path]) == problem
+    latin = tmp_path / "latin.yaml"
+    latin.write_bytes("run_dir: café".encode("latin-1"))
+    assert _refused(capsys, ["train", "--config", str(latin)]) == f"config {latin} is not UTF-8 at byte 13"
 
 
 def test_an_unknown_command_is_one_line(capsys):
@@ -152,9 +170,17 @@ def test_a_run_folder_of_a_running_process_is_refused(capsys, tiny, tmp_path):
     folder.close()
 
 
-@pytest.mark.parametrize("command", ["evaluate", "report"])
+@pytest.mark.parametrize("command", ["evaluate RUN", "report RUN", "explain RUN --text hello"])
 def test_a_folder_that_is_no_run_is_refused(capsys, tmp_path, command):
-    assert "has no config.yaml: it is not a run folder" in _refused(capsys, [command, str(tmp_path)])
+    (tmp_path / "file").touch()
+    for path in (tmp_path, tmp_path / "gone", tmp_path / "file"):
+        message = _refused(capsys, command.replace("RUN", str(path)).split())
+        assert message == f"run {path} has no config.yaml: it is not a run folder"
+    (tmp_path / "config.yaml").write_text("trainer: {steps: 1}")
+    message = _refused(capsys, command.replace("RUN", str(tmp_path)).split())
+    assert message == f"run {tmp_path} has no complete checkpoint"
+    (tmp_path / "config.yaml").write_text("trainer: {stepz: 1}")
+    assert "did you mean trainer.steps?" in _refused(capsys, command.replace("RUN", str(tmp_path)).split())
 
 
 def test_examples_are_valid_and_short():

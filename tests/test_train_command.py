@@ -1,17 +1,25 @@
 """`react-fast train` as a user runs it: what it leaves, stopping it, going on, bad checkpoints."""
 
+import errno
+import functools
+import itertools
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
+import react_fast.trainer.checkpoint
+import react_fast.trainer.curves
+import react_fast.trainer.reporter
 from react_fast import cli
 from react_fast.trainer.checkpoint import newest_complete
 
@@ -137,6 +145,90 @@ def test_a_killed_run_resumes_to_the_same_weights(whole, tmp_path):
     process.wait()
     assert cli.main([*words, "--resume", "auto"]) == 0
     assert _same(_weights(tmp_path / "run"), _weights(whole))
+
+
+def test_explain_and_report_name_what_they_cannot_read_or_write(whole, tmp_path, capsys):
+    assert cli.main(["explain", str(whole), "--text", "say 1:", "--html", str(tmp_path)]) == 2
+    assert capsys.readouterr().err == f"react-fast: html {tmp_path} cannot be written: Is a directory\n"
+    assert cli.main(["explain", str(whole), "--text", ""]) == 2
+    assert "text must hold at least one token, got an empty text" in capsys.readouterr().err
+    run = shutil.copytree(whole, tmp_path / "run")
+    (run / "metrics.jsonl").unlink()
+    assert cli.main(["report", str(run)]) == 2
+    assert capsys.readouterr().err == f"react-fast: run {run} has no metrics.jsonl: nothing was recorded\n"
+
+
+def _full_disk(monkeypatch: pytest.MonkeyPatch, place: str, call: int) -> None:
+    """From its nth call on, what writes at this place finds the disk full."""
+    function, calls = functools.reduce(getattr, place.split("."), react_fast.trainer), itertools.count(1)
+
+    def write(*given: Any, **options: Any) -> Any:
+        if next(calls) >= call:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return function(*given, **options)
+
+    monkeypatch.setattr(f"react_fast.trainer.{place}", write)
+
+
+@pytest.mark.parametrize(
+    ("place", "call", "survives"),
+    [
+        ("checkpoint.save_file", 1, None),
+        ("checkpoint.save_file", 3, "rl/step-00000001"),
+        ("reporter.append", 2, None),
+        ("reporter.append", 5, "rl/step-00000001"),
+        ("curves.draw_curves", 1, "rl/step-00000003"),
+    ],
+)
+def test_a_full_disk_is_one_line_and_the_run_can_go_on(
+    whole, tmp_path, capsys, monkeypatch, place, call, survives
+):
+    words = [*train_words(tmp_path), "--trainer.credit", "attribution"]
+    checkpoints = tmp_path / "run" / "checkpoints"
+    with monkeypatch.context() as patch:
+        _full_disk(patch, place, call)
+        assert cli.main(words) == 2
+    err = capsys.readouterr().err
+    assert err.startswith("react-fast: ")
+    assert err.count("\n") == 1
+    assert "no space left on the disk" in err
+    newest = newest_complete(checkpoints / "rl") or newest_complete(checkpoints / "warm_start")
+    assert newest == (checkpoints / survives if survives else None)
+    assert cli.main([*words, "--resume", "auto"]) == 0
+    assert _same(_weights(tmp_path / "run"), _weights(whole))
+
+
+def test_a_finished_phase_without_a_checkpoint_is_done_again(whole, tmp_path, capsys):
+    """Going on from fresh weights would look like a result and be none."""
+    run = tmp_path / "run"
+    words = [*train_words(tmp_path), "--trainer.credit", "attribution", "--resume", "auto"]
+    shutil.copytree(whole, run)
+    shutil.rmtree(run / "checkpoints" / "warm_start")  # reinforcement learning has its own: nothing to do
+    assert cli.main(words) == 0
+    assert "done again" not in capsys.readouterr().out
+    assert _same(_weights(run), _weights(whole))
+    shutil.rmtree(run / "checkpoints")
+    assert cli.main(words) == 0
+    assert "warm start: no complete checkpoint is left, so it is done again" in capsys.readouterr().out
+    assert _same(_weights(run), _weights(whole))
+    assert json.loads((run / "results.json").read_text()) == json.loads((whole / "results.json").read_text())
+
+
+def test_damaged_checkpoints_are_told_in_lines_of_their_own(whole, tmp_path):
+    run = shutil.copytree(whole, tmp_path / "run")
+    damaged = sorted(run.glob("checkpoints/*/*/model.safetensors"))
+    for path in damaged:
+        path.write_bytes(b"damage")
+    finished = subprocess.run(
+        [sys.executable, "-m", "react_fast.cli", "evaluate", str(run)], capture_output=True, text=True
+    )
+    assert finished.returncode == 2
+    lines = finished.stderr.splitlines()
+    assert len(lines) == len(damaged) + 1
+    assert all(line.startswith("react-fast: checkpoint passed over: ") for line in lines[:-1])
+    assert lines[-1] == f"react-fast: run {run} has no complete checkpoint"
+    words = [*train_words(tmp_path), "--resume", str(damaged[0].parent)]
+    assert cli.main(words) == 2
 
 
 def test_a_damaged_checkpoint_is_named_and_the_one_before_it_is_taken(whole, tmp_path, capsys):

@@ -1,5 +1,9 @@
 """Trainer: equal to the reference loop, independent of micro-batches, resumable to the bit, and it learns."""
 
+import math
+import os
+import signal
+import warnings
 from typing import Any
 
 import pytest
@@ -8,7 +12,9 @@ import torch
 import react_fast
 from react_fast.envs import Record, TextEnv
 from react_fast.reference.trainer import Trainer as ReferenceTrainer
+from react_fast.tracker.policy import cache_argument
 from react_fast.trainer.algorithms import GRPO, REINFORCE, SFT
+from react_fast.trainer.checkpoint import newest_complete
 from react_fast.trainer.config import TrainerConfig
 from react_fast.trainer.model import fresh_model
 from react_fast.trainer.rollout import Episodes, SamplingParams
@@ -244,16 +250,138 @@ def test_early_stopping_hands_back_the_best_weights():
     assert trainer.evaluate()["eval/loss"] == pytest.approx(min(losses), rel=1e-6)
 
 
-def test_all_masked_batch_changes_nothing():
+@pytest.mark.parametrize("credit", ["uniform", "attribution"])
+@pytest.mark.parametrize(
+    "algorithm",
+    [SFT(), GRPO(), GRPO(aggregation="seq_mean_token_mean"), REINFORCE(whiten=True)],
+    ids=["sft", "grpo", "grpo sequences", "reinforce whitened"],
+)
+def test_all_masked_batch_changes_nothing(algorithm, credit):
     model, tokenizer = _policy()
-    trainer = Trainer(model, tokenizer, _env(), algorithm=GRPO(), config=_config(optimizer="sgd"))
+    config = _config(optimizer="sgd", credit=credit, kl_coef=0.1, entropy_coef=0.01, minibatches=2)
+    tracker = react_fast.CausalityTracker(model, tokenizer)
+    trainer = Trainer(model, tokenizer, _env(), algorithm=algorithm, tracker=tracker, config=config)
     trajectories = trainer.collect()
     for trajectory in trajectories:
         trajectory.action_mask[:] = False
     before = _weights(model)
     metrics = trainer.update(trainer.credit(trainer.score(trajectories)))
     assert metrics["loss"] == 0
+    assert all(math.isfinite(value) for value in metrics.values()), metrics
     assert torch.equal(_weights(model), before)
+    assert int(tracker.by_token.count.sum()) == 0
+
+
+@pytest.mark.parametrize(
+    "algorithm",
+    [GRPO(), GRPO(baseline="leave_one_out"), REINFORCE(baseline="group"), REINFORCE(whiten=True)],
+    ids=["grpo", "grpo leave-one-out", "reinforce group", "reinforce whitened"],
+)
+def test_group_of_one_gives_no_nan(algorithm):
+    """A response without others to compare it with teaches nothing relative; it must not teach noise either."""
+    model, tokenizer = _policy()
+    config = _config(optimizer="sgd", prompts_per_step=1, group_size=1)
+    trainer = Trainer(model, tokenizer, _env(), algorithm=algorithm, config=config)
+    before = _weights(model)
+    batch = trainer.credit(trainer.score(trainer.collect()))
+    assert bool(batch.advantages.isfinite().all())
+    if isinstance(algorithm, GRPO):
+        assert bool((batch.advantages == 0).all())
+    metrics = trainer.update(batch)
+    assert all(math.isfinite(value) for value in metrics.values()), metrics
+    assert bool(_weights(model).isfinite().all())
+    if isinstance(algorithm, GRPO):
+        assert torch.equal(_weights(model), before)
+
+
+def test_an_update_that_is_not_finite_is_skipped_and_told():
+    model, tokenizer = _policy()
+    trainer = Trainer(model, tokenizer, _env(), algorithm=GRPO(), config=_config())
+    batch = trainer.credit(trainer.score(trainer.collect()))
+    batch.advantages[0] = torch.nan
+    before = _weights(model)
+    with pytest.warns(UserWarning, match="train step 1: gradient norm is nan, update skipped"):
+        metrics = trainer.update(batch)
+    assert metrics["skipped_updates"] == 1
+    assert torch.equal(_weights(model), before)
+
+
+class _Interrupt(_Log):
+    """Presses Ctrl-C when a step is logged, or twice."""
+
+    def __init__(self, at: int, times: int = 1) -> None:
+        super().__init__()
+        self.at, self.times = at, times
+
+    def log(self, step: int, phase: str, metrics: dict[str, float]) -> None:
+        for _ in range(self.times if step == self.at else 0):
+            os.kill(os.getpid(), signal.SIGINT)
+
+
+@pytest.mark.parametrize("at", [2, 5], ids=["in the middle", "in the last step"])
+def test_ctrl_c_saves_the_step_and_resumes_to_the_same_weights(tmp_path, at, capsys):
+    def trainer(folder: str, **options: Any) -> Trainer:
+        model, tokenizer = _policy(torch.float32)
+        config = _config(checkpoint_dir=str(tmp_path / folder))
+        return Trainer(model, tokenizer, _env(), algorithm=GRPO(), config=config, **options)
+
+    whole = trainer("whole")
+    whole.train()
+    handler = signal.getsignal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt):
+        trainer("cut", reporter=_Interrupt(at)).train()
+    assert signal.getsignal(signal.SIGINT) is handler
+    assert "stopping after this step" in capsys.readouterr().out
+    saved = newest_complete(tmp_path / "cut")
+    assert saved is not None
+    assert saved.name == f"step-{at:08d}"
+    resumed = trainer("cut")
+    resumed.train(resume="auto")
+    assert torch.equal(_weights(resumed.model), _weights(whole.model))
+
+
+def test_a_second_ctrl_c_stops_at_once_and_the_saved_steps_stay(tmp_path):
+    model, tokenizer = _policy(torch.float32)
+    config = _config(checkpoint_dir=str(tmp_path), save_every=1)
+    trainer = Trainer(
+        model, tokenizer, _env(), algorithm=GRPO(), config=config, reporter=_Interrupt(3, times=2)
+    )
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    saved = newest_complete(tmp_path)
+    assert saved is not None
+    assert saved.name == "step-00000002"
+
+
+def test_ctrl_c_while_the_last_step_is_saved_is_not_lost(tmp_path):
+    """What follows the training, such as the next phase of a run, must not begin."""
+    model, tokenizer = _policy(torch.float32)
+    config = _config(checkpoint_dir=str(tmp_path), steps=2)
+    trainer = Trainer(model, tokenizer, _env(), algorithm=GRPO(), config=config)
+    save = trainer.save
+
+    def interrupted() -> Any:
+        os.kill(os.getpid(), signal.SIGINT)
+        return save()
+
+    trainer.save = interrupted  # type: ignore[method-assign]
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    assert newest_complete(tmp_path) == tmp_path / "step-00000002"
+
+
+def test_rollouts_ask_for_the_cache_by_its_own_name():
+    """transformers renamed the argument; the old name warns, then goes away."""
+    model, tokenizer = _policy()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        Trainer(model, tokenizer, _env(), algorithm=GRPO(), config=_config()).collect()
+        react_fast.CausalityTracker(model, tokenizer).explain(["es>pt:Alemania="])
+
+    class Old(torch.nn.Module):
+        def forward(self, input_ids: Any, past_key_values: Any = None) -> None: ...
+
+    assert cache_argument(Old()) == "past_key_values"
 
 
 @pytest.mark.parametrize("backend", ["cpu", "reference", "triton"])
@@ -277,8 +405,33 @@ def test_bad_input_is_refused_in_one_line():
     untitled = TextEnv([Record("a=")], reward=_vowels)
     with pytest.raises(ValueError, match=r"records\[0\].reference must be a text"):
         Trainer(model, tokenizer, untitled, algorithm=SFT(), config=_config()).collect()
-    with pytest.raises(ValueError, match="baseline must be one of batch, group, none, got 'value'"):
-        REINFORCE(baseline="value")
     trainer = Trainer(model, tokenizer, _env(), algorithm=GRPO(), config=_config())
     with pytest.raises(ValueError, match="trajectories must hold at least one trajectory, got none"):
         trainer.score([])
+
+
+@pytest.mark.parametrize(
+    ("make", "options", "error", "text"),
+    [
+        (REINFORCE, {"gamma": 1.5}, ValueError, r"gamma must be in \[0, 1\], got 1.5"),
+        (REINFORCE, {"gamma": "1"}, TypeError, "gamma must be a number, got str"),
+        (REINFORCE, {"baseline": "value"}, ValueError, "baseline must be one of 'batch', .* got 'value'"),
+        (REINFORCE, {"whiten": 1}, TypeError, "whiten must be true or false, got 1"),
+        (REINFORCE, {"kl_gradient": "k1"}, ValueError, "kl_gradient must be one of"),
+        (GRPO, {"ratio_min": -0.1}, ValueError, r"ratio_min must be in \[0, inf\], got -0.1"),
+        (GRPO, {"ratio_max": "wide"}, TypeError, "ratio_max must be a number, got str"),
+        (GRPO, {"ratio_max": 0.5}, ValueError, "ratio_min and ratio_max must satisfy"),
+        (GRPO, {"baseline": "batch"}, ValueError, "baseline must be one of 'mean', .* got 'batch'"),
+        (GRPO, {"scale": "iqr"}, ValueError, "scale must be one of 'std', 'none', got 'iqr'"),
+        (GRPO, {"eps": 0.0}, ValueError, r"eps must be in \(0, inf\], got 0"),
+        (GRPO, {"aggregation": "token_sum_norm"}, ValueError, "aggregation must be one of"),
+        (GRPO, {"kl_estimator": "k4"}, ValueError, "kl_estimator must be one of"),
+        (SamplingParams, {"max_new_tokens": 4, "temperature": 0}, ValueError, "temperature must be above 0"),
+        (SamplingParams, {"max_new_tokens": 4, "temperature": math.nan}, ValueError, "temperature must be above"),
+        (SamplingParams, {"max_new_tokens": 0}, ValueError, "max_new_tokens must be at least 1, got 0"),
+    ],
+)  # fmt: skip
+def test_wrong_options_are_refused_before_anything_is_trained(make, options, error, text):
+    with pytest.raises(error, match=text):
+        make(**options)
+    assert GRPO(scale="none", eps=0.0).eps == 0

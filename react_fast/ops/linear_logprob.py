@@ -122,7 +122,9 @@ def linear_token_logprobs(
     want_hidden = torch.is_grad_enabled() and hidden.requires_grad
     if torch.compiler.is_compiling() or hidden.is_meta or type(hidden) not in _EAGER:
         if tp_group is not None:
-            raise ValueError("tp_group must be None under torch.compile and for fake tensors, got a process group")
+            raise ValueError(
+                "tp_group must be None under torch.compile and for fake tensors, got a process group"
+            )
         logp, entropy, *_ = _op(
             hidden, weight, bias, token_ids, mask, per_row, *options, bool(return_entropy), want_hidden
         )

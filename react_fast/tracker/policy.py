@@ -2,6 +2,7 @@
 never touched.
 """
 
+import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -179,12 +180,13 @@ class Policy:
     ) -> torch.Tensor:
         """At most `limit` tokens behind prefixes of one length, which therefore need no padding."""
         cache: Any = None
+        name = cache_argument(self.model) if self.hugging_face else ""
         start = ids.shape[1]
         for position in range(limit):
             if self.hugging_face:
                 step = ids if cache is None else ids[:, -1:]
-                out = self.model(input_ids=step, past_key_values=cache, use_cache=True)
-                logits, cache = out.logits[:, -1], out.past_key_values
+                out = self.model(input_ids=step, use_cache=True, **{name: cache})
+                logits, cache = out.logits[:, -1], getattr(out, name)
             else:
                 logits = self.model(ids)[:, -1]
             scores = torch.log_softmax(logits.double(), -1)
@@ -195,6 +197,11 @@ class Policy:
             if eos_id is not None and bool((ids[:, start:] == eos_id).any(1).all()):
                 break
         return ids[:, start:]
+
+
+def cache_argument(model: nn.Module) -> str:
+    """What a Hugging Face model calls its key/value cache: transformers 5 renamed past_key_values to cache."""
+    return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
 
 
 def logprobs(logits: torch.Tensor, ids: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:

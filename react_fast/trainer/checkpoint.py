@@ -26,6 +26,7 @@ from safetensors.torch import load_file, save_file
 MANIFEST, TENSORS, STATE, WEIGHTS = "manifest.json", "tensors.safetensors", "state.json", "model.safetensors"
 _FOLDER = re.compile(r"step-(\d+)(\.old)?")
 _BLOCK = 1 << 20
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 class CheckpointError(RuntimeError):
@@ -279,7 +280,8 @@ def _sha256(path: Path) -> str:
 
 
 def _reason(error: Exception) -> str:
-    full = f"os error {errno.ENOSPC}" in str(error)  # safetensors reports the system's error as text
-    if full or (isinstance(error, OSError) and error.errno == errno.ENOSPC):
+    # safetensors reports the system's error as text.
+    full = any(f"os error {number})" in str(error) for number in DISK_FULL)
+    if full or (isinstance(error, OSError) and error.errno in DISK_FULL):
         return "no space left on the disk"
     return " ".join(str(error).split())

@@ -230,7 +230,7 @@ class RunConfig(Section):
             path: YAML file, or None for the defaults.
             overrides: words such as ["--trainer.learning_rate", "3e-4", "--seed=1"]. A name without a section
                 is a top-level key, else one of `trainer`, else the only section's that has it.
-        Raises: ConfigError in one line, FileNotFoundError.
+        Raises: ConfigError in one line.
         """
         tree = _read_yaml(Path(path)) if path is not None else {}
         for key, text in _override_pairs(overrides):
@@ -239,7 +239,8 @@ class RunConfig(Section):
 
     def to_yaml(self, path: str | Path) -> None:
         """Write the resolved tree, every key included."""
-        Path(path).write_text(yaml.safe_dump(self.model_dump(), sort_keys=False, allow_unicode=True))
+        text = yaml.safe_dump(self.model_dump(), sort_keys=False, allow_unicode=True)
+        Path(path).write_text(text, encoding="utf-8")
 
 
 class _Loader(yaml.SafeLoader):
@@ -253,7 +254,11 @@ _Loader.add_implicit_resolver(
 
 def _read_yaml(path: Path) -> dict[str, Any]:
     try:
-        tree = yaml.load(path.read_text(), Loader=_Loader)
+        tree = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
+    except OSError as error:
+        raise ConfigError(f"config {path}", f"cannot be read: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"config {path}", f"is not UTF-8 at byte {error.start + 1}") from None
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f" line {mark.line + 1}" if mark else ""

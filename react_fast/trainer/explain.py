@@ -72,7 +72,8 @@ def explain(path: str | Path, text: str, *, html: str | Path | None = None) -> N
 
     Args:
         path: run folder. text: the prompt. html: also write the explanation as one page.
-    Raises: UserError if there is no run or no complete checkpoint, or for an empty prompt.
+    Raises: UserError if there is no run or no complete checkpoint, for an empty prompt, or a page that cannot be
+        written.
     """
     config, _, model, tokenizer = open_run(path)
     if not text:
@@ -97,5 +98,8 @@ def explain(path: str | Path, text: str, *, html: str | Path | None = None) -> N
     title = "log-probability of the answer, in nats"
     print_table(title, ["#", "token", "attribution", "effect of deleting it"], rows, console=console)
     if html is not None:
-        tracker.report().to_html(html)
+        try:
+            tracker.report().to_html(html)
+        except OSError as error:
+            raise UserError(f"html {html} cannot be written: {error.strerror}") from error
         console.print(f"written: {html}", markup=False, highlight=False)

@@ -1,6 +1,7 @@
 """Rollouts: token ids in, token ids out, and the one record that trainer, tracker and export share."""
 
 import hashlib
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -9,6 +10,7 @@ import numpy as np
 import torch
 
 from ..envs import TextEnv
+from ..tracker.policy import cache_argument
 
 
 @dataclass
@@ -41,7 +43,15 @@ class Trajectory:
 @dataclass(frozen=True)
 class SamplingParams:
     """How actions are sampled. Row r of a call draws from the stream (seed, step, turn, rows[r]), so a sample
-    does not depend on how the rows are split into calls."""
+    does not depend on how the rows are split into calls.
+
+    Args:
+        max_new_tokens: longest action, at least 1.
+        temperature: above 0; the limit 0 is `greedy`.
+        greedy: the most probable token each time.
+        seed, step, turn: not negative. rows: one number for each prompt; None: 0, 1, 2, ...
+    Raises: ValueError for a number out of range.
+    """
 
     max_new_tokens: int
     temperature: float = 1.0
@@ -50,6 +60,14 @@ class SamplingParams:
     step: int = 0
     turn: int = 0
     rows: Sequence[int] | None = None
+
+    def __post_init__(self) -> None:
+        if self.max_new_tokens < 1:
+            raise ValueError(f"max_new_tokens must be at least 1, got {self.max_new_tokens}")
+        if not 0 < self.temperature < math.inf:
+            raise ValueError(
+                f"temperature must be above 0 (greedy=True is its limit), got {self.temperature:g}"
+            )
 
 
 @dataclass
@@ -186,6 +204,7 @@ class _CachedSteps:
         self.ids = torch.tensor(padded, device=device)
         self.mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=device)
         self.cache: Any = None
+        self.name = cache_argument(model)
 
     def next_logits(self, tokens: torch.Tensor | None) -> torch.Tensor:
         if tokens is not None:
@@ -196,11 +215,11 @@ class _CachedSteps:
             input_ids=self.ids,
             attention_mask=self.mask,
             position_ids=positions,
-            past_key_values=self.cache,
             use_cache=True,
             logits_to_keep=1,
+            **{self.name: self.cache},
         )
-        self.cache = out.past_key_values
+        self.cache = getattr(out, self.name)
         return out.logits[:, -1]
 
     def keep(self, rows: torch.Tensor) -> None:

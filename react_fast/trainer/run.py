@@ -17,7 +17,7 @@ from rich.console import Console
 
 from ..envs import TextEnv
 from ..info import environment
-from .checkpoint import CheckpointError, load_checkpoint, load_weights, newest_complete
+from .checkpoint import DISK_FULL, CheckpointError, load_checkpoint, load_weights, newest_complete
 from .config import RunConfig, TrainerConfig
 from .curves import draw_curves
 from .evaluation import answer
@@ -61,6 +61,13 @@ def run(config: RunConfig, *, resume: str | Path = "none", console: Console | No
         return _Run(config, folder, console).go(str(resume))
     except (CheckpointError, ConfigError) as error:
         raise UserError(str(error)) from error
+    except OSError as error:
+        if error.errno not in DISK_FULL:
+            raise
+        raise UserError(
+            f"run folder {folder.path} could not be written: no space left on the disk; "
+            "its complete checkpoints are kept, go on with --resume auto"
+        ) from error
     finally:
         folder.close()
 
@@ -113,18 +120,30 @@ class _Run:
         self.folder.forget_from(phase)
 
     def _phase(self, phase: str, resume: str) -> None:
-        checkpoints = self.folder.checkpoints(phase)
-        if phase in self.folder.results:
-            finished = newest_complete(checkpoints)
-            if finished is not None:
-                load_weights(self.model, finished)
-                if self.tracker is not None and phase == "rl":
-                    restore(self.tracker, finished)
+        if phase in self.folder.results and self._finished(phase):
             return
         if phase == "random" or self.steps[phase]:
             if phase != "random":
                 self._train(phase, resume)
             self._test(phase)
+
+    def _finished(self, phase: str) -> bool:
+        """Whether a phase with results needs no doing again: loads what it ended with, unless a later phase
+        goes on from a checkpoint of its own."""
+        if phase == "random":
+            return True
+        finished = newest_complete(self.folder.checkpoints(phase))
+        if finished is not None:
+            load_weights(self.model, finished)
+            if self.tracker is not None and phase == "rl":
+                restore(self.tracker, finished)
+            return True
+        later = PHASES[PHASES.index(phase) + 1 :]
+        if any(newest_complete(self.folder.checkpoints(name)) for name in later):
+            return True
+        self.reporter.line(f"{TITLES[phase]}: no complete checkpoint is left, so it is done again")
+        self.folder.forget_from(phase)
+        return False
 
     def _train(self, phase: str, resume: str) -> None:
         from .trainer import Trainer
@@ -252,6 +271,8 @@ def report(path: str | Path) -> None:
     """
     config, checkpoint, model, tokenizer = open_run(path)
     folder = RunFolder(path)
+    if not (folder.path / METRICS).is_file():
+        raise UserError(f"run {folder.path} has no {METRICS}: nothing was recorded")
     draw_curves(folder.path / METRICS, folder.path / CURVES)
     tracker = make_tracker(config.tracker, model, tokenizer)
     if tracker is not None:

@@ -96,7 +96,7 @@ def _spread(records: Sequence[Record], limit: int | None) -> Sequence[Record]:
 def make_algorithm(config: RunConfig) -> Any:
     """The algorithm of `config.algorithm`.
 
-    Raises: UserError for an option that the algorithm does not have.
+    Raises: UserError for an option that the algorithm does not have, or a value that it refuses.
     """
     from .algorithms import ALGORITHMS
 
@@ -107,5 +107,7 @@ def make_algorithm(config: RunConfig) -> Any:
         raise UserError(
             f"algorithm.options.{unknown[0]} is not a key; {chosen.__name__} has {', '.join(known)}"
         )
-    with user_input():
+    try:
         return chosen(**config.algorithm.options)
+    except (TypeError, ValueError) as error:  # its message begins with the option's name
+        raise UserError(f"algorithm.options.{error}") from error

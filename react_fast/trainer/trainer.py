@@ -152,12 +152,15 @@ class Trainer:
             while self.step < self.config.steps and not self.stopping.over:
                 metrics = self.train_step()
                 finished = self.step >= self.config.steps or self.stopping.over
-                if finished or stop() or (self.config.save_every and self.step % self.config.save_every == 0):
+                asked = stop()  # looked at once: a signal from here on waits for the next step's save
+                if finished or asked or (self.config.save_every and self.step % self.config.save_every == 0):
                     if finished:
                         self.stopping.restore(self.model)
                     self.save()
-                if stop() and not finished:
+                if asked:
                     raise KeyboardInterrupt
+            if stop():  # while the last step was saved: what would follow the training must not begin
+                raise KeyboardInterrupt
         return metrics
 
     def train_step(self) -> dict[str, float]:

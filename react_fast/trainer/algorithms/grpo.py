@@ -5,10 +5,13 @@ from typing import Any, ClassVar
 
 import torch
 
+from ...ops import _check
+from ...ops._advantage import BASELINES
 from ...ops.advantage import group_advantages
 from ...ops.policy_loss import PPOClip, policy_loss
 from ..batch import Batch
 from ..rollout import Trajectory
+from .loss_options import check_loss_options
 
 
 @dataclass(frozen=True)
@@ -20,7 +23,8 @@ class GRPO:
     Args:
         ratio_min, ratio_max: bounds of the probability ratio; 1.28 above is DAPO's clip-higher.
         baseline: "mean" | "leave_one_out" | "none".  scale: "std" | "none" (Dr. GRPO).  eps: beside the std.
-        aggregation, kl_estimator, kl_gradient: see `policy_loss`.
+        aggregation, kl_estimator, kl_gradient: see `policy_loss`; "token_sum_norm" is not among them.
+    Raises: ValueError or TypeError for an option out of range, when it is made.
     Source: Shao et al. 2024 (arXiv:2402.03300).
     """
 
@@ -34,6 +38,15 @@ class GRPO:
     kl_gradient: str = "ratio"
 
     supervised: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        for name in ("ratio_min", "ratio_max"):
+            _check.number(name, getattr(self, name), low=0.0, infinite=True)
+        PPOClip(ratio_min=self.ratio_min, ratio_max=self.ratio_max)
+        _check.choice("baseline", self.baseline, BASELINES)
+        _check.choice("scale", self.scale, ("std", "none"))
+        _check.number("eps", self.eps, low=0.0, low_open=self.scale == "std")
+        check_loss_options(self)
 
     def collect(self, trainer: Any, step: int) -> list[Trajectory]:
         return trainer.rollouts(step)

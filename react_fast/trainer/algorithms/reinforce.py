@@ -5,10 +5,12 @@ from typing import Any, ClassVar
 
 import torch
 
+from ...ops import _check
 from ...ops.advantage import discounted_returns, group_advantages, whiten
 from ...ops.policy_loss import Reinforce, policy_loss
 from ..batch import Batch
 from ..rollout import Trajectory
+from .loss_options import check_loss_options, check_switch
 
 BASELINES = ("batch", "group", "none")
 
@@ -24,7 +26,8 @@ class REINFORCE:
         baseline: mean total reward of the other trajectories (leave-one-out, so it adds no bias) of the
             "batch" or of the prompt's "group"; "none".
         whiten: scale the advantages of a rollout batch to mean 0 and standard deviation 1.
-        aggregation, kl_estimator, kl_gradient: see `policy_loss`.
+        aggregation, kl_estimator, kl_gradient: see `policy_loss`; "token_sum_norm" is not among them.
+    Raises: ValueError or TypeError for an option out of range, when it is made.
     Source: Williams 1992; leave-one-out: Kool et al. 2019, Ahmadian et al. 2024 (arXiv:2402.14740).
     """
 
@@ -38,8 +41,10 @@ class REINFORCE:
     supervised: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
-        if self.baseline not in BASELINES:
-            raise ValueError(f"baseline must be one of {', '.join(BASELINES)}, got {self.baseline!r}")
+        _check.number("gamma", self.gamma, low=0.0, high=1.0)
+        _check.choice("baseline", self.baseline, BASELINES)
+        check_switch("whiten", self.whiten)
+        check_loss_options(self)
 
     def collect(self, trainer: Any, step: int) -> list[Trajectory]:
         return trainer.rollouts(step)
