@@ -18,7 +18,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-PATHS = sorted(p.stem for p in Path(__file__).parent.glob("*.py") if p.stem not in ("__init__", "aot", "tuned"))
+PATHS = sorted(
+    p.stem for p in Path(__file__).parent.glob("*.py") if p.stem not in ("__init__", "aot", "tuned")
+)
 TARGETS = (80, 90, 100)
 
 # Per multiprocessor, from the CUDA C++ programming guide, table "Technical specifications per compute

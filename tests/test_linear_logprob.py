@@ -94,7 +94,7 @@ def test_gradcheck():
             )  # fmt: skip
 
 
-class _Gemms(TorchDispatchMode):
+class Gemms(TorchDispatchMode):
     """Counts multiplications of the size rows x vocabulary x dim."""
 
     def __init__(self, size):
@@ -127,7 +127,7 @@ def test_number_of_gemms(hidden, weight, entropy, gemms):
     rows, dim, vocab = 64, 32, 10000
     h = torch.randn(rows, dim, requires_grad=hidden)
     w = torch.randn(vocab, dim, requires_grad=weight)
-    with _Gemms(rows * dim * vocab) as counted:
+    with Gemms(rows * dim * vocab) as counted:
         out = rf.linear_token_logprobs(h, w, torch.zeros(rows, dtype=torch.int64), return_entropy=entropy)
         loss = out[0].sum() + out[1].sum() if entropy else out.sum()
         if hidden or weight:
@@ -139,7 +139,7 @@ def test_only_rows_that_count_reach_a_gemm():
     rows, dim, vocab = 40, 8, 3000
     h, w = torch.randn(rows, dim, requires_grad=True), torch.randn(vocab, dim, requires_grad=True)
     mask = torch.arange(rows) % 4 == 0
-    with _Gemms(rows // 4 * dim * vocab) as counted:
+    with Gemms(rows // 4 * dim * vocab) as counted:
         logp = rf.linear_token_logprobs(h, w, torch.zeros(rows, dtype=torch.int64), mask=mask)
         (logp * (torch.arange(rows) % 8 == 0)).sum().backward()  # half of them have an upstream gradient
     assert counted.count == 3  # two forward, and half of two backward
