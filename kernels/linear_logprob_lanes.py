@@ -1,16 +1,37 @@
-"""What the kernels of kernels/linear_logprob.py share: a row's logits from a tile, one block folded or weighed, two
-folds merged.
+"""What the kernels of kernels/linear_logprob.py share: a row's logits from a tile, one block folded or weighed,
+two folds merged; their arguments, and what the ahead-of-time build compiles.
 
-Roofline: none of its own; these are compiled into those kernels.
+Roofline: that file's; these functions are compiled into its kernels.
 """
 
+from functools import cache
+from typing import Any, Protocol
+
+import torch
 import triton
 import triton.language as tl
 
-from .aot import Variant
+from . import tuned
+from .aot import TARGETS, Variant
 from .logprob import _cap, _cap_slope, _difference
 
-VARIANTS: list[Variant] = []
+# Values that change from tile to tile or batch to batch; a kernel is compiled once for all of them. Vectors over
+# rows begin anywhere in a batch's, so that their alignment says nothing either.
+FREE = ("rows", "first", "blocks", "span")
+ROW_VECTORS = ("ids", "temperatures", "state", "stats", "factor", "shift")
+# Below this many rows the interpreter cuts them over programs, as a GPU does below two a multiprocessor.
+INTERPRETED_FEW = 4
+
+
+class LogitOptions(Protocol):
+    """logit = scale * (tile + bias), capped unless softcap is 0, over temperature unless there is one a row."""
+
+    @property
+    def scale(self) -> float: ...
+    @property
+    def temperature(self) -> float: ...
+    @property
+    def softcap(self) -> float: ...
 
 
 @triton.jit
@@ -92,7 +113,12 @@ def merge(largest, ties, rest, moment, top, more_ties, more_rest, more_moment, i
 @triton.jit
 def load_state(state, row, live):
     at = state + row * 5
-    return tl.load(at, live, 0.0), tl.load(at + 1, live, 0.0), tl.load(at + 2, live, 0.0), tl.load(at + 3, live, 0.0)
+    return (
+        tl.load(at, live, 0.0),
+        tl.load(at + 1, live, 0.0),
+        tl.load(at + 2, live, 0.0),
+        tl.load(at + 3, live, 0.0),
+    )
 
 
 @triton.jit
@@ -145,3 +171,88 @@ def expm1(x):
     e = tl.exp(x)
     near = (e > 0.5) & (e != 1.0)
     return tl.where(near, (e - 1.0) * (x / tl.log(tl.where(near, e, 2.0))), tl.where(e == 1.0, x, e - 1.0))
+
+
+@triton.jit
+def turn_chosen(d, log_sum, entropy, g, h):
+    """d (g logp + h H) / d z of the chosen token in float64; 1 - p = -expm1(logp) does not cancel near p = 1."""
+    logp = d - log_sum
+    logp = tl.where(logp > 0.0, 0.0, logp)
+    forbidden = logp == float("-inf")
+    inner = tl.where(forbidden, 0.0, tl.exp(logp) * (tl.where(forbidden, 0.0, logp) + entropy))
+    return tl.where(forbidden, 0.0, -g * expm1(logp) - h * inner)
+
+
+@cache
+def few(device: torch.device) -> int:
+    """Fewer rows than this leave multiprocessors idle, unless a row is cut over programs."""
+    if device.type != "cuda":
+        return INTERPRETED_FEW
+    return 2 * torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def arguments_of(
+    z: torch.Tensor, bias: torch.Tensor | None, ids: torch.Tensor, temperatures: torch.Tensor | None, first: int,
+    options: LogitOptions,
+) -> dict[str, Any]:  # fmt: skip
+    """By name, what every kernel over a tile takes; one that is None is never read and gets some other pointer."""
+    return {
+        "z": z, "bias": z if bias is None else bias, "ids": ids,
+        "temperatures": ids if temperatures is None else temperatures,
+        "rows": z.shape[0], "columns": z.shape[1], "stride": z.stride(0), "first": first,
+        "scale": options.scale, "temperature": options.temperature, "softcap": options.softcap,
+        "BIASED": bias is not None, "PER_ROW": temperatures is not None, "CAPPED": options.softcap > 0,
+        "WIDE": tl.float64 if z.dtype == torch.float64 else tl.float32,
+    }  # fmt: skip
+
+
+def launch(kernel: Any, grid: tuple[int, ...], arguments: dict[str, Any], num_warps: int) -> None:
+    """A kernel takes those arguments that it names."""
+    kernel[grid](**{name: arguments[name] for name in kernel.arg_names}, num_warps=num_warps)
+
+
+# What the kernels over a tile may name beside its own dtypes; EVEN as where every load is of 16 bytes.
+POINTERS = {"ids": "*i64", "temperatures": "*fp64", "state": "*fp64", "stats": "*fp64"}
+REALS = ("scale", "temperature", "softcap")
+EVEN = ("columns", "stride", "weights_stride", "weighted_stride", "out_stride")
+# (tile, result): the GEMM's float32 accumulators for a bfloat16 or a float32 GEMM, and tiles in place.
+DTYPES = (("*fp32", "*bf16"), ("*bf16", "*bf16"), ("*fp32", "*fp32"), ("*fp64", "*fp64"))
+
+
+def variants_of(name: str, kernel: Any, num_warps: int | None = None, **constants: Any) -> list[Variant]:
+    """A kernel as it is launched on full blocks with every device's options, plain and with everything on."""
+    return [
+        _variant(name, kernel, num_warps, capability, *dtypes, full, constants)
+        for capability in TARGETS
+        for dtypes in DTYPES
+        for full in (False, True)
+    ]
+
+
+def _variant(
+    name: str, kernel: Any, num_warps: int | None, capability: int, tile: str, result: str, full: bool,
+    constants: dict[str, Any],
+) -> Variant:  # fmt: skip
+    tuning = tuned.of_capability(name, capability)
+    double = tile == "*fp64"
+    signature = POINTERS | dict.fromkeys((*FREE, *EVEN), "i32") | dict.fromkeys(REALS, "fp64")
+    signature |= dict.fromkeys(("z", "bias"), tile)
+    signature |= dict.fromkeys(("weights", "weighted", "out"), result)
+    signature |= dict.fromkeys(("factor", "shift", "parts"), "*fp64" if double else "*fp32")
+    flags = dict.fromkeys(("BIASED", "PER_ROW", "CAPPED", "MOMENT", "WEIGHTED"), full)
+    shape = {
+        "WIDE": tl.float64 if double else tl.float32,
+        "ROWS": 1,
+        "BLOCK": tuning["BLOCK"] // (2 if double else 1),
+    }
+    return Variant(
+        kernel,
+        {k: v for k, v in signature.items() if k in kernel.arg_names},
+        {k: v for k, v in (flags | shape | constants).items() if k in kernel.arg_names},
+        num_warps=num_warps or tuning["num_warps"],
+        divisible=tuple(n for n in EVEN if n in kernel.arg_names),
+        targets=(capability,),
+    )
+
+
+VARIANTS: list[Variant] = []
