@@ -17,6 +17,12 @@ A row is cut into blocks, each folded on its own and merged in the vocabulary's 
 by many: no bit of a row depends on the other rows, on their number, or on where the vocabulary is cut into tiles
 of whole blocks. (The order of a block's sum follows from a thread's share of a load, which is the same for all
 tiles whose row strides are multiples of 16.)
+
+Options in kernels/tuned.json: 2048 columns over 8 warps are 8 a thread, two 16-byte loads in float32 and one in
+bfloat16, in 40 to 60 registers, so that four to six programs share a multiprocessor. The 8 KiB that each has in
+flight in float32 cover the 20 KiB that 3.3 TB/s over 132 multiprocessors take at a latency of 0.8 microseconds.
+With
+16 a thread the capped kernels hold half as many programs and some spill.
 """
 
 import torch
@@ -87,9 +93,12 @@ def fold_kernel(
     store_state(state, row, live, largest, ties, rest, moment, chosen, met, MOMENT)
     if WEIGHTS:
         store_change(factor, shift, row, live, before, largest, inverse)
-        # From the end: what was read last is still in the nearest cache.
-        for k in range(blocks):
-            column = (blocks - 1 - k) * BLOCK + tl.arange(0, BLOCK)
+        # From the end: what was read last is still in the nearest cache. In blocks of another shape: the compiler
+        # gives loads and stores of one shape one layout, so that the weights' dtype would reorder the sums above.
+        HALF: tl.constexpr = BLOCK // 2
+        halves = tl.cdiv(columns, HALF)
+        for k in range(halves):
+            column = (halves - 1 - k) * HALF + tl.arange(0, HALF)
             x = logits(base, bias, column, columns, live, factor_x, BIASED, WIDE)
             weigh_block(
                 x, largest, high, low, y, cap, column, columns, row, live, weights, weights_stride, weighted,
@@ -101,7 +110,7 @@ def fold_kernel(
 # chosen token, exp(d_j) (a + b d_j) du/dx with a = (h (log_sum - H) - g) scale / (sum T), b = -h scale / (sum T).
 @triton.jit(do_not_specialize=FREE, do_not_specialize_on_alignment=ROW_VECTORS)
 def turn_kernel(
-    z, bias, ids, temperatures, stats, out, rows, columns, span, first, stride, out_stride, scale: tl.float64,
+    z, bias, ids, temperatures, stats, out, rows, columns, each, first, stride, out_stride, scale: tl.float64,
     temperature: tl.float64, softcap: tl.float64, BIASED: tl.constexpr, PER_ROW: tl.constexpr,
     CAPPED: tl.constexpr, WIDE: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -135,9 +144,9 @@ def turn_kernel(
     reference = largest.to(WIDE)[:, None]
     # In place, no thread may write a chosen logit that another has still to read.
     tl.debug_barrier()
-    begin = tl.program_id(1) * span
-    for start in range(begin, tl.minimum(begin + span, columns), BLOCK):
-        column = start + tl.arange(0, BLOCK)
+    begin = tl.program_id(1) * each
+    for k in range(begin, tl.minimum(begin + each, tl.cdiv(columns, BLOCK))):
+        column = k * BLOCK + tl.arange(0, BLOCK)
         x = logits(base, bias, column, columns, used, factor_x, BIASED, WIDE)
         u = x
         if CAPPED:
@@ -226,11 +235,12 @@ def turn_tile(
     ROWS, BLOCK, warps = _tile("linear_logprob.turn", z, 0)
     out = z if out is None else out
     # A program walks its row, so that the row's float64 scalars are computed once; few rows are cut into blocks.
-    span = BLOCK if rows < few(z.device) else triton.cdiv(columns, BLOCK) * BLOCK
+    blocks = triton.cdiv(columns, BLOCK)
+    each = 1 if rows < few(z.device) else blocks
     arguments = arguments_of(z, bias, ids, temperatures, first, options) | {
-        "stats": stats, "out": out, "out_stride": out.stride(0), "span": span, "ROWS": ROWS, "BLOCK": BLOCK
+        "stats": stats, "out": out, "out_stride": out.stride(0), "each": each, "ROWS": ROWS, "BLOCK": BLOCK
     }  # fmt: skip
-    launch(turn_kernel, (triton.cdiv(rows, ROWS), triton.cdiv(columns, span)), arguments, warps)
+    launch(turn_kernel, (triton.cdiv(rows, ROWS), triton.cdiv(blocks, each)), arguments, warps)
 
 
 def rescale(U: Tensor, Q: Maybe, factor: Tensor, shift: Tensor) -> None:

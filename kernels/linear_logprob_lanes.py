@@ -17,7 +17,7 @@ from .logprob import _cap, _cap_slope, _difference
 
 # Values that change from tile to tile or batch to batch; a kernel is compiled once for all of them. Vectors over
 # rows begin anywhere in a batch's, so that their alignment says nothing either.
-FREE = ("rows", "first", "blocks", "span")
+FREE = ("rows", "first", "blocks", "each")
 ROW_VECTORS = ("ids", "temperatures", "state", "stats", "factor", "shift")
 # Below this many rows the interpreter cuts them over programs, as a GPU does below two a multiprocessor.
 INTERPRETED_FEW = 4
