@@ -9,6 +9,7 @@ import torch.distributed as dist
 from .. import reference
 from . import _check
 from . import _linear_logprob as tiles
+from ._support_logprob import check_support, support_token_logprobs
 from .backend import accumulation_dtype, register, use_reference
 from .logprob import HIGH, LOW, check_temperature
 
@@ -29,6 +30,7 @@ def linear_token_logprobs(
     return_entropy: Literal[False] = ...,
     tp_group: Any = ...,
     batch_invariant: bool = ...,
+    support: tuple[torch.Tensor, torch.Tensor] | None = ...,
 ) -> torch.Tensor: ...
 
 
@@ -46,6 +48,7 @@ def linear_token_logprobs(
     return_entropy: Literal[True],
     tp_group: Any = ...,
     batch_invariant: bool = ...,
+    support: tuple[torch.Tensor, torch.Tensor] | None = ...,
 ) -> tuple[torch.Tensor, torch.Tensor]: ...
 
 
@@ -62,6 +65,7 @@ def linear_token_logprobs(
     return_entropy: bool = False,
     tp_group: Any = None,
     batch_invariant: bool = False,
+    support: tuple[torch.Tensor, torch.Tensor] | None = None,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """`token_logprobs` of logits = logit_scale * (hidden @ weight.T + bias), a tile of logits at a time.
 
@@ -83,11 +87,20 @@ def linear_token_logprobs(
         batch_invariant: no bit of a row's result and of its hidden gradient depends on the other rows, on their
             number or on the threads; slower, since every GEMM then has one shape and one thread. Without it the
             GEMM library chooses by size. The weight's gradient is a sum over the batch either way.
+        support: (kept_ids [M], offsets [N + 1]) int32 or int64, the tokens that a truncated sampler (top-p, top-k,
+            min-p) left in, N = token_ids.numel(), offsets rising from 0 to M: row i in flattened order kept
+            kept_ids[offsets[i] : offsets[i + 1]]. The sum, H and the gradient run over these and the row's token,
+            each once however often it stands there. That is what the importance ratio against such a sampler
+            needs: it drew from the kept tokens alone, so ratios of the whole vocabulary's softmax are too small by
+            the factor of the kept mass, another one in every row. Costs M D multiply-adds and no GEMM; batch-
+            invariant anyway; waits for a GPU. Not with `tp_group`.
     Returns: logp [...], or (logp, H), float32 (float64 for float64), differentiable in hidden, weight and bias.
         Matmuls run in the dtype of `hidden`, everything else in float32 or better.
-    Raises: TypeError, ValueError and IndexError as `token_logprobs`; RuntimeError on a GPU, where no kernel is.
+    Raises: TypeError, ValueError and IndexError as `token_logprobs`, IndexError also for a kept id outside [0, V)
+        in a row that counts; RuntimeError on a GPU, where no kernel is.
     Source: expected embeddings: the score function's gradient, Williams 1992; online rescaling: Milakov &
-        Gimelshein 2018 (arXiv:1805.02867); logits in tiles: Wijmans et al. 2024 (arXiv:2411.09009).
+        Gimelshein 2018 (arXiv:1805.02867); logits in tiles: Wijmans et al. 2024 (arXiv:2411.09009); truncated
+        sampling: Holtzman et al. 2020 (arXiv:1904.09751).
     """
     weight = _gathered(weight)
     device = _check.floating("hidden", hidden).device.type
@@ -111,13 +124,20 @@ def linear_token_logprobs(
         shared, per_row = 1.0, temperature
     else:
         shared, per_row = _check.number("temperature", temperature, low=LOW, high=HIGH), None
+    if support is not None:
+        support = check_support(support, token_ids, tp_group)
     if use_reference():
         if tp_group is not None:
             raise ValueError("tp_group must be None on the reference backend, got a process group")
         return reference.linear_token_logprobs(
             hidden, weight, token_ids, bias=bias, logit_scale=scale, softcap=softcap, temperature=temperature,
-            mask=mask, return_entropy=return_entropy,
+            mask=mask, return_entropy=return_entropy, support=support,
         )  # fmt: skip
+    if support is not None:
+        logp, entropy = support_token_logprobs(
+            hidden, weight, bias, token_ids, mask, per_row, support, scale, shared, cap, bool(return_entropy)
+        )
+        return (logp, entropy) if return_entropy else logp
     options = tiles.Options(scale, shared, cap, bool(batch_invariant))
     want_hidden = torch.is_grad_enabled() and hidden.requires_grad
     if torch.compiler.is_compiling() or hidden.is_meta or type(hidden) not in _EAGER:
