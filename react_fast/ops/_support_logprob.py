@@ -4,16 +4,14 @@
     logp = u_y / T - log sum_{j in K} exp(u_j / T)                H = -sum_{j in K} p_j log p_j
 
 Roofline: D e bytes of weight read a kept id (e = element size) for 2 D flops, forward and again for each gradient:
-bandwidth-bound at every D. Rows of W are gathered BLOCK bytes at a time and reduced while they are in cache. What
-the backward keeps is the dot product of every kept id, 4 bytes (8 for float64), beside the caller's list of them.
+bandwidth-bound at every D. Rows of W are gathered a block at a time and reduced while they are in cache. What the
+backward keeps is the dot product of every kept id, 4 bytes (8 for float64), beside the caller's list of them.
 
 The softmax runs on the flat list of kept ids in float64. Beside D multiply-adds an id its few dozen operations are
 little; no row is padded to the length of another, and since every row has its own sums no bit of it depends on
 another. The chosen token stands apart from the others, so that 1 - p_y is their sum and never a difference.
 """
 
-from bisect import bisect_right
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -21,7 +19,8 @@ import torch.nn.functional as F
 
 from . import _check
 from ._linear_logprob import budget
-from .attribution import _scores, _segment_sum
+from ._ragged import ENTRY, Rows, dots, packs, weighted_rows
+from .attribution import _segment_sum
 from .backend import accumulation_dtype, register
 from .logprob import HIGH, LOW
 
@@ -29,12 +28,6 @@ Tensor = torch.Tensor
 Maybe = torch.Tensor | None
 
 KEPT, OFFSETS = "support[0] (kept_ids)", "support[1] (offsets)"
-DOT = 0  # attribution_scores' reduction
-# Bytes of a block of gathered rows. CPU: the rows of W, those of hidden and what is read besides stay in the cache
-# between the gather and the sum, and the dozen calls a block are a few percent of it. GPU: enough rows to fill it.
-BLOCK = {"cpu": 1 << 20, "cuda": 32 << 20}
-# Bytes a kept id takes at once in the arithmetic between two gathers: eleven numbers of 8 bytes.
-ENTRY = 88
 # A row's numbers that the backward needs, float64: largest u, log sum exp((u - largest) / T), u_y, logp, H.
 STATS = 5
 
@@ -78,122 +71,10 @@ def support_token_logprobs(
     return logp, entropy
 
 
-# ---- ragged lists -----------------------------------------------------------------------------------------------
-
-
-class _Rows:
-    """The rows that count, [n], and where their kept ids are."""
-
-    def __init__(
-        self, hidden: Tensor, token_ids: Tensor, select: Maybe, per_row: Maybe, offsets: Tensor, kept: int,
-        temperature: float,
-    ) -> None:  # fmt: skip
-        self.shape = hidden.shape[:-1]
-        self.hidden = hidden.reshape(-1, hidden.shape[-1])
-        bounds = _check.rising(OFFSETS, offsets.cpu(), kept, "kept_ids")
-        starts, lengths = bounds[:-1], bounds.diff()
-        self.index: Maybe = None
-        if select is not None and not bool(select.all()):
-            self.index = select.reshape(-1).nonzero()[:, 0]
-            starts, lengths = (x[self.index.cpu()] for x in (starts, lengths))
-        self.edges = F.pad(lengths.cumsum(0), (1, 0))
-        self.starts, self.lengths = starts.to(hidden.device), lengths.to(hidden.device)
-        self.ids = self.take(token_ids).long()
-        if per_row is None:
-            self.temperatures = self.ids.new_full(self.ids.shape, temperature, dtype=torch.float64)
-        else:
-            self.temperatures = self.take(per_row).double()
-
-    def __len__(self) -> int:
-        return len(self.ids)
-
-    def take(self, x: Tensor) -> Tensor:
-        """[...] or [..., k] -> [n] or [n, k]."""
-        flat = x.reshape(-1, *x.shape[len(self.shape) :])
-        return flat if self.index is None else flat[self.index]
-
-    def back(self, x: Tensor) -> Tensor:
-        """[n] or [n, k] -> [...] or [..., k], 0 in the other rows."""
-        if self.index is not None:
-            x = x.new_zeros(self.shape.numel(), *x.shape[1:]).index_copy_(0, self.index, x)
-        return x.view((*self.shape, *x.shape[1:]))
-
-    def hidden_of(self, a: int, b: int) -> Tensor:
-        return self.hidden[a:b] if self.index is None else self.hidden[self.index[a:b]]
-
-    def numbers(self, a: int, b: int) -> Tensor:
-        return torch.arange(a, b, device=self.ids.device)
-
-    def groups(self) -> Iterator[tuple[int, int]]:
-        """Rows [a, b) whose kept ids, hidden states, embeddings and gradients fit the budget; one row at least."""
-        row = 4 * 8 * self.hidden.shape[1]
-        return _packs(self.edges * ENTRY + torch.arange(len(self) + 1) * row, budget())
-
-    def entries(self, a: int, b: int) -> tuple[Tensor, Tensor, Tensor]:
-        """(row - a [E], place in the list of kept ids [E], edges [b - a + 1]) of the kept ids of rows [a, b)."""
-        edges = (self.edges[a : b + 1] - self.edges[a]).to(self.ids.device)
-        size, lengths = int(self.edges[b] - self.edges[a]), self.lengths[a:b]
-        row = torch.repeat_interleave(lengths, output_size=size)
-        shift = self.starts[a:b] - edges[:-1]
-        return row, torch.arange(size, device=row.device) + shift[row], edges
-
-
-def _packs(edges: Tensor, most: int) -> Iterator[tuple[int, int]]:
-    """Cuts items of sizes edges.diff() into runs [a, b) of at most `most` together; one item at least."""
-    at = edges.tolist()
-    a, count = 0, len(at) - 1
-    while a < count:
-        b = max(a + 1, bisect_right(at, at[a] + most) - 1)
-        yield a, b
-        a = b
-
-
-def _block(table: Tensor, copies: int) -> int:
-    """Rows of the table that are gathered at a time."""
-    size = BLOCK["cpu" if table.device.type == "cpu" else "cuda"]
-    return max(1, size // (copies * max(1, table.shape[1]) * table.element_size()))
-
-
-def _dots(hidden: Tensor, weight: Tensor, row: Tensor, ids: Tensor) -> Tensor:
-    """[E] of hidden[row] . weight[ids], in float32 or better."""
-    out = hidden.new_empty(len(ids), dtype=accumulation_dtype(hidden.dtype))
-    step = _block(weight, 2)
-    for begin in range(0, len(ids), step):
-        part = slice(begin, begin + step)
-        w, h = weight.index_select(0, ids[part]), hidden.index_select(0, row[part])
-        out[part] = _scores(w, h, DOT)
-    return out
-
-
-def _weighted_rows(table: Tensor, index: Tensor, edges: Tensor, c: Tensor) -> Tensor:
-    """[S, D] of sum_{e of segment s} c_e table[index_e] in c's dtype, one term after the other.
-
-    embedding_bag is torch's gathered sum with one fixed order on every device. It adds in the table's dtype, so
-    rows of narrower ones are widened a block at a time; a segment longer than a block is cut at multiples of a
-    block from its own beginning, whatever came before.
-    """
-    if len(index) == 0:
-        return c.new_zeros(len(edges) - 1, table.shape[1])
-    if table.dtype == c.dtype:
-        return F.embedding_bag(index, table, edges[:-1], mode="sum", per_sample_weights=c)
-    out = c.new_zeros(len(edges) - 1, table.shape[1])
-    most, at = _block(table, 4), edges.tolist()
-    places = torch.arange(most, device=index.device)
-    for a, b in _packs(edges, most):
-        for begin in range(at[a], at[b], most):
-            end = min(begin + most, at[b])
-            rows = table.index_select(0, index[begin:end]).to(c.dtype)
-            inner = edges[a:b] - begin if b > a + 1 else edges.new_zeros(1)
-            out[a:b] += F.embedding_bag(
-                places[: end - begin], rows, inner, mode="sum", per_sample_weights=c[begin:end]
-            )
-    return out
-
-
 # ---- forward ----------------------------------------------------------------------------------------------------
 
 
-def _check_values(rows: _Rows, vocab: int) -> None:
+def _check_values(rows: Rows, vocab: int) -> None:
     _check_ids("token_ids", rows.ids, vocab)
     wrong = ~((rows.temperatures >= LOW) & (rows.temperatures <= HIGH))
     if bool(wrong.any()):
@@ -252,11 +133,11 @@ def _forward(
     hidden: Tensor, weight: Tensor, bias: Maybe, token_ids: Tensor, mask: Maybe, per_row: Maybe, kept: Tensor,
     offsets: Tensor, scale: float, temperature: float, softcap: float, want_entropy: bool, want_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    logp, entropy, stats, dots = _fake(
+    logp, entropy, stats, products = _fake(
         hidden, weight, bias, token_ids, mask, per_row, kept, offsets, scale, temperature, softcap, want_entropy,
         want_grad,
     )  # fmt: skip
-    rows = _Rows(hidden, token_ids, mask, per_row, offsets, len(kept), temperature)
+    rows = Rows(hidden, token_ids, mask, per_row, offsets, len(kept), temperature, OFFSETS)
     vocab = len(weight)
     _check_values(rows, vocab)
     found = [stats.new_empty(0, STATS)]
@@ -264,20 +145,21 @@ def _forward(
         row, place, edges = rows.entries(a, b)
         ids, y, h = kept[place].long(), rows.ids[a:b], rows.hidden_of(a, b)
         _check_ids(KEPT, ids, vocab)
-        x = _dots(h, weight, row, ids)
-        chosen = _capped(_dots(h, weight, rows.numbers(0, b - a), y), bias, y, scale, softcap)
+        x = dots(h, weight, ids, row, edges)
+        alone = rows.numbers(0, b - a + 1)
+        chosen = _capped(dots(h, weight, y, alone[:-1], alone), bias, y, scale, softcap)
         repeated, out = _repeated(ids, row, vocab), ids == y[row]
         out = out if repeated is None else out | repeated
         u = torch.where(out, float("-inf"), _capped(x, bias, ids, scale, softcap))
         found.append(_fold(u, chosen, row, edges, rows.temperatures[a:b]))
         if want_grad:
-            dots[place] = torch.where(out, float("-inf"), x)
+            products[place] = torch.where(out, float("-inf"), x)
     whole = torch.cat(found)
     logp.copy_(rows.back(whole[:, 3]))
     if want_entropy:
         entropy.copy_(rows.back(whole[:, 4]))
     stats.copy_(rows.back(whole))
-    return logp, entropy, stats, dots
+    return logp, entropy, stats, products
 
 
 def _fake(
@@ -316,21 +198,21 @@ def _coefficients(
 
 def _backward(
     hidden: Tensor, weight: Tensor, bias: Maybe, token_ids: Tensor, mask: Maybe, per_row: Maybe, kept: Tensor,
-    offsets: Tensor, stats: Tensor, dots: Tensor, d_logp: Maybe, d_entropy: Maybe, scale: float,
+    offsets: Tensor, stats: Tensor, products: Tensor, d_logp: Maybe, d_entropy: Maybe, scale: float,
     temperature: float, softcap: float, want_hidden: bool, want_weight: bool, want_bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    wide = dots.dtype
+    wide = products.dtype
     zero = stats.new_zeros(()).expand(stats.shape[:-1])
     g, h = (zero if x is None else x.double() for x in (d_logp, d_entropy))
     live = ((g != 0) | (h != 0)) & (stats[..., 1] != float("-inf"))
     live = live if mask is None else live & mask
-    rows = _Rows(hidden, token_ids, live, per_row, offsets, len(kept), temperature)
+    rows = Rows(hidden, token_ids, live, per_row, offsets, len(kept), temperature, OFFSETS)
     stats, g, h = (rows.take(x) for x in (stats, g, h))
     d_hidden = hidden.new_zeros((len(rows), hidden.shape[-1]) if want_hidden else (0,))
     pieces: list[tuple[Tensor, Tensor, Tensor]] = []
     for a, b in rows.groups():
         row, place, edges = rows.entries(a, b)
-        ids, y, x = kept[place].long(), rows.ids[a:b], dots[place]
+        ids, y, x = kept[place].long(), rows.ids[a:b], products[place]
         u = _capped(x, bias, ids, scale, softcap)
         dead = (x == float("-inf")) | (u == float("-inf"))
         part = slice(a, b)
@@ -341,7 +223,7 @@ def _backward(
             )
         )
         if want_hidden:
-            total = _weighted_rows(weight, ids, edges, others)
+            total = weighted_rows(weight, ids, edges, others)
             d_hidden[part] = total.addcmul_(weight[y].to(wide), own[:, None])
         if want_weight or want_bias:
             pieces += [(kept[place], row + a, others), (y.to(kept.dtype), rows.numbers(a, b), own)]
@@ -353,7 +235,7 @@ def _backward(
     return rows.back(d_hidden) if want_hidden else d_hidden, d_weight, d_bias
 
 
-def _scatter(rows: _Rows, ids: Tensor, row: Tensor, c: Tensor, d_weight: Tensor, d_bias: Tensor) -> None:
+def _scatter(rows: Rows, ids: Tensor, row: Tensor, c: Tensor, d_weight: Tensor, d_bias: Tensor) -> None:
     """dW[id] = sum c_e hidden[row_e] and db[id] = sum c_e over the entries e with this id, each rounded once.
 
     Entries are sorted by id, a range of ids that fits the budget at a time.
@@ -364,7 +246,7 @@ def _scatter(rows: _Rows, ids: Tensor, row: Tensor, c: Tensor, d_weight: Tensor,
     edges = F.pad(counts[present].cumsum(0), (1, 0))
     hidden = rows.hidden
     size = edges * ENTRY + torch.arange(len(edges)) * 2 * 8 * hidden.shape[1]
-    for a, b in _packs(size, budget()):
+    for a, b in packs(size, budget()):
         mine = torch.arange(len(ids), device=ids.device)
         if b - a < len(present):
             mine = ((ids >= present[a]) & (ids <= present[b - 1])).nonzero()[:, 0]
@@ -373,14 +255,14 @@ def _scatter(rows: _Rows, ids: Tensor, row: Tensor, c: Tensor, d_weight: Tensor,
         source = source if rows.index is None else rows.index[source]
         inner, which = ((x).to(ids.device) for x in (edges[a : b + 1] - edges[a], present[a:b]))
         if len(d_weight):
-            d_weight.index_copy_(0, which, _weighted_rows(hidden, source, inner, weights).to(d_weight.dtype))
+            d_weight.index_copy_(0, which, weighted_rows(hidden, source, inner, weights).to(d_weight.dtype))
         if len(d_bias):
             d_bias.index_copy_(0, which, _segment_sum(weights, inner).to(d_bias.dtype))
 
 
 def _backward_fake(
     hidden: Tensor, weight: Tensor, bias: Maybe, token_ids: Tensor, mask: Maybe, per_row: Maybe, kept: Tensor,
-    offsets: Tensor, stats: Tensor, dots: Tensor, d_logp: Maybe, d_entropy: Maybe, scale: float,
+    offsets: Tensor, stats: Tensor, products: Tensor, d_logp: Maybe, d_entropy: Maybe, scale: float,
     temperature: float, softcap: float, want_hidden: bool, want_weight: bool, want_bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     return (
@@ -425,7 +307,7 @@ _op = register(
 )
 _op_backward = register(
     "support_token_logprobs_backward",
-    f"({_INPUT}, Tensor stats, Tensor dots, Tensor? d_logp, Tensor? d_entropy, {_OPTIONS}, bool want_hidden, "
+    f"({_INPUT}, Tensor stats, Tensor products, Tensor? d_logp, Tensor? d_entropy, {_OPTIONS}, bool want_hidden, "
     "bool want_weight, bool want_bias) -> (Tensor, Tensor, Tensor)",
     cpu=_backward,
     triton=_backward,
