@@ -23,7 +23,8 @@ Maybe = torch.Tensor | None
 
 DOT = REDUCTIONS.index("dot")
 # Bytes of a block of gathered rows. CPU: few enough to stay in a core's share of the cache between the gather and
-# the sum, yet over a hundred at D 1024 in float32, so that the calls of a block are a few percent. GPU: enough to fill it.
+# the sum, yet over a hundred rows at D 1024 in float32, so that the calls of a block are a few percent of it. GPU:
+# enough rows to fill it.
 BLOCK = {"cpu": 1 << 20, "cuda": 32 << 20}
 # Bytes an entry takes at once in the arithmetic between two gathers: eleven numbers of 8 bytes.
 ENTRY = 88
