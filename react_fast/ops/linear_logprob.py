@@ -7,11 +7,13 @@ import torch
 from .. import reference
 from . import _check
 from ._linear_logprob_op import Eager, compiled
+from ._support_logprob import check_support, support_token_logprobs
 from ._tiles import Options
 from .backend import accumulation_dtype, use_reference
 from .logprob import HIGH, LOW, check_temperature
 
 Maybe = torch.Tensor | None
+Support = tuple[torch.Tensor, torch.Tensor]
 
 
 @overload
@@ -29,6 +31,7 @@ def linear_token_logprobs(
     tp_group: Any = ...,
     batch_invariant: bool = ...,
     main_grad: Maybe = ...,
+    support: Support | None = ...,
 ) -> torch.Tensor: ...
 
 
@@ -47,6 +50,7 @@ def linear_token_logprobs(
     tp_group: Any = ...,
     batch_invariant: bool = ...,
     main_grad: Maybe = ...,
+    support: Support | None = ...,
 ) -> tuple[torch.Tensor, torch.Tensor]: ...
 
 
@@ -64,6 +68,7 @@ def linear_token_logprobs(
     tp_group: Any = None,
     batch_invariant: bool = False,
     main_grad: Maybe = None,
+    support: Support | None = None,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """`token_logprobs` of logits = logit_scale * (hidden @ weight.T + bias), a tile of logits at a time.
 
@@ -92,26 +97,42 @@ def linear_token_logprobs(
             GEMM library chooses by size. The weight's gradient is a sum over the batch either way.
         main_grad: [V, D] float32 (or the weight's dtype); the weight's gradient is added to it in the backward
             instead of being returned: Megatron's weight.main_grad, or weight.grad itself.
+        support: (kept_ids [M], offsets [N + 1]) int32 or int64, the tokens that a truncated sampler (top-p, top-k,
+            min-p) left in, N = token_ids.numel(), offsets rising from 0 to M: row i in flattened order kept
+            kept_ids[offsets[i] : offsets[i + 1]]. The sum, H and the gradient run over these and the row's token,
+            each once however often it stands there. That is what the importance ratio against such a sampler
+            needs: it drew from the kept tokens alone, so ratios of the whole vocabulary's softmax are too small by
+            the factor of the kept mass, another one in every row. Costs M D multiply-adds and no GEMM; batch-
+            invariant anyway; waits for a GPU. Not with `tp_group` or `main_grad`.
     Returns: logp [...], or (logp, H), float32 (float64 for float64), differentiable once in hidden, weight, bias.
         Matmuls run in the dtype of `hidden`, everything else in float32 or better; on a GPU the logits of half
         precision are the GEMM's float32 sums, on a CPU the GEMM library rounds them.
-    Raises: TypeError, ValueError and IndexError as `token_logprobs`.
+    Raises: TypeError, ValueError and IndexError as `token_logprobs`, IndexError also for a kept id outside [0, V)
+        in a row that counts.
     Source: expected embeddings: the score function's gradient, Williams 1992; online rescaling: Milakov &
         Gimelshein 2018 (arXiv:1805.02867); logits in tiles: Wijmans et al. 2024 (arXiv:2411.09009); sums straight
-        into main_grad: Shoeybi et al. 2019 (Megatron-LM, arXiv:1909.08053).
+        into main_grad: Shoeybi et al. 2019 (Megatron-LM, arXiv:1909.08053); truncated sampling: Holtzman et al.
+        2020 (arXiv:1904.09751).
     """
     given = checked(hidden, weight, token_ids, bias, logit_scale, softcap, temperature, mask, batch_invariant)
     if main_grad is not None:
         check_main_grad(main_grad, given.weight)
+    if support is not None:
+        support = check_support(support, token_ids, tp_group)
+        _only_eager("with a support", None, main_grad)
     if use_reference():
         _only_eager("on the reference backend", tp_group, main_grad)
         return reference.linear_token_logprobs(
             given.hidden, given.weight, token_ids, bias=given.bias, logit_scale=given.options.scale,
             softcap=softcap, temperature=temperature, mask=mask, return_entropy=return_entropy,
+            support=support,
         )  # fmt: skip
     tensors = (given.hidden, given.weight, given.bias, token_ids, given.mask, given.per_row)
     recording = torch.is_grad_enabled()
-    if is_eager(given.hidden):
+    if support is not None:
+        scale, shared, cap, _ = given.options
+        logp, entropy = support_token_logprobs(*tensors, support, scale, shared, cap, bool(return_entropy))
+    elif is_eager(given.hidden):
         logp, entropy = Eager.apply(
             *tensors, given.options, bool(return_entropy), tp_group, main_grad, recording
         )

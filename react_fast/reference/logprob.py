@@ -45,6 +45,7 @@ def linear_token_logprobs(
     temperature: float | torch.Tensor = 1.0,
     mask: torch.Tensor | None = None,
     return_entropy: bool = False,
+    support: tuple[torch.Tensor, torch.Tensor] | None = None,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     wide = torch.float64 if hidden.dtype == torch.float64 else torch.float32
     rows = []
@@ -52,10 +53,39 @@ def linear_token_logprobs(
         x = weight.to(wide) @ h.to(wide)
         rows.append(logit_scale * (x if bias is None else x + bias.to(wide)))
     logits = torch.stack(rows) if rows else hidden.new_empty((0, len(weight)), dtype=wide)
+    if support is not None:
+        outside = ~_on_support(token_ids, mask, len(weight), *support)
+        logits = logits.masked_fill(outside, float("-inf"))
     return token_logprobs(
         logits.view(*hidden.shape[:-1], len(weight)), token_ids, temperature=temperature, softcap=softcap,
         mask=mask, return_entropy=return_entropy,
     )  # fmt: skip
+
+
+def _on_support(
+    token_ids: torch.Tensor,
+    mask: torch.Tensor | None,
+    vocab: int,
+    kept_ids: torch.Tensor,
+    offsets: torch.Tensor,
+) -> torch.Tensor:
+    """[N, V] bool: the kept ids of every row that counts, and its token."""
+    ids, kept, edges = token_ids.reshape(-1).tolist(), kept_ids.tolist(), offsets.tolist()
+    if edges[0] != 0 or edges[-1] != len(kept) or edges != sorted(edges):
+        raise ValueError(f"support[1] (offsets) must rise from 0 to {len(kept)} like kept_ids, got {edges}")
+    counts = [True] * len(ids) if mask is None else mask.reshape(-1).tolist()
+    inside = torch.zeros(len(ids), vocab, dtype=torch.bool, device=token_ids.device)
+    for i, y in enumerate(ids):
+        if not counts[i] or not 0 <= y < vocab:
+            continue  # token_logprobs refuses such a y
+        inside[i, y] = True
+        for j in kept[edges[i] : edges[i + 1]]:
+            if not 0 <= j < vocab:
+                raise IndexError(
+                    f"support[0] (kept_ids) must be in [0, {vocab}) where mask is true, got {j} in row {i}"
+                )
+            inside[i, j] = True
+    return inside
 
 
 def _row(
