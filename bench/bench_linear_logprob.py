@@ -1,9 +1,9 @@
-"""Log-probs and policy losses from hidden states; the limit is the bare GEMM of the logits, so a ratio counts GEMMs."""
+"""Log-probs and policy losses from hidden states; the limit is the logits' bare GEMM, so a ratio counts GEMMs."""
 
 import json
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -28,12 +28,12 @@ ROUNDS = 5
 
 
 @pytest.fixture(scope="module", params=SIZES, ids=lambda size: f"{size[0]}-{name_of(size[1])}")
-def problem(request: pytest.FixtureRequest) -> Iterator[tuple[Inputs, oracle.Truth]]:
+def problem(request: pytest.FixtureRequest) -> tuple[Inputs, oracle.Truth]:
     """One head's inputs and their float64 results, for all cases in turn."""
     torch.manual_seed(0)
     head, dtype = request.param
     inputs = Inputs(sized(head), dtype)
-    yield inputs, oracle.truth(inputs)
+    return inputs, oracle.truth(inputs)
 
 
 def title(what: str, inputs: Inputs, detail: str) -> str:
@@ -68,6 +68,7 @@ def test_linear(benchmark, problem, mode):
         {**contestants, LIMIT: gemm(inputs)},
         case=title("linear_token_logprobs", inputs, mode),
         limit=f"one GEMM ({gemms} needed)",
+        unit="GEMM",
         rounds=ROUNDS,
         check=oracle.linear_check(truth, len(leaves)),
         absent=absent,
@@ -126,6 +127,7 @@ def test_policy_loss(benchmark, problem):
         {**{name: step(op) for name, op in ops.items()}, LIMIT: gemm(inputs)},
         case=title("linear_policy_loss", inputs, "all gradients"),
         limit=f"one GEMM ({POLICY_GEMMS} needed)",
+        unit="GEMM",
         rounds=ROUNDS,
         check=_policy_check(inputs, truth, old),
         absent=absent,

@@ -5,16 +5,14 @@ from collections.abc import Callable
 import pytest
 import torch
 
-import react_fast as rf
-
 from . import oracle, peers
-from .common import DEVICE, LIMIT, QUICK, Check, Contestant, built, name_of, on_reference, race, stream
+from .common import DEVICE, LIMIT, OURS, QUICK, Check, Contestant, built, name_of, on_reference, race, stream
 
 SMALL = (64, 512)
 # Small; 32k and 128k vocabularies with the rows of one micro-batch.
 SHAPES = [SMALL] if QUICK else [SMALL, (4096, 32000), (1024, 128256)]
 DTYPES = [torch.float32, torch.bfloat16]
-ENTROPY = {"": False, ", entropy": True}
+ENTROPY = {"": False, " and entropy": True}
 
 
 def _inputs(shape: tuple[int, int], dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
@@ -25,8 +23,8 @@ def _inputs(shape: tuple[int, int], dtype: torch.dtype) -> tuple[torch.Tensor, t
 def _check(logits: torch.Tensor, ids: torch.Tensor, upstream: torch.Tensor, entropy: bool) -> Check:
     """The first rows against float64.
 
-    A contestant rounds its result, or log_softmax as a whole, to the dtype: u |logp|, and from that follow p, H and
-    the gradient; float32 sums of exponentials add oracle.BLOCK roundings. The entropy sums V such terms.
+    A contestant rounds its result, or log_softmax as a whole, to the dtype: u |logp|, and from that follow p, H
+    and the gradient; float32 sums of exponentials add oracle.BLOCK roundings. The entropy sums V such terms.
     """
     rows = slice(0, oracle.ROWS)
     x = logits[rows].detach().double().requires_grad_()
@@ -78,7 +76,7 @@ def test_forward(benchmark, shape, dtype, entropy):
     race(
         benchmark,
         {**contestants, LIMIT: stream([logits])},
-        case=_title(shape, dtype, f" forward{entropy}"),
+        case=_title(shape, dtype, entropy),
         limit="stream read of the logits",
         bytes_moved=logits.numel() * logits.element_size(),
         check=_check(logits, ids, torch.ones(len(ids), device=DEVICE), ENTROPY[entropy]),
@@ -107,7 +105,7 @@ def test_forward_and_backward(benchmark, shape, dtype, entropy):
     race(
         benchmark,
         {**contestants, LIMIT: stream([plain, plain], [torch.empty_like(plain)], logits.numel())},
-        case=_title(shape, dtype, f" forward + backward{entropy}"),
+        case=_title(shape, dtype, f" forward+backward{entropy}"),
         limit="stream: two reads and a write of the logits",
         bytes_moved=3 * logits.numel() * logits.element_size(),
         check=_check(logits, ids, upstream, ENTROPY[entropy]),
@@ -121,10 +119,10 @@ def test_backward_alone(benchmark):
     logits, ids = _inputs(shape, torch.float32)
     logits.requires_grad_()
     upstream = torch.randn(shape[0], device=DEVICE)
-    ops = {"react_fast": rf.token_logprobs, "torch": lambda x, y: peers.eager_from_logits(x, y, False)[0]}
+    ops = {OURS: peers.ours_from_logits, "torch": peers.eager_from_logits}
 
-    def step(op: Callable[..., torch.Tensor]) -> Contestant:
-        logp = op(logits, ids)
+    def step(op: peers.LogitsOp) -> Contestant:
+        (logp,) = op(logits, ids, False)
         return lambda: torch.autograd.grad(logp, logits, upstream, retain_graph=True)
 
     plain = logits.detach()

@@ -35,7 +35,7 @@ FEWEST, SLOW, CRAWLING = 3, 3.0, 20.0
 SAMPLE_SECONDS = 2e-3
 
 
-class Absent(Exception):
+class AbsentError(Exception):
     """A contestant that cannot run here; the message is the reason."""
 
 
@@ -97,14 +97,14 @@ def _selected(contestants: Mapping[str, Contestant]) -> tuple[dict[str, Contesta
 def _enter(
     contestants: Mapping[str, Contestant], check: Check | None, absent: dict[str, str]
 ) -> dict[str, _Lane]:
-    """A lane for everyone whose first call works; a peer's failure is its reason to be absent, ours is an error."""
+    """A lane for everyone whose first call works; a peer's failure is why it is absent, ours is an error."""
     lanes = {}
     for name, run in contestants.items():
         try:
             lanes[name] = _Lane(name, run, check)
         except AssertionError:
             raise
-        except Absent as reason:
+        except AbsentError as reason:
             absent[name] = str(reason)
         except Exception as error:
             if name in (OURS, LIMIT):
@@ -123,6 +123,7 @@ def race(
     rounds: int = ROUNDS,
     check: Check | None = None,
     absent: Mapping[str, str] | None = None,
+    unit: str | None = None,
 ) -> dict[str, float]:
     """Run the contestants in turn and record medians.
 
@@ -135,6 +136,7 @@ def race(
         rounds: rounds to run.
         check: called once with the name and the first result of every contestant but the limit.
         absent: contestants that are not here -> the reason, for the table.
+        unit: what the limit is one of, "GEMM", where everyone's time is worth counting in it.
     Returns: median seconds of each contestant.
     """
     taken, missing = _selected(contestants)
@@ -157,6 +159,7 @@ def race(
     benchmark.extra_info.update(
         case=case,
         limit=limit,
+        unit=unit,
         bytes_moved=bytes_moved,
         median_seconds=medians,
         samples={name: len(lane.samples) for name, lane in lanes.items()},
@@ -229,7 +232,7 @@ def built(
             continue
         try:
             made[name] = build(*arguments)
-        except Absent as reason:
+        except AbsentError as reason:
             absent[name] = str(reason)
         except ImportError as error:
             absent[name] = f"not installed or not importable here ({' '.join(str(error).split())[:100]})"

@@ -1,7 +1,8 @@
 """Output layers of real models, inputs of their sizes, and the limit: the bare GEMM that makes their logits."""
 
+import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
@@ -37,18 +38,22 @@ HEADS = [
     Head("Gemma-2-2B", 2304, 256000, softcap=30.0),
 ]
 CUDA_ROWS = 8192
-QUICK_HEAD = Head("quick", 16, 300, rows=24)
+QUICK_DIM, QUICK_VOCAB, QUICK_ROWS = 16, 300, 24
 
 
 def sized(head: Head) -> Head:
-    """The head with the rows of this device, or a tiny one in a smoke test."""
+    """The head with the rows of this device, or REACT_FAST_BENCH_ROWS of them, or a tiny one in a smoke test."""
     if QUICK:
-        return Head(head.name, QUICK_HEAD.dim, QUICK_HEAD.vocab, head.softcap, QUICK_HEAD.rows)
-    return head if DEVICE == "cpu" else Head(head.name, head.dim, head.vocab, head.softcap, CUDA_ROWS)
+        return replace(head, dim=QUICK_DIM, vocab=QUICK_VOCAB, rows=QUICK_ROWS)
+    return replace(head, rows=int(os.environ.get("REACT_FAST_BENCH_ROWS", 0)) or _rows(head))
+
+
+def _rows(head: Head) -> int:
+    return head.rows if DEVICE == "cpu" else CUDA_ROWS
 
 
 class Inputs:
-    """hidden [N, D], weight [V, D], ids [N], a per-token upstream gradient [N], and a GRPO batch [B, T], B T = N."""
+    """hidden [N, D], weight [V, D], ids [N], an upstream gradient for every token [N]; a GRPO batch [B, T], B T = N."""
 
     def __init__(self, head: Head, dtype: torch.dtype, rows: int | None = None) -> None:
         self.head, self.dtype = head, dtype
@@ -91,6 +96,8 @@ def gemm(inputs: Inputs) -> Callable[[], None]:
     return run
 
 
-def gradients(output: torch.Tensor, leaves: Sequence[torch.Tensor], upstream: torch.Tensor | None = None) -> tuple:
+def gradients(
+    output: torch.Tensor, leaves: Sequence[torch.Tensor], upstream: torch.Tensor | None = None
+) -> tuple:
     """What the backward gives for the leaves; nothing is accumulated anywhere."""
     return torch.autograd.grad(output, leaves, None if upstream is None else upstream.to(output.dtype))

@@ -1,10 +1,10 @@
 """Peak memory of one forward and backward: `python -m bench.memory CONTESTANT CASE` in a process of its own.
 
-Prints {"bytes": ...} or {"absent": reason}. On CPU it is the largest resident set during the call, less the resident
-set before it (inputs, libraries, and a small call of the same contestant that starts threads and loads code), less
-the bytes of the gradients that the call returns, in their leaves' dtype. On CUDA max_memory_allocated takes the place
-of the resident set. Nothing is accumulated into an existing .grad. torch.compile compiles for the full size inside
-the call, and what compiling takes counts.
+Prints {"bytes": ...} or {"absent": reason}. On CPU it is the largest resident set during the call, less the
+resident set before it (inputs, libraries, and a small call of the same contestant that starts threads and loads
+code), less the bytes of the gradients that the call returns, in their leaves' dtype. On CUDA max_memory_allocated
+takes the place of the resident set. Nothing is accumulated into an existing .grad. torch.compile compiles for the
+full size inside the call, and what compiling takes counts.
 """
 
 import ctypes
@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-from .common import DEVICE, OURS, QUICK, Absent, wait
+from .common import DEVICE, OURS, QUICK, AbsentError, wait
 from .heads import QWEN, Head, Inputs, gradients, sized
 from .peers import LINEAR, WHOLE_LOGITS, LinearOp
 
@@ -37,13 +37,13 @@ def _title(dtype: str, head: str) -> str:
     return f"memory of linear_token_logprobs, {QWEN.name} {size}, {dtype}, {head} head"
 
 
-# Everyone in bfloat16; float32 and the frozen head, which cost the others minutes and nobody memory, for ours alone.
+# Everyone in bfloat16; float32 and the frozen head, which would take the others minutes more, for ours alone.
 CASES = {
     "trained-bfloat16": Case(_title("bfloat16", "trained"), torch.bfloat16, False, tuple(LINEAR)),
     "frozen-bfloat16": Case(_title("bfloat16", "frozen"), torch.bfloat16, True, (OURS,)),
     "trained-float32": Case(_title("float32", "trained"), torch.float32, False, (OURS,)),
 }
-# Of whole logits at once: in their dtype, their float32 copy, log_softmax and its gradient, and as much again free.
+# float32 copies of whole logits alive at once (logits, log_softmax, two gradients), and what has to stay free.
 COPIES, SPARE = 4, 2 << 30
 
 
@@ -84,7 +84,7 @@ def _refuse_if_too_large(name: str, head: Head, rows: int) -> None:
         available = int(found[0].split()[1]) << 10 if found else 0
     needed = COPIES * 4 * rows * head.vocab + SPARE
     if name in WHOLE_LOGITS and available and available < needed:
-        raise Absent(f"may need {needed / 2**30:.0f} GiB, {available / 2**30:.0f} GiB are free")
+        raise AbsentError(f"may need {needed / 2**30:.0f} GiB, {available / 2**30:.0f} GiB are free")
 
 
 def _once(op: LinearOp, inputs: Inputs, case: Case) -> int:
@@ -122,7 +122,7 @@ def main() -> None:
     torch.manual_seed(0)
     try:
         print(json.dumps({"bytes": measure(name, CASES[case])}))
-    except (Absent, ImportError) as reason:
+    except (AbsentError, ImportError) as reason:
         print(json.dumps({"absent": " ".join(str(reason).split())}))
 
 

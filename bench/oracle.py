@@ -38,7 +38,9 @@ def roundoff(dtype: torch.dtype) -> float:
     return torch.finfo(dtype).eps / 2
 
 
-def _tile(inputs: Inputs, hidden: torch.Tensor, begin: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def _tile(
+    inputs: Inputs, hidden: torch.Tensor, begin: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """(weight, logits, d logits / d product) of a tile, float64."""
     weight = inputs.weight.detach()[begin : begin + TILE].double()
     x = hidden @ weight.T
@@ -90,7 +92,7 @@ def _hidden_gradient(
 def _weight_gradient(
     inputs: Inputs, hidden: torch.Tensor, log_sum: torch.Tensor, g: torch.Tensor, columns: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """sum_i g_i ([y_i = v] - p_iv) s_iv h_i of the vocabulary entries `columns`, and the same with every term positive."""
+    """sum_i g_i ([y_i = v] - p_iv) s_iv h_i of the entries `columns`, and the same with every term positive."""
     x = hidden @ inputs.weight.detach()[columns].double().T
     cap = inputs.head.softcap
     z = x if cap is None else cap * torch.tanh(x / cap)
@@ -101,7 +103,9 @@ def _weight_gradient(
     return d.T @ hidden, ((own + p) * g.abs()[:, None]).T @ hidden.abs()
 
 
-def _bounds(inputs: Inputs, largest: float, logp: torch.Tensor, mass: torch.Tensor) -> tuple[torch.Tensor, ...]:
+def _bounds(
+    inputs: Inputs, largest: float, logp: torch.Tensor, mass: torch.Tensor
+) -> tuple[torch.Tensor, ...]:
     """Worst-case rounding of float32 arithmetic around matrices of the inputs' dtype, u its unit roundoff.
 
     logit: rounded to the dtype once after the GEMM and once after a softcap, 2 u |z|; its float32 sum of D
@@ -109,8 +113,8 @@ def _bounds(inputs: Inputs, largest: float, logp: torch.Tensor, mass: torch.Tens
     logp: the target's logit and the log-sum-exp each move by at most that much; then one rounding of the result
         in the dtype, u |logp|, and the float32 sum of exponentials.
     gradients: p is off by the factor exp(error of logp), the tile's gradient is rounded to the dtype, and partial
-        sums (up to 32 blocks of rows or columns) may be kept in it; terms of absolute sum at most 2 |g| max|W_j| in a
-        row of d hidden, `mass` in one of d weight.
+        sums (up to 32 blocks of rows or columns) may be kept in it; terms of absolute sum at most 2 |g| max|W_j|
+        in a row of d hidden, `mass` in one of d weight.
     """
     u, dim = roundoff(inputs.dtype), inputs.head.dim
     long_h = float(inputs.hidden.detach().norm(dim=1, dtype=torch.float32).max())
@@ -130,7 +134,9 @@ def close(what: str, name: str, got: torch.Tensor, want: torch.Tensor, bound: to
     off = (got.detach().double() - want).abs()
     if not bool((off <= bound).all()):
         worst = float((off / bound).nan_to_num(torch.inf).max())
-        raise AssertionError(f"{name} computes another {what}: {worst:.3g} times the bound of rounding errors")
+        raise AssertionError(
+            f"{name} computes another {what}: {worst:.3g} times the bound of rounding errors"
+        )
 
 
 def linear_check(t: Truth, leaves: int) -> Callable[[str, object], None]:

@@ -1,9 +1,9 @@
 """The contestants of the log-prob benchmarks, each called as its own documentation or trainer calls it.
 
-A builder returns a callable, or raises Absent (it cannot compute this case here) or ImportError (not installed).
+A builder returns a callable, or raises AbsentError (it cannot compute this case here) or ImportError (not installed).
     LOGITS   builder() -> op(logits [N, V], ids [N], entropy: bool) -> (logp,) or (logp, H)
     LINEAR   builder(head) -> op(hidden [N, D], weight [V, D], ids [N]) -> logp [N]
-    POLICY   builder(inputs, old [B, T]) -> op() -> scalar loss: PPO clip at 0.8 and 1.2, mean over the counting tokens
+    POLICY   builder(inputs, old [B, T]) -> op() -> scalar loss: PPO clip at 0.8 and 1.2, mean over counting tokens
 """
 
 from collections.abc import Callable
@@ -11,11 +11,12 @@ from functools import cache
 from typing import Any
 
 import torch
+import torch._dynamo
 import torch.nn.functional as F
 
 import react_fast as rf
 
-from .common import DEVICE, OURS, Absent
+from .common import DEVICE, OURS, AbsentError
 from .heads import Head, Inputs
 
 Tensor = torch.Tensor
@@ -24,16 +25,19 @@ LinearOp = Callable[[Tensor, Tensor, Tensor], Tensor]
 PolicyOp = Callable[[], Tensor]
 
 CLIP = 0.2
+# Head, dtype and gradients make more variants of one function than the default of 8, behind which torch.compile
+# silently runs it uncompiled.
+torch._dynamo.config.recompile_limit = 64
 
 
 def need_cuda(library: str) -> None:
     if DEVICE != "cuda":
-        raise Absent(f"{library} runs on CUDA only")
+        raise AbsentError(f"{library} runs on CUDA only")
 
 
 def need_no_softcap(head: Head, library: str) -> None:
     if head.softcap is not None:
-        raise Absent(f"{library} has no softcap")
+        raise AbsentError(f"{library} has no softcap")
 
 
 # From logits.
@@ -105,7 +109,7 @@ def trl_linear(head: Head) -> LinearOp:
 
 
 def liger_linear(head: Head) -> LinearOp:
-    """Per-token NLL for RL; on CPU it is 512-token chunks in torch, which Liger took from verl's FusedLinearForPPO."""
+    """Per-token NLL for RL; on CPU 512-token chunks in torch, which Liger took from verl's FusedLinearForPPO."""
     need_no_softcap(head, "Liger's scaled cross-entropy")
     from liger_kernel.ops import LigerFusedLinearScaledCrossEntropyFunction
 
@@ -163,7 +167,7 @@ def torch_chunked(head: Head) -> LinearOp:
     """PyTorch's chunked path."""
     need_no_softcap(head, "F.linear_cross_entropy")
     if not hasattr(torch.nn, "LinearCrossEntropyOptions"):
-        raise Absent(f"torch {torch.__version__} has no F.linear_cross_entropy; 2.13 has")
+        raise AbsentError(f"torch {torch.__version__} has no F.linear_cross_entropy; 2.13 has")
 
     def op(hidden: Tensor, weight: Tensor, ids: Tensor) -> Tensor:
         options = torch.nn.LinearCrossEntropyOptions()
@@ -177,7 +181,9 @@ def verl_linear(head: Head) -> LinearOp:
     try:
         from verl.utils.experimental.torch_functional import FusedLinearForPPO
     except ImportError:
-        raise Absent("verl is not installed: it brings ray, wandb and hydra; Liger's CPU path is the same code") from None
+        raise AbsentError(
+            "verl is not installed: it brings ray, wandb and hydra; Liger's CPU path is the same code"
+        ) from None
     module = FusedLinearForPPO()
     return lambda hidden, weight, ids: module(hidden, weight, ids)[0]
 
@@ -197,7 +203,9 @@ LINEAR: dict[str, Callable[[Head], LinearOp]] = {
     "verl": verl_linear,
 }
 # Hold logits [N, V] as a whole, several times over.
-WHOLE_LOGITS = {"torch", "torch.compile", "CCE", "QuACK"} if DEVICE == "cpu" else {"torch", "torch.compile", "QuACK"}
+WHOLE_LOGITS = (
+    {"torch", "torch.compile", "CCE", "QuACK"} if DEVICE == "cpu" else {"torch", "torch.compile", "QuACK"}
+)
 
 
 # With the policy loss behind it.
@@ -213,7 +221,7 @@ def clipped_mean(logp: Tensor, old: Tensor, advantages: Tensor, mask: Tensor) ->
 
 def ours_policy(inputs: Inputs, old: Tensor) -> PolicyOp:
     if not hasattr(rf, "linear_policy_loss"):
-        raise Absent("react_fast has no linear_policy_loss yet")
+        raise AbsentError("react_fast has no linear_policy_loss yet")
     shape = (*inputs.grid, inputs.head.dim)
 
     def op() -> Tensor:
