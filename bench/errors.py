@@ -53,7 +53,7 @@ HIDDEN = {
 
 
 def ulps(got: torch.Tensor, want: torch.Tensor) -> tuple[float, float]:
-    """(largest, mean) error in float32 ulps of the truth; equal infinities are no error, a NaN is an infinite one."""
+    """(largest, mean) error in float32 ulps of the truth; equal infinities are no error, a NaN is infinite."""
     near = want.float().abs()
     step = torch.nextafter(near, near.new_tensor(torch.inf)).double() - near.double()
     off = (got.detach().double() - want).abs() / step
@@ -132,17 +132,17 @@ def document() -> str:
         logits, hidden = _table(*from_logits()), _table(*from_hidden())
     return (
         "# Errors against float64\n\n"
-        f"Command: `python -m bench.errors`; torch {torch.__version__}, python {platform.python_version()}. Largest "
-        "/ mean error of a log-prob and of an entropy, in ulps of the float32 nearest to the truth, which is the "
-        "float64 result of the same rounded input. `inf`: NaN, or infinite where the truth is not. TRL and torch "
+        f"Command: `python -m bench.errors`; torch {torch.__version__}, python {platform.python_version()}. "
+        "Largest / mean error of a log-prob and of an entropy, in ulps of the float32 nearest to the truth, which "
+        "is the float64 result of the same rounded input. `inf`: NaN, or infinite where the truth is not. TRL and torch "
         "return the dtype they get, so that a bfloat16 result alone is good to 32768 ulps at best; react_fast "
         "returns float32.\n\n"
         f"## From logits [{ROWS}, {VOCAB}]\n\n"
         "Every other row asks for its largest logit, where log p is near 0.\n\n"
         f"{logits}\n\n"
         f"## From hidden states [{ROWS}, {DIM}] and a head [{VOCAB}, {DIM}]\n\n"
-        "The GEMM is part of the error: in float32 its sums of products, in bfloat16 the rounding of the logits to "
-        f"bfloat16, the same for all.\n\n{hidden}\n"
+        "The GEMM is part of the error: in float32 its sums of products, in bfloat16 the rounding of the logits "
+        f"to bfloat16, the same for all.\n\n{hidden}\n"
     )
 
 

@@ -53,7 +53,7 @@ def _rows(head: Head) -> int:
 
 
 class Inputs:
-    """hidden [N, D], weight [V, D], ids [N], an upstream gradient for every token [N]; a GRPO batch [B, T], B T = N."""
+    """hidden [N, D], weight [V, D], ids and upstream gradients [N]; the tokens as a GRPO batch [B, T], B T = N."""
 
     def __init__(self, head: Head, dtype: torch.dtype, rows: int | None = None) -> None:
         self.head, self.dtype = head, dtype

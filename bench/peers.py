@@ -1,6 +1,6 @@
 """The contestants of the log-prob benchmarks, each called as its own documentation or trainer calls it.
 
-A builder returns a callable, or raises AbsentError (it cannot compute this case here) or ImportError (not installed).
+A builder returns a callable, or raises AbsentError (cannot compute this case here) or ImportError (not installed).
     LOGITS   builder() -> op(logits [N, V], ids [N], entropy: bool) -> (logp,) or (logp, H)
     LINEAR   builder(head) -> op(hidden [N, D], weight [V, D], ids [N]) -> logp [N]
     POLICY   builder(inputs, old [B, T]) -> op() -> scalar loss: PPO clip at 0.8 and 1.2, mean over counting tokens

@@ -63,7 +63,7 @@ def run_benchmarks(only: Sequence[str]) -> Path:
 
 
 def distilled(raw: dict[str, Any]) -> dict[str, Any]:
-    """What is worth keeping of pytest-benchmark's JSON, {"runs": {key: where}, "cases": [...]}; no path, no host."""
+    """The part of pytest-benchmark's JSON worth keeping: {"runs": {key: where}, "cases": [...]}; no path or host."""
     import torch
 
     cpu = raw["machine_info"].get("cpu", {})
@@ -201,8 +201,8 @@ def document(results: dict[str, Any], title: str) -> str:
         "\n".join(_run_line(run, counts[key]) for key, run in results["runs"].items()),
         f"Instruction set {isas}{', ' + accelerators if accelerators else ''}. Command: `python -m bench.report "
         "--run`. Medians of contestants that take turns in one process; `x / ours` says how many times longer x "
-        "takes. The limit is the same memory traffic without arithmetic, or the bare GEMM, measured in the same run "
-        "with the same threads. In the log-prob cases a contestant is timed after its result was held against "
+        "takes. The limit is the same memory traffic without arithmetic, or the bare GEMM, measured in the same "
+        "run with the same threads. In the log-prob cases a contestant is timed after its result was held against "
         "float64.",
     ]
     for group in dict.fromkeys(case["group"] for case in cases):
