@@ -11,7 +11,7 @@ import torch
 
 from . import oracle, peers
 from .common import DEVICE, LIMIT, OURS, Check, Contestant, built, name_of, race, surroundings
-from .heads import HEADS, QWEN, Inputs, gemm, gradients, sized
+from .heads import HEADS, QWEN, Head, Inputs, gemm, gradients, sized
 from .memory import CASES as MEMORY_CASES
 
 BF16, FP32 = torch.bfloat16, torch.float32
@@ -27,7 +27,11 @@ POLICY_GEMMS = 3
 ROUNDS = 5
 
 
-@pytest.fixture(scope="module", params=SIZES, ids=lambda size: f"{size[0]}-{name_of(size[1])}")
+def _id(size: tuple[Head, torch.dtype]) -> str:
+    return f"{size[0]}-{name_of(size[1])}"
+
+
+@pytest.fixture(scope="module", params=SIZES, ids=_id)
 def problem(request: pytest.FixtureRequest) -> tuple[Inputs, oracle.Truth]:
     """One head's inputs and their float64 results, for all cases in turn."""
     torch.manual_seed(0)
@@ -106,8 +110,9 @@ def _policy_check(inputs: Inputs, truth: oracle.Truth, old: torch.Tensor) -> Che
     return check
 
 
+@pytest.mark.parametrize("problem", SIZES[:2], ids=_id, indirect=True)
 def test_policy_loss(benchmark, problem):
-    """All gradients of a PPO loss, from the hidden states."""
+    """All gradients of a PPO loss, from the hidden states; at the head that has both dtypes."""
     inputs, truth = problem
     leaves = inputs.require(True, True)
     old = (truth.logp + inputs.noise).float().view(inputs.grid)

@@ -11,6 +11,7 @@ from .common import DEVICE, LIMIT, OURS, QUICK, Check, Contestant, built, name_o
 SMALL = (64, 512)
 # Small; 32k and 128k vocabularies with the rows of one micro-batch.
 SHAPES = [SMALL] if QUICK else [SMALL, (4096, 32000), (1024, 128256)]
+ROUNDS = 15
 DTYPES = [torch.float32, torch.bfloat16]
 ENTROPY = {"": False, " and entropy": True}
 
@@ -79,6 +80,7 @@ def test_forward(benchmark, shape, dtype, entropy):
         case=_title(shape, dtype, entropy),
         limit="stream read of the logits",
         bytes_moved=logits.numel() * logits.element_size(),
+        rounds=ROUNDS,
         check=_check(logits, ids, torch.ones(len(ids), device=DEVICE), ENTROPY[entropy]),
         absent=absent,
     )
@@ -108,6 +110,7 @@ def test_forward_and_backward(benchmark, shape, dtype, entropy):
         case=_title(shape, dtype, f" forward+backward{entropy}"),
         limit="stream: two reads and a write of the logits",
         bytes_moved=3 * logits.numel() * logits.element_size(),
+        rounds=ROUNDS,
         check=_check(logits, ids, upstream, ENTROPY[entropy]),
         absent=absent,
     )

@@ -63,7 +63,7 @@ def run_benchmarks(only: Sequence[str]) -> Path:
 
 
 def distilled(raw: dict[str, Any]) -> dict[str, Any]:
-    """The part of pytest-benchmark's JSON worth keeping: {"runs": {key: where}, "cases": [...]}; no path or host."""
+    """What to keep of pytest-benchmark's JSON: {"runs": {key: where}, "cases": [...]}; no path, no host name."""
     import torch
 
     cpu = raw["machine_info"].get("cpu", {})
