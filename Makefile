@@ -15,8 +15,9 @@ demo: $(RUN)
 test: $(RUN)
 	$(BIN)/python -m pytest tests
 
-bench: $(RUN)
+bench: $(VENV)/peers-$(TORCH)
 	$(BIN)/python -m bench.report --run
+	$(BIN)/python -m bench.errors
 
 lint: $(RUN)
 	$(BIN)/ruff check .
@@ -29,6 +30,11 @@ $(RUN): pyproject.toml CMakeLists.txt $(wildcard csrc/*) $(wildcard kernels/*.py
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet "torch==$(TORCH)" numpy
 	$(BIN)/python -m pip install --quiet -e ".[train,tasks,triton,bench,dev]"
+	@touch $@
+
+# What the benchmarks compare with; torch stays pinned.
+$(VENV)/peers-$(TORCH): $(RUN)
+	$(BIN)/python -m pip install --quiet "torch==$(TORCH)" -e ".[peers]"
 	@touch $@
 
 clean:

@@ -1,1 +1,10 @@
-"""Benchmarks: `python -m bench.report` runs them and makes the table."""
+"""Benchmarks: `make bench` installs the peers, runs them all and makes the tables.
+
+`python -m bench.report --run [--only logprob advantage ...]` runs some; `python -m bench.errors` measures errors;
+`python -m bench.memory CONTESTANT CASE` the peak memory of one call. In the environment:
+    REACT_FAST_BENCH_THREADS      threads, by default all cores
+    REACT_FAST_BENCH_DEVICE       cpu or cuda; by default cuda where there is one
+    REACT_FAST_BENCH_CONTESTANTS  comma-separated names: only these, and the limit
+    REACT_FAST_BENCH_ROWS         rows of hidden states of the linear cases
+    REACT_FAST_BENCH_QUICK        1: tiny linear cases, every contestant once; the numbers mean nothing
+"""

@@ -5,108 +5,134 @@ from collections.abc import Callable
 import pytest
 import torch
 
-import react_fast as rf
+from . import oracle, peers
+from .common import DEVICE, LIMIT, OURS, QUICK, Check, Contestant, built, name_of, on_reference, race, stream
 
-from .common import on_reference, race, stream
-
+SMALL = (64, 512)
 # Small; 32k and 128k vocabularies with the rows of one micro-batch.
-SHAPES = [(64, 512), (4096, 32000), (1024, 128256)]
+SHAPES = [SMALL] if QUICK else [SMALL, (4096, 32000), (1024, 128256)]
+ROUNDS = 15
 DTYPES = [torch.float32, torch.bfloat16]
-
-
-def _torch(logits: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
-    return torch.log_softmax(logits, -1).gather(-1, ids[:, None])[:, 0]
+ENTROPY = {"": False, " and entropy": True}
 
 
 def _inputs(shape: tuple[int, int], dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-    return torch.randn(shape).to(dtype), torch.randint(shape[1], shape[:1])
+    logits = torch.empty(shape, dtype=dtype, device=DEVICE).normal_()
+    return logits, torch.randint(shape[1], shape[:1], device=DEVICE)
 
 
+def _check(logits: torch.Tensor, ids: torch.Tensor, upstream: torch.Tensor, entropy: bool) -> Check:
+    """The first rows against float64.
+
+    A contestant rounds its result, or log_softmax as a whole, to the dtype: u |logp|, and from that follow p, H
+    and the gradient; float32 sums of exponentials add oracle.BLOCK roundings. The entropy sums V such terms.
+    """
+    rows = slice(0, oracle.ROWS)
+    x = logits[rows].detach().double().requires_grad_()
+    log_p = torch.log_softmax(x, -1)
+    logp = log_p.gather(-1, ids[rows, None])[:, 0]
+    h = -(log_p.exp() * log_p).sum(-1)
+    value = (logp + h) if entropy else logp
+    (d_logits,) = torch.autograd.grad(value, x, upstream[rows].double())
+    u = max(oracle.roundoff(logits.dtype), oracle.SINGLE)
+    # Everything that is rounded is at most the largest |log p| in size.
+    relative = torch.expm1(2 * u * log_p.detach().abs().amax(-1) + oracle.BLOCK * oracle.SINGLE)
+    bound = relative * (1 + logp.detach().abs())
+    heaviest = log_p.detach().abs().amax(-1) if entropy else torch.ones_like(logp)
+    off = (4 * (relative + u) * heaviest * upstream[rows].double().abs())[:, None]
+
+    def check(name: str, result: object) -> None:
+        assert isinstance(result, tuple)
+        oracle.close("log-prob", name, result[0][rows], logp.detach(), bound)
+        if entropy:
+            oracle.close("entropy", name, result[1][rows], h.detach(), 2 * relative * (1 + h.detach()))
+        if len(result) > 1 + entropy:
+            oracle.close("gradient", name, result[-1][rows], d_logits, off)
+
+    return check
+
+
+def _contestants(step: Callable[[peers.LogitsOp], Contestant], small: bool) -> tuple[dict, dict[str, str]]:
+    ops, absent = built(peers.LOGITS)
+    contestants = {name: step(op) for name, op in ops.items()}
+    if small and DEVICE == "cpu":
+        contestants["reference"] = on_reference(step(peers.ours_from_logits))
+    return contestants, absent
+
+
+def _title(shape: tuple[int, int], dtype: torch.dtype, detail: str) -> str:
+    return f"token_logprobs{detail} {list(shape)} {name_of(dtype)}"
+
+
+@pytest.mark.parametrize("entropy", ENTROPY)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_forward(benchmark, shape, dtype):
+def test_forward(benchmark, shape, dtype, entropy):
     logits, ids = _inputs(shape, dtype)
-    compiled = torch.compile(_torch)
-    contestants = {
-        "react_fast": lambda: rf.token_logprobs(logits, ids),
-        "torch": lambda: _torch(logits, ids),
-        "torch.compile": lambda: compiled(logits, ids),
-        "limit": stream([logits]),
-    }
-    if shape == SHAPES[0]:
-        contestants["reference"] = on_reference(lambda: rf.token_logprobs(logits, ids))
+
+    def step(op: peers.LogitsOp) -> Contestant:
+        return lambda: op(logits, ids, ENTROPY[entropy])
+
+    contestants, absent = _contestants(step, shape == SMALL)
     race(
         benchmark,
-        contestants,
-        case=f"token_logprobs {list(shape)} {str(dtype).removeprefix('torch.')}",
+        {**contestants, LIMIT: stream([logits])},
+        case=_title(shape, dtype, entropy),
         limit="stream read of the logits",
         bytes_moved=logits.numel() * logits.element_size(),
+        rounds=ROUNDS,
+        check=_check(logits, ids, torch.ones(len(ids), device=DEVICE), ENTROPY[entropy]),
+        absent=absent,
     )
 
 
+@pytest.mark.parametrize("entropy", ENTROPY)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_forward_and_backward(benchmark, shape, dtype):
+def test_forward_and_backward(benchmark, shape, dtype, entropy):
     logits, ids = _inputs(shape, dtype)
     logits.requires_grad_()
-    compiled = torch.compile(_torch)
-    upstream = torch.randn(shape[0])
+    upstream = torch.randn(shape[0], device=DEVICE)
 
-    def step(op):
-        logp = op(logits, ids)
-        return torch.autograd.grad(logp, logits, upstream.to(logp.dtype))
+    def step(op: peers.LogitsOp) -> Contestant:
+        def run() -> tuple[torch.Tensor, ...]:
+            out = op(logits, ids, ENTROPY[entropy])
+            given = [upstream.to(x.dtype) for x in out]
+            return (*out, *torch.autograd.grad(out, logits, given))
 
-    contestants = {
-        "react_fast": lambda: step(rf.token_logprobs),
-        "torch": lambda: step(_torch),
-        "torch.compile": lambda: step(compiled),
-        "limit": stream([logits.detach(), logits.detach()], [torch.empty_like(logits)], logits.numel()),
-    }
-    if shape == SHAPES[0]:
-        contestants["reference"] = on_reference(lambda: step(rf.token_logprobs))
+        return run
+
+    contestants, absent = _contestants(step, shape == SMALL)
+    plain = logits.detach()
     race(
         benchmark,
-        contestants,
-        case=f"token_logprobs forward+backward {list(shape)} {str(dtype).removeprefix('torch.')}",
+        {**contestants, LIMIT: stream([plain, plain], [torch.empty_like(plain)], logits.numel())},
+        case=_title(shape, dtype, f" forward+backward{entropy}"),
         limit="stream: two reads and a write of the logits",
         bytes_moved=3 * logits.numel() * logits.element_size(),
+        rounds=ROUNDS,
+        check=_check(logits, ids, upstream, ENTROPY[entropy]),
+        absent=absent,
     )
 
 
-def _through_logits(hidden: torch.Tensor, weight: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
-    """What trainers write: the logits as a whole, log_softmax, gather."""
-    return torch.log_softmax((hidden @ weight.T).float(), -1).gather(-1, ids[:, None])[:, 0]
+def test_backward_alone(benchmark):
+    """The backward of the float32 case, for the ratio to a stream copy of its read and write."""
+    shape = SHAPES[-1]
+    logits, ids = _inputs(shape, torch.float32)
+    logits.requires_grad_()
+    upstream = torch.randn(shape[0], device=DEVICE)
+    ops = {OURS: peers.ours_from_logits, "torch": peers.eager_from_logits}
 
+    def step(op: peers.LogitsOp) -> Contestant:
+        (logp,) = op(logits, ids, False)
+        return lambda: torch.autograd.grad(logp, logits, upstream, retain_graph=True)
 
-# Gradients of (hidden, weight), and the GEMMs that they take, forward and backward together.
-HEADS = {"no gradient": (False, False, 1), "frozen head": (True, False, 2), "trained head": (True, True, 4)}
-
-
-@pytest.mark.parametrize("head", HEADS)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_linear(benchmark, dtype, head):
-    """Qwen2.5-0.5B's head; the limit is one bare GEMM in tiles of 8192 columns, so a ratio counts GEMMs."""
-    rows, dim, vocab = 1024, 896, 151936
-    hidden_grad, weight_grad, gemms = HEADS[head]
-    hidden = torch.randn(rows, dim).to(dtype).requires_grad_(hidden_grad)
-    weight = (torch.randn(vocab, dim) * 0.05).to(dtype).requires_grad_(weight_grad)
-    ids = torch.randint(0, vocab, (rows,))
-    leaves = [x for x in (hidden, weight) if x.requires_grad]
-    tile = torch.empty(rows, 8192, dtype=dtype)
-
-    def run(op: Callable[..., torch.Tensor]) -> Callable[[], object]:
-        if not leaves:
-            return lambda: op(hidden, weight, ids)
-        return lambda: torch.autograd.grad(op(hidden, weight, ids).sum(), leaves)
-
-    def gemm() -> None:
-        for columns in weight.detach().split(8192):
-            torch.mm(hidden.detach(), columns.T, out=tile[:, : len(columns)])
-
+    plain = logits.detach()
     race(
         benchmark,
-        {"react_fast": run(rf.linear_token_logprobs), "torch": run(_through_logits), "limit": gemm},
-        case=f"linear_token_logprobs [{rows}, {dim}, {vocab}] {str(dtype).removeprefix('torch.')}, {head}",
-        limit=f"one GEMM ({gemms} are needed)",
-        rounds=5,
+        {**{name: step(op) for name, op in ops.items()}, LIMIT: stream([plain], [torch.empty_like(plain)])},
+        case=_title(shape, torch.float32, " backward"),
+        limit="stream copy of the logits",
+        bytes_moved=2 * logits.numel() * logits.element_size(),
     )

@@ -1,7 +1,9 @@
-"""Turn benchmark results into a table of ratios and a picture: `python -m bench.report [JSON ...]`.
+"""Turn benchmark results into tables of ratios and a picture: `python -m bench.report [JSON ...]`.
 
-Without a file it takes the newest run under bench/out; `--run` (or no run there) runs the benchmarks first.
-Writes bench/results/cpu.json (without paths and machine names), cpu.md and cpu.png, and prints the table.
+Without a file it takes the newest run under bench/out; `--run` (or no run there) runs the benchmarks first. Cases
+that were not run again stay as they are in bench/results/cpu.json (cuda.json for a run on a GPU); each case points
+to the run it comes from. Writes cpu.json (without paths and machine names), cpu.md and cpu.png there, and prints
+the tables.
 """
 
 import argparse
@@ -13,17 +15,35 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from .common import LIMIT, OURS
+
 HERE = Path(__file__).parent
 OUT = HERE / "out"
 RESULTS = HERE / "results"
-OURS, LIMIT = "react_fast", "limit"
+FILES = {"cpu": "Measured on CPU", "cuda": "Measured on CUDA"}
+
+
+def chosen(only: Sequence[str]) -> list[Path]:
+    """Every bench file, or those whose name ends in one of `only`: "logprob" is linear_logprob as well."""
+    found = sorted(HERE.glob("bench_*.py"))
+    if not only:
+        return found
+    picked = [file for file in found if any(file.stem.endswith(f"_{name}") for name in only)]
+    if not picked:
+        names = ", ".join(map(_group, found))
+        sys.exit(f"bench.report: --only must name some of {names}, got {' '.join(only)}")
+    return picked
+
+
+def _group(file: Path) -> str:
+    return file.stem.removeprefix("bench_")
 
 
 def run_benchmarks(only: Sequence[str]) -> Path:
     """One process a file, so that a crash in one leaves the others' results."""
     OUT.mkdir(exist_ok=True)
-    files = [HERE / f"bench_{name}.py" for name in only] if only else sorted(HERE.glob("bench_*.py"))
     merged: dict[str, Any] = {}
+    files = chosen(only)
     for file in files:
         part = OUT / f"{file.stem}.part.json"
         part.unlink(missing_ok=True)
@@ -36,25 +56,63 @@ def run_benchmarks(only: Sequence[str]) -> Path:
         found = json.loads(part.read_text())
         merged = {**found, "benchmarks": merged.get("benchmarks", []) + found["benchmarks"]}
         part.unlink()
+    merged["whole_files"] = [_group(file) for file in files]
     target = OUT / "run.json"
     target.write_text(json.dumps(merged))
     return target
 
 
 def distilled(raw: dict[str, Any]) -> dict[str, Any]:
-    """What is worth keeping of pytest-benchmark's JSON; no path, no machine name."""
+    """What to keep of pytest-benchmark's JSON: {"runs": {key: where}, "cases": [...]}; no path, no host name."""
     import torch
 
     cpu = raw["machine_info"].get("cpu", {})
-    return {
+    commit = raw["commit_info"].get("id", "")[:12]
+    key = f"{raw['datetime'][:16]} {commit}"
+    run = {
         "date": raw["datetime"][:10],
-        "commit": raw["commit_info"].get("id", "")[:12],
+        "commit": commit,
         "uncommitted_changes": raw["commit_info"].get("dirty", None),
         "device": cpu.get("brand_raw", platform.machine()),
         "cores": cpu.get("count"),
-        "versions": {"python": platform.python_version(), "torch": torch.__version__},
-        "cases": [b["extra_info"] for b in raw["benchmarks"] if "median_seconds" in b["extra_info"]],
+        "versions": {"python": platform.python_version(), "torch": torch.__version__, **_peer_versions()},
     }
+    cases = []
+    for b in raw["benchmarks"]:
+        group = _group(Path(b["fullname"].split("::")[0]))
+        if "case" in b["extra_info"]:
+            cases.append({"case": b["extra_info"]["case"], "group": group, "run": key, **b["extra_info"]})
+    return {"runs": {key: run}, "cases": cases, "whole_files": raw.get("whole_files", [])}
+
+
+def _peer_versions() -> dict[str, str]:
+    from importlib.metadata import PackageNotFoundError, version
+
+    found = {}
+    for name in ("triton", "trl", "liger-kernel", "cut-cross-entropy", "quack-kernels", "verl"):
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def merged(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
+    """Cases by name, the new ones in the place of the old, a file's cases together.
+
+    Cases that a file run as a whole no longer has, and runs that no case points to, go.
+    """
+    fresh = {case["case"]: case for case in new["cases"]}
+    whole = new.get("whole_files", [])
+    kept = [case for case in old["cases"] if case["case"] in fresh or case["group"] not in whole]
+    known = {case["case"] for case in kept}
+    cases = [fresh.get(case["case"], case) for case in kept]
+    cases += [case for name, case in fresh.items() if name not in known]
+    groups = list(dict.fromkeys(case["group"] for case in cases))
+    cases.sort(key=lambda case: groups.index(case["group"]))
+    used = {case["run"] for case in cases}
+    runs = {**old["runs"], **new["runs"]}
+    return {"runs": {key: run for key, run in runs.items() if key in used}, "cases": cases}
 
 
 def _time(seconds: float) -> str:
@@ -64,66 +122,98 @@ def _time(seconds: float) -> str:
     return f"{seconds * 1e9:.3g} ns"
 
 
-def table(results: dict[str, Any]) -> str:
-    """Markdown: our median, the other contestants' time over ours, and our time over the limit's."""
-    names: list[str] = []
-    for case in results["cases"]:
-        names += [n for n in case["median_seconds"] if n not in (OURS, LIMIT, *names)]
+def _names(cases: Sequence[dict[str, Any]], key: str) -> list[str]:
+    found = dict.fromkeys(name for case in cases for name in case[key])
+    return [name for name in found if name not in (OURS, LIMIT)]
+
+
+def _rows(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in (head, ["---"] * len(head), *lines))
+
+
+def times(cases: Sequence[dict[str, Any]]) -> str:
+    """Our median, the other contestants' time over ours, and our time over the limit's."""
+    names = _names(cases, "median_seconds")
     head = ["case", "threads", "react_fast", *(f"{n} / ours" for n in names), "ours / limit", "limit"]
-    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
-    for case in results["cases"]:
+    lines = []
+    for case in cases:
         medians = case["median_seconds"]
-        ours = medians[OURS]
-        ratios = [f"{medians[n] / ours:.3g}x" if n in medians else "" for n in names]
-        over = f"{ours / medians[LIMIT]:.2f}x" if LIMIT in medians else ""
-        cells = [case["case"], str(case["threads"]), _time(ours), *ratios, over, case["limit"] or ""]
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+        ours = medians.get(OURS)
+        ratios = [f"{medians[n] / ours:.3g}x" if n in medians and ours else "" for n in names]
+        over = f"{ours / medians[LIMIT]:.2f}x" if LIMIT in medians and ours else ""
+        shown = _time(ours) if ours else "absent"
+        lines.append([case["case"], str(case["threads"]), shown, *ratios, over, case["limit"] or ""])
+    return _rows(head, lines)
 
 
-def document(results: dict[str, Any]) -> str:
-    versions = ", ".join(f"{k} {v}" for k, v in results["versions"].items())
-    isas = ", ".join(sorted({c["isa"] for c in results["cases"]}))
+def units(cases: Sequence[dict[str, Any]]) -> str:
+    """Everyone's time in that of the limit, which is one of something: how many GEMMs' time each takes."""
+    unit = cases[0]["unit"]
+    names = [OURS, *_names(cases, "median_seconds")]
+    lines = []
+    for case in cases:
+        medians = case["median_seconds"]
+        cells = [f"{medians[n] / medians[LIMIT]:.2f}" if n in medians else "" for n in names]
+        lines.append([case["case"], _time(medians[LIMIT]), *cells, case["limit"]])
+    return _rows([f"in {unit}s", f"one {unit}", *names, "limit"], lines)
+
+
+def memory(cases: Sequence[dict[str, Any]]) -> str:
+    """MiB at the peak beyond inputs and gradients."""
+    names = _names(cases, "peak_bytes")
+    lines = []
+    for case in cases:
+        peak = case["peak_bytes"]
+        cells = [f"{peak[n] / 2**20:,.0f}" if n in peak else "" for n in (OURS, *names)]
+        lines.append([case["case"], *cells, case["limit"] or ""])
+    return _rows(["MiB", OURS, *names, "how"], lines)
+
+
+def missing(cases: Sequence[dict[str, Any]]) -> str:
+    """One line for each contestant and reason."""
+    reasons: dict[tuple[str, str], list[str]] = {}
+    for case in cases:
+        for name, why in case.get("absent", {}).items():
+            reasons.setdefault((name, why), []).append(case["case"])
+    lines = []
+    for (name, why), where in reasons.items():
+        count = "" if len(where) == len(cases) else f" ({len(where)} of {len(cases)} cases)"
+        lines.append(f"- {name}{count}: {why}")
+    return "Absent:\n\n" + "\n".join(lines) if lines else ""
+
+
+def _run_line(run: dict[str, Any], count: int) -> str:
+    versions = ", ".join(f"{k} {v}" for k, v in run["versions"].items())
+    dirty = " with uncommitted changes" if run["uncommitted_changes"] else ""
     return (
-        f"# Measured on CPU\n\n{results['date']}, commit {results['commit']}, {results['device']}, "
-        f"{results['cores']} cores, instruction set {isas}, {versions}.\n\n"
-        "Command: `python -m bench.report --run`. Medians of contestants that take turns in one process; "
-        "`x / ours` says how many times longer x takes. The limit is the same memory traffic without "
-        "arithmetic, measured in the same run with the same threads.\n\n" + table(results) + "\n"
+        f"- {run['date']}, commit {run['commit']}{dirty}, {run['device']}, {run['cores']} cores, {versions}: "
+        f"{count} cases"
     )
 
 
-def picture(results: dict[str, Any], target: Path) -> None:
-    """Horizontal bars on a log scale: time of every contestant over ours; the limit's bar ends left of 1."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
+def document(results: dict[str, Any], title: str) -> str:
     cases = results["cases"]
-    names = sorted({n for c in cases for n in c["median_seconds"]} - {OURS}, key=lambda n: (n != LIMIT, n))
-    colours = dict(zip(names, plt.get_cmap("tab10").colors, strict=False))  # type: ignore[attr-defined]
-    figure, axes = plt.subplots(figsize=(10, 0.45 * len(cases) + 1.6))
-    height = 0.8 / max(len(names), 1)
-    for row, case in enumerate(cases):
-        ours = case["median_seconds"][OURS]
-        for i, name in enumerate(names):
-            if name in case["median_seconds"]:
-                ratio = case["median_seconds"][name] / ours
-                place = row + 0.4 - height * (i + 0.5)
-                axes.barh(
-                    place, ratio - 1, height, left=1, color=colours[name], label=name if row == 0 else None
-                )
-    axes.axvline(1, color="black", linewidth=1.2)
-    axes.set_xscale("log")
-    axes.set_yticks(range(len(cases)), [c["case"] for c in cases], fontsize=8)
-    axes.invert_yaxis()
-    axes.set_xlabel("time / time of react_fast (log scale; right of 1 is slower than react_fast)")
-    handles = [plt.Rectangle((0, 0), 1, 1, color=colours[n]) for n in names]
-    axes.legend(handles, names, fontsize=8, loc="lower right")
-    axes.grid(axis="x", alpha=0.3)
-    figure.tight_layout()
-    figure.savefig(target, dpi=120)
+    counts = {key: sum(case["run"] == key for case in cases) for key in results["runs"]}
+    isas = ", ".join(sorted({c["isa"] for c in cases}))
+    accelerators = ", ".join(sorted({c["accelerator"] for c in cases if c.get("accelerator")}))
+    parts = [
+        f"# {title}",
+        "\n".join(_run_line(run, counts[key]) for key, run in results["runs"].items()),
+        f"Instruction set {isas}{', ' + accelerators if accelerators else ''}. Command: `python -m bench.report "
+        "--run`. Medians of contestants that take turns in one process; `x / ours` says how many times longer x "
+        "takes. The limit is the same memory traffic without arithmetic, or the bare GEMM, measured in the same "
+        "run with the same threads. In the log-prob cases a contestant is timed after its result was held against "
+        "float64.",
+    ]
+    for group in dict.fromkeys(case["group"] for case in cases):
+        own = [case for case in cases if case["group"] == group]
+        timed = [case for case in own if "median_seconds" in case]
+        weighed = [case for case in own if "peak_bytes" in case]
+        parts.append(f"## {group}")
+        counted = [case for case in timed if case.get("unit")]
+        tables = ((times, timed), (units, counted), (memory, weighed), (missing, own))
+        parts += [text for text in (make(rows) for make, rows in tables if rows) if text]
+    return "\n\n".join(parts) + "\n"
 
 
 def main() -> None:
@@ -139,15 +229,23 @@ def main() -> None:
     if not files:
         newest = OUT / "run.json"
         files = [run_benchmarks(arguments.only) if arguments.run or not newest.exists() else newest]
-    raw = [json.loads(file.read_text()) for file in files]
-    results = distilled({**raw[-1], "benchmarks": [b for r in raw for b in r["benchmarks"]]})
-    if not results["cases"]:
+    found = [distilled(json.loads(file.read_text())) for file in files]
+    cases = [case for part in found for case in part["cases"]]
+    if not cases:
         sys.exit("bench.report: no results in " + ", ".join(map(str, files)))
+    stem = "cuda" if any(case.get("accelerator") for case in cases) else "cpu"
+    store = arguments.out / f"{stem}.json"
+    results = json.loads(store.read_text()) if store.exists() else {"runs": {}, "cases": []}
+    for part in found:
+        results = merged(results, part)
     arguments.out.mkdir(parents=True, exist_ok=True)
-    (arguments.out / "cpu.json").write_text(json.dumps(results, indent=1) + "\n")
-    (arguments.out / "cpu.md").write_text(document(results))
-    picture(results, arguments.out / "cpu.png")
-    print(document(results))
+    store.write_text(json.dumps(results, indent=1) + "\n")
+    text = document(results, FILES[stem])
+    (arguments.out / f"{stem}.md").write_text(text)
+    from .picture import picture
+
+    picture(results["cases"], arguments.out / f"{stem}.png")
+    print(text)
 
 
 if __name__ == "__main__":
