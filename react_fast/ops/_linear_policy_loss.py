@@ -84,8 +84,8 @@ class _Slopes:
 
 
 class _Gradients:
-    """Gradients of the rows that count so far, block after block: hidden [N, D] and bias [V] in wide sums, and of
-    the weight [V, D] in its own dtype where that is wide enough or one block is all, else wide too."""
+    """Gradients of the rows that count so far, block after block: hidden [N, D] and bias [V] in wide sums, weight
+    [V, D] too but for bfloat16, which the last block writes."""
 
     def __init__(self, rows: Rows, head: Head, options: Options, block: int, wanted: Sequence[bool]) -> None:
         want_hidden, want_weight, want_bias = wanted
@@ -95,21 +95,31 @@ class _Gradients:
         self._options = options
         self.hidden = tiles.accumulator(padded if want_hidden else 0, dim, hidden)
         self.bias = hidden.new_zeros(len(weight) if want_bias else 0, dtype=self.hidden.dtype)
-        alone = count <= block and weight.dtype == torch.bfloat16
         self.weight: Maybe = None
+        self._sum: Maybe = (
+            None  # of the blocks before the last, where the weight's dtype is too narrow for it
+        )
         if want_weight:
-            self.weight = tiles.fresh(weight, weight.dtype if alone else self.hidden.dtype)
+            narrow = weight.dtype == torch.bfloat16
+            self.weight = tiles.fresh(weight, weight.dtype if narrow else self.hidden.dtype)
+            if narrow and count > block:
+                self._sum = tiles.fresh(weight, self.hidden.dtype)
             if count == 0:
                 self.weight.zero_()
 
-    def add(self, begin: int, size: int, first: int, z: Tensor, h: Tensor, w: Tensor) -> None:
+    def add(
+        self, begin: int, size: int, first: int, z: Tensor, h: Tensor, w: Tensor, last_block: bool
+    ) -> None:
         """A tile of d loss / d logits of the block's `size` rows; behind them rows of zeros."""
         if len(self.hidden):
             with tiles.gemm_threads(self._options.invariant):
                 tiles.accumulate(self.hidden[begin : begin + len(z)], z, w)
         z, last = z[:size], first + z.shape[1]
         if self.weight is not None:
-            tiles.add_product(self.weight[first:last], z.t(), h, anew=begin == 0)
+            total = (self.weight if self._sum is None else self._sum)[first:last]
+            tiles.add_product(total, z.t(), h, anew=begin == 0)
+            if self._sum is not None and last_block:
+                self.weight[first:last] = total
         if len(self.bias):
             self.bias[first:last] += z.sum(0, dtype=self.bias.dtype)
 
@@ -120,7 +130,12 @@ class _Logits:
     def __init__(self, rows: Rows, head: Head, options: Options, block: int) -> None:
         self._rows, self._head, self._options = rows, head, options
         hidden, vocab = rows.hidden, len(head.weight)
-        sizes = tiles.tiling(hidden[:block], vocab, options)
+        # A tile of the block's gradient is added to as many rows of dW, which with few rows are the larger part.
+        dim, own = hidden.shape[1], hidden.element_size()
+        wide = accumulation_dtype(hidden.dtype).itemsize
+        sizes = tiles.tiling(
+            hidden[:block], vocab, options, beside=dim * (wide if own == wide else wide + own)
+        )
         self._width, self._same = sizes.columns, sizes.dtype == hidden.dtype
         self._memory = hidden.new_empty(block * vocab, dtype=sizes.dtype)
         self._turned = tiles.Buffer(hidden, 0 if self._same else block * self._width)
@@ -157,7 +172,7 @@ class _Logits:
                 z[:size], b, rows.ids[begin:end] - head.first, part(rows.temperatures, begin, end), first,
                 self._options, stats, out[:size],
             )  # fmt: skip
-            gradients.add(begin, size, first, out, rows.hidden[begin:end], w)
+            gradients.add(begin, size, first, out, rows.hidden[begin:end], w, end == len(rows.ids))
 
 
 def _block_rows(rows: Rows, head: Head, options: Options) -> int:
@@ -217,10 +232,7 @@ def _finished(
         for x in (hidden, gradients.weight, gradients.bias):
             if x is not None:
                 x.div_(scale)
-    weight = gradients.weight
-    if weight is not None and head.weight.dtype == torch.bfloat16:
-        weight = weight.to(torch.bfloat16)
-    return rows.back(hidden) if wanted[0] else None, weight, gradients.bias if wanted[2] else None
+    return rows.back(hidden) if wanted[0] else None, gradients.weight, gradients.bias if wanted[2] else None
 
 
 # ---- autograd: the gradients are there, the backward scales them -----------------------------------------------

@@ -94,11 +94,13 @@ def tile_dtype(hidden: Tensor) -> torch.dtype:
     )
 
 
-def tiling(hidden: Tensor, vocab: int, options: Options, outputs: int = 0) -> Tiling:
-    """Tiles of hidden [N, D] by `vocab` columns with `outputs` more buffers of their size.
+def tiling(hidden: Tensor, vocab: int, options: Options, outputs: int = 0, beside: int = 0) -> Tiling:
+    """Tiles of hidden [N, D] by `vocab` columns with `outputs` more buffers of their size, and `beside` bytes a
+    column that must stay in the cache with them.
 
-    Within the budget, and in the last-level cache where the rows allow it, so that the GEMM behind the kernel
-    finds the tile there. Wide all the same: tiles of 2048 columns cost the GEMM library a third of its speed.
+    Within the budget, and in half the last-level cache where the rows allow it, so that the GEMM behind the kernel
+    finds the tile there and W streams through the other half. Wide all the same: tiles of 2048 columns cost the
+    GEMM library a third of its speed.
     """
     dtype = tile_dtype(hidden)
     if options.invariant:
@@ -107,8 +109,9 @@ def tiling(hidden: Tensor, vocab: int, options: Options, outputs: int = 0) -> Ti
     most = budget(hidden.device) // bytes_each
     rows = len(hidden) if hidden.device.type == "cpu" else min(len(hidden), GPU_ROWS)
     rows = max(1, min(rows, most // UNIT))
-    wanted = min(most, _cache_bytes(hidden.device) // bytes_each)
-    return Tiling(rows, min(UNIT * max(1, wanted // (rows * UNIT)), vocab), dtype)
+    fitting = _cache_bytes(hidden.device) // 2 // (rows * bytes_each + beside)
+    columns = UNIT * max(1, min(most // rows, fitting) // UNIT)
+    return Tiling(rows, min(columns, vocab), dtype)
 
 
 def turned_rows(hidden: Tensor, sizes: Tiling) -> int:
