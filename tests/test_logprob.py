@@ -283,7 +283,7 @@ def test_compiles(backend):
 def test_opcheck():
     logits, ids = _case((4, 9))
     mask, per_row = torch.tensor([True, True, False, True]), _per_row((4, 9))
-    for arguments in ((None, None, 0.7, 0.0, False), (mask, per_row, 1.0, 5.0, True)):
+    for arguments in ((None, None, None, 0.7, 0.0, False), (mask, per_row, per_row, 1.0, 5.0, True)):
         contract.assert_opcheck("token_logprobs", logits.clone().requires_grad_(), ids, *arguments)
         _, entropy, stats = torch.ops.react_fast.token_logprobs(logits, ids, *arguments)
         upstream = torch.randn(4)
