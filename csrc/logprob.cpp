@@ -274,22 +274,28 @@ Slope slope_of(const LogprobBackwardArgs& args, int64_t i, double inverse_t) {
   return s;
 }
 
-template <bool capped, bool floored, class T>
+template <bool entropy, bool capped, bool floored, class T>
 void backward_chunk(const T* x, int64_t n, T* out, const Slope& s, const Row& row, double) {
   const f32v a = splat(static_cast<float>(s.a)), b = splat(static_cast<float>(s.b));
   const f32v largest = splat(static_cast<float>(s.largest)), floor = splat(static_cast<float>(row.floor));
   const auto slope = [&](f32v given) {
     const f32v logits = kept<floored>(given, floor);
     const Exponential found = exponential(logit<capped>(logits, row), largest, row);
-    const f32v value = found.e * (b * found.d + a);
+    const f32v value = found.e * (entropy ? b * found.d + a : a);
     return capped ? value * cap_slope(logits, row) : value;
   };
+  constexpr int64_t step = 2 * kLanes, line = 64 / static_cast<int64_t>(sizeof(T));
   int64_t j = 0;
+  for (; j + step <= n; j += step) {
+    for (int64_t ahead = 0; ahead < step; ahead += line) __builtin_prefetch(x + j + ahead + 2 * kBlock, 0, 2);
+    const Pair v = load_pair(x + j);
+    store_pair(out + j, {slope(v.first), slope(v.second)});
+  }
   for (; j + kLanes <= n; j += kLanes) store(out + j, slope(load(x + j)));
   if (j < n) store_tail(out + j, n - j, slope(load_tail(x + j, n - j, kForbidden)));
 }
 
-template <bool capped, bool floored>
+template <bool, bool capped, bool floored>
 void backward_chunk(const double* x, int64_t n, double* out, const Slope& s, const Row& row, double softcap) {
   for (int64_t j = 0; j < n; ++j) {
     const double given = floored && x[j] < row.floor ? kMinusInfinity : x[j];
@@ -329,7 +335,7 @@ int64_t chosen_in(const LogprobBackwardArgs& args, int64_t i, int64_t first, int
   return count;
 }
 
-template <bool capped, bool floored, class T, class Real>
+template <bool entropy, bool capped, bool floored, class T, class Real>
 void backward_of(const LogprobBackwardArgs& args) {
   const LogprobInput& in = args.in;
   const bool in_place = args.d_logits == in.logits;
@@ -352,7 +358,7 @@ void backward_of(const LogprobBackwardArgs& args) {
       }
       // Before the chunk is written, which may be where it is read.
       const int64_t count = chosen_in<capped, T, Real>(args, i, first, n, s, row, found.data());
-      backward_chunk<capped, floored>(x + first, n, out + first, s, row, in.softcap);
+      backward_chunk<entropy, capped, floored>(x + first, n, out + first, s, row, in.softcap);
       for (int64_t k = 0; k < count; ++k) {
         const Chosen& token = found[static_cast<size_t>(k)];
         from_real(token.gradient, out[token.id]);
@@ -361,13 +367,19 @@ void backward_of(const LogprobBackwardArgs& args) {
   });
 }
 
+template <bool entropy, bool capped, class T, class Real>
+void backward_floor(const LogprobBackwardArgs& args) {
+  return args.in.floors != nullptr ? backward_of<entropy, capped, true, T, Real>(args)
+                                   : backward_of<entropy, capped, false, T, Real>(args);
+}
+
 template <class T, class Real>
 void backward_dtype(const LogprobBackwardArgs& args) {
-  const bool floored = args.in.floors != nullptr;
-  if (args.in.softcap > 0) {
-    return floored ? backward_of<true, true, T, Real>(args) : backward_of<true, false, T, Real>(args);
+  const bool capped = args.in.softcap > 0;
+  if (args.d_entropy != nullptr) {
+    return capped ? backward_floor<true, true, T, Real>(args) : backward_floor<true, false, T, Real>(args);
   }
-  return floored ? backward_of<false, true, T, Real>(args) : backward_of<false, false, T, Real>(args);
+  return capped ? backward_floor<false, true, T, Real>(args) : backward_floor<false, false, T, Real>(args);
 }
 
 void backward(const LogprobBackwardArgs& args) {

@@ -142,6 +142,32 @@ inline Pair load_pair(const bf16* x) {
   return {reinterpret_cast<f32v>(bits << 16), reinterpret_cast<f32v>(bits & 0xffff0000u)};
 }
 
+// Back to where load_pair took them from.
+template <class T>
+inline void store_pair(T* x, Pair v) {
+  store(x, v.first);
+  store(x + kLanes, v.second);
+}
+inline void store_pair(bf16* x, Pair v) {
+#if defined(__AVX512BF16__)
+  static const uint16_t order[32] = {0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23,
+                                     8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
+  __m512i by_half, turns;
+  const __m512bh rounded = _mm512_cvtne2ps_pbh(reinterpret_cast<__m512>(v.second), reinterpret_cast<__m512>(v.first));
+  std::memcpy(&by_half, &rounded, sizeof(by_half));
+  std::memcpy(&turns, order, sizeof(turns));
+  const __m512i bits = _mm512_maskz_permutexvar_epi16(0xffffffffu, turns, by_half);
+#else
+  const auto round = [](f32v y) {
+    const u32v raw = reinterpret_cast<u32v>(y);
+    const u32v up = raw + 0x7fffu + ((raw >> 16) & 1u);
+    return reinterpret_cast<u32v>(y != y) ? (u32v{} + 0x7fc00000u) : up;
+  };
+  const u32v bits = (round(v.first) >> 16) | (round(v.second) & 0xffff0000u);
+#endif
+  std::memcpy(x, &bits, sizeof(bits));
+}
+
 struct Top {
   float largest;
   bool any;  // whether a logit of the block is kept, NaN among them
