@@ -278,7 +278,7 @@ template <bool entropy, bool capped, bool floored, class T>
 void backward_chunk(const T* x, int64_t n, T* out, const Slope& s, const Row& row, double) {
   const f32v a = splat(static_cast<float>(s.a)), b = splat(static_cast<float>(s.b));
   const f32v largest = splat(static_cast<float>(s.largest)), floor = splat(static_cast<float>(row.floor));
-  const auto slope = [&](f32v given) {
+  const auto slope = [&](f32v given) __attribute__((always_inline)) {
     const f32v logits = kept<floored>(given, floor);
     const Exponential found = exponential(logit<capped>(logits, row), largest, row);
     const f32v value = found.e * (entropy ? b * found.d + a : a);

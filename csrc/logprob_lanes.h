@@ -178,7 +178,7 @@ Top block_max(const T* x, int64_t n, f32v floor) {
   f32v m[4];
   for (f32v& lane : m) lane = splat(kForbidden);
   i32v below = i32v{} - 1;
-  const auto take = [&](f32v v, f32v& running) {
+  const auto take = [&](f32v v, f32v& running) __attribute__((always_inline)) {
     running = max(v, running);
     if (floored) below &= v < floor;
   };
@@ -229,7 +229,8 @@ Fold block_sums(const T* x, int64_t n, double largest, const Row& row, f32v floo
   // A block of forbidden tokens has no largest; any finite one gives exp(-inf) = 0, and NaN stays NaN.
   const f32v reference = splat(largest == kMinusInfinity ? 0.0f : static_cast<float>(largest));
   Sums<entropy, ties> sums[2];
-  const auto take = [&](f32v v, Sums<entropy, ties>& into) {
+  // Inlined by force: GCC 12 calls it otherwise, with the sums in memory.
+  const auto take = [&](f32v v, Sums<entropy, ties>& into) __attribute__((always_inline)) {
     into.add(logit<capped>(kept<floored>(v, floor), row), reference, row);
   };
   constexpr int64_t step = 2 * kLanes, line = 64 / static_cast<int64_t>(sizeof(T));

@@ -72,7 +72,12 @@ class _Operands(NamedTuple):
 
 
 def _operands(
-    logits: torch.Tensor, token_ids: torch.Tensor, mask: Maybe, per_row: Maybe, floor: Maybe, dtype: torch.dtype
+    logits: torch.Tensor,
+    token_ids: torch.Tensor,
+    mask: Maybe,
+    per_row: Maybe,
+    floor: Maybe,
+    dtype: torch.dtype,
 ) -> _Operands:
     floors = _flat(_floors(floor, accumulation_dtype(logits.dtype)), dtype)
     tokens = token_ids.shape[-1] if token_ids.dim() == logits.dim() else 1
@@ -138,12 +143,12 @@ def _forward_cpu(
     softcap: float, want_entropy: bool, in_place: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
     logp, entropy, stats = _outputs(logits, token_ids, want_entropy)
-    x, rows, vocab, *strides = layout(logits)
+    x, rows, vocab, inner, outer_stride, stride = layout(logits)
     o = _operands(logits, token_ids, mask, per_row, floor, torch.float64)
     argument, element = _core.token_logprobs(
         x.data_ptr(), o.ids.data_ptr(), address(o.mask), address(o.per_row), address(o.floors), DTYPE[x.dtype],
-        DTYPE[o.ids.dtype], rows, vocab, o.tokens, *strides, temperature, softcap, LOW, HIGH, logp.data_ptr(),
-        address(entropy if want_entropy else None), stats.data_ptr(), torch.get_num_threads(),
+        DTYPE[o.ids.dtype], rows, vocab, o.tokens, inner, outer_stride, stride, temperature, softcap, LOW, HIGH,
+        logp.data_ptr(), address(entropy if want_entropy else None), stats.data_ptr(), torch.get_num_threads(),
     )  # fmt: skip
     if argument:
         _refuse(argument, element, logits, token_ids, per_row, floor)
@@ -181,13 +186,14 @@ def _into_cpu(
     floor: Maybe, temperature: float, softcap: float, stats: torch.Tensor, entropy: torch.Tensor, d_logp: Maybe,
     d_entropy: Maybe,
 ) -> None:  # fmt: skip
-    x, rows, vocab, *strides = layout(logits)
+    x, rows, vocab, inner, outer_stride, stride = layout(logits)
     o = _operands(logits, token_ids, mask, per_row, floor, torch.float64)
     d_logp, d_entropy = _flat(d_logp), _flat(d_entropy)
     _core.token_logprobs_backward(
         x.data_ptr(), o.ids.data_ptr(), address(o.mask), address(o.per_row), address(o.floors), DTYPE[x.dtype],
-        DTYPE[o.ids.dtype], rows, vocab, o.tokens, *strides, temperature, softcap, stats.data_ptr(),
-        entropy.data_ptr(), address(d_logp), address(d_entropy), d_logits.data_ptr(), torch.get_num_threads(),
+        DTYPE[o.ids.dtype], rows, vocab, o.tokens, inner, outer_stride, stride, temperature, softcap,
+        stats.data_ptr(), entropy.data_ptr(), address(d_logp), address(d_entropy), d_logits.data_ptr(),
+        torch.get_num_threads(),
     )  # fmt: skip
 
 

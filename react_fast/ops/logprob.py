@@ -121,7 +121,15 @@ def token_logprobs(
             logit_floor=logit_floor,
         )
     logp, entropy, _ = _logprob.token_logprobs(
-        logits, token_ids, mask, per_row, logit_floor, shared, cap, bool(return_entropy), bool(inplace_backward)
+        logits,
+        token_ids,
+        mask,
+        per_row,
+        logit_floor,
+        shared,
+        cap,
+        bool(return_entropy),
+        bool(inplace_backward),
     )
     return (logp, entropy) if return_entropy else logp
 
@@ -155,7 +163,7 @@ def _check_in_place(logits: torch.Tensor) -> None:
     if torch.compiler.is_compiling() or not (torch.is_grad_enabled() and logits.requires_grad):
         return
     base = logits if logits._base is None else logits._base
-    if logits.is_leaf or base.is_leaf:
+    if logits.is_leaf or (base.is_leaf and base.requires_grad):
         raise ValueError("logits must not be a leaf or a view of one with inplace_backward, got one")
     if _logprob.overlaps(logits):
         raise ValueError(
