@@ -77,7 +77,7 @@ def _row(
     if floor != floor:
         raise ValueError(f"logit_floor must be no NaN where mask is true, got nan in row {i}")
     z = (x if softcap is None else softcap * torch.tanh(x / softcap)) / temperature
-    kept = ~(x < floor)
+    kept = ~(x.double() < floor)
     for y in ids:
         kept[y] = True
     kept = kept & (x != float("-inf"))
