@@ -25,46 +25,48 @@ T* at(Address address) {
 
 // ---- logprob -----------------------------------------------------------------------------------------------
 
-// Keyword names of an input, shared by the three functions.
-rf::LogprobInput logprob_input(Address logits, Address token_ids, Address mask, Address temperatures, int dtype,
-                               int id_dtype, int64_t rows, int64_t vocab, int64_t inner, int64_t outer_stride,
-                               int64_t stride, double temperature, double softcap, int threads) {
-  return {at(logits), at(token_ids), at<const bool>(mask), at<const double>(temperatures), rf::DType(dtype),
-          rf::DType(id_dtype), rows, vocab, inner, outer_stride, stride, temperature, softcap, threads};
+// Keyword names of an input, shared by the two functions.
+rf::LogprobInput logprob_input(Address logits, Address token_ids, Address mask, Address temperatures, Address floors,
+                               int dtype, int id_dtype, int64_t rows, int64_t vocab, int64_t tokens, int64_t inner,
+                               int64_t outer_stride, int64_t stride, double temperature, double softcap,
+                               int threads) {
+  return {at(logits), at(token_ids), at<const bool>(mask), at<const double>(temperatures), at<const double>(floors),
+          rf::DType(dtype), rf::DType(id_dtype), rows, vocab, tokens, inner, outer_stride, stride, temperature,
+          softcap, threads};
 }
 
-// Returns the argument that is wrong and the row, ("", 0) when nothing is; then nothing has been computed.
+// Returns the argument that is wrong and its element, ("", 0) when nothing is; then nothing has been computed.
 std::pair<const char*, int64_t> token_logprobs(Address logits, Address token_ids, Address mask, Address temperatures,
-                                               int dtype, int id_dtype, int64_t rows, int64_t vocab, int64_t inner,
-                                               int64_t outer_stride, int64_t stride, double temperature,
-                                               double softcap, double low, double high, Address logp,
-                                               Address entropy, Address stats, int threads) {
+                                               Address floors, int dtype, int id_dtype, int64_t rows, int64_t vocab,
+                                               int64_t tokens, int64_t inner, int64_t outer_stride, int64_t stride,
+                                               double temperature, double softcap, double low, double high,
+                                               Address logp, Address entropy, Address stats, int threads) {
   py::gil_scoped_release release;
-  static const char* const names[] = {"", "token_ids", "temperature"};
-  const auto in = logprob_input(logits, token_ids, mask, temperatures, dtype, id_dtype, rows, vocab, inner,
-                                outer_stride, stride, temperature, softcap, threads);
+  static const char* const names[] = {"", "token_ids", "temperature", "logit_floor"};
+  const auto in = logprob_input(logits, token_ids, mask, temperatures, floors, dtype, id_dtype, rows, vocab, tokens,
+                                inner, outer_stride, stride, temperature, softcap, threads);
   const rf::LogprobCheck found = rf::kernels().logprob->check(in, low, high);
   if (found.fault == rf::LogprobFault::none) rf::kernels().logprob->forward({in, at(logp), at(entropy), at(stats)});
-  return {names[static_cast<int>(found.fault)], found.row};
+  return {names[static_cast<int>(found.fault)], found.index};
 }
 
-void token_logprobs_backward(Address logits, Address token_ids, Address mask, Address temperatures, int dtype,
-                             int id_dtype, int64_t rows, int64_t vocab, int64_t inner, int64_t outer_stride,
-                             int64_t stride, double temperature, double softcap, Address stats, Address entropy,
-                             Address d_logp, Address d_entropy, Address d_logits, int threads) {
+void token_logprobs_backward(Address logits, Address token_ids, Address mask, Address temperatures, Address floors,
+                             int dtype, int id_dtype, int64_t rows, int64_t vocab, int64_t tokens, int64_t inner,
+                             int64_t outer_stride, int64_t stride, double temperature, double softcap, Address stats,
+                             Address entropy, Address d_logp, Address d_entropy, Address d_logits, int threads) {
   py::gil_scoped_release release;
-  const auto in = logprob_input(logits, token_ids, mask, temperatures, dtype, id_dtype, rows, vocab, inner,
-                                outer_stride, stride, temperature, softcap, threads);
+  const auto in = logprob_input(logits, token_ids, mask, temperatures, floors, dtype, id_dtype, rows, vocab, tokens,
+                                inner, outer_stride, stride, temperature, softcap, threads);
   rf::kernels().logprob->backward({in, at(stats), at(entropy), at(d_logp), at(d_entropy), at(d_logits)});
 }
 
 void bind_logprob(py::module_& m) {
-  m.def("token_logprobs", &token_logprobs, "logits"_a, "token_ids"_a, "mask"_a, "temperatures"_a, "dtype"_a,
-        "id_dtype"_a, "rows"_a, "vocab"_a, "inner"_a, "outer_stride"_a, "stride"_a, "temperature"_a, "softcap"_a, "low"_a, "high"_a, "logp"_a,
-        "entropy"_a, "stats"_a, "threads"_a);
+  m.def("token_logprobs", &token_logprobs, "logits"_a, "token_ids"_a, "mask"_a, "temperatures"_a, "floors"_a,
+        "dtype"_a, "id_dtype"_a, "rows"_a, "vocab"_a, "tokens"_a, "inner"_a, "outer_stride"_a, "stride"_a,
+        "temperature"_a, "softcap"_a, "low"_a, "high"_a, "logp"_a, "entropy"_a, "stats"_a, "threads"_a);
   m.def("token_logprobs_backward", &token_logprobs_backward, "logits"_a, "token_ids"_a, "mask"_a, "temperatures"_a,
-        "dtype"_a, "id_dtype"_a, "rows"_a, "vocab"_a, "inner"_a, "outer_stride"_a, "stride"_a, "temperature"_a, "softcap"_a, "stats"_a,
-        "entropy"_a, "d_logp"_a, "d_entropy"_a, "d_logits"_a, "threads"_a);
+        "floors"_a, "dtype"_a, "id_dtype"_a, "rows"_a, "vocab"_a, "tokens"_a, "inner"_a, "outer_stride"_a, "stride"_a,
+        "temperature"_a, "softcap"_a, "stats"_a, "entropy"_a, "d_logp"_a, "d_entropy"_a, "d_logits"_a, "threads"_a);
 }
 
 rf::LogitTile logit_tile(Address tile, Address bias, Address token_ids, Address temperatures, int dtype, int64_t rows,

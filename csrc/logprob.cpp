@@ -1,10 +1,13 @@
-// Log-probability of one token a row, and the entropy of the row.
+// Log-probabilities of the chosen tokens of every row, and the entropy of the row.
 //
-//   u = softcap * tanh(x / softcap), or x     z = u / T     logp = z_y - log sum_j exp(z_j)
+//   u = softcap * tanh(x / softcap), or x     z = u / T     logp_k = z_y(k) - log sum_j exp(z_j)
 //   H = -sum_j p_j log p_j                    p_j = exp(z_j) / sum
 //
-// Roofline: V e bytes read a row forward; V e read and V e written backward (e = element size). About 20 vector
-// operations an element vector each way, which hides behind DRAM on every machine with two vector units.
+// j runs over the kept tokens: those with x_j not below the row's floor, and the chosen ones.
+//
+// Roofline: V e bytes read a row forward; V e read and V e written backward (e = element size), in place or to fresh
+// memory. About 20 vector operations an element vector each way, which hides behind DRAM on every machine with two
+// vector units.
 //
 // A row is cut into fixed chunks and a chunk into blocks that stay in L1: a block is read once from memory for
 // its maximum and once from L1 for its sums. Chunks are folded in order, whoever computed them.
@@ -14,7 +17,9 @@
 #include <cstring>
 #include <vector>
 
+#include "logprob_chosen.h"
 #include "logprob_lanes.h"
+#include "memory.h"
 #include "parallel.h"
 
 namespace rf {
@@ -23,9 +28,11 @@ namespace {
 
 // ---- forward ---------------------------------------------------------------------------------------------
 
-int64_t id_of(const LogprobInput& in, int64_t i) {
-  return in.id_dtype == DType::int64 ? static_cast<const int64_t*>(in.ids)[i]
-                                     : static_cast<const int32_t*>(in.ids)[i];
+// Token k of row i.
+int64_t id_of(const LogprobInput& in, int64_t i, int64_t k) {
+  const int64_t element = i * in.tokens + k;
+  return in.id_dtype == DType::int64 ? static_cast<const int64_t*>(in.ids)[element]
+                                     : static_cast<const int32_t*>(in.ids)[element];
 }
 
 template <class T>
@@ -44,12 +51,41 @@ double chosen(const double* x, const Row&, double softcap) {
   return capped_logit<capped>(*x, softcap);
 }
 
+inline double to_real(double x) { return x; }
+template <class T>
+double to_real(T x) {
+  return static_cast<double>(to_float(x));
+}
+inline void from_real(double x, double& out) { out = x; }
+template <class T>
+void from_real(double x, T& out) {
+  from_float(static_cast<float>(x), out);
+}
+
+// Chosen tokens below the floor join the kept set, each once.
+template <bool capped, class T>
+void keep_chosen(Fold& fold, const LogprobInput& in, int64_t i, const T* x, const Row& row) {
+  std::vector<Chosen> below;
+  for (int64_t k = 0; k < in.tokens; ++k) {
+    const int64_t y = id_of(in, i, k);
+    if (y >= 0 && y < in.vocab && to_real(x[y]) < row.floor) below.push_back({y, 0.0, 0.0});
+  }
+  const int64_t n = unite(below.data(), static_cast<int64_t>(below.size()));
+  for (int64_t k = 0; k < n; ++k) {
+    Fold one;
+    one.largest = chosen<capped>(x + below[static_cast<size_t>(k)].id, row, in.softcap);
+    one.ties = 1;
+    if (one.largest != kMinusInfinity) merge(fold, one, row.inverse_t);
+  }
+}
+
 template <bool capped, class T, class Real>
-void finish(const LogprobArgs& args, int64_t i, const Fold& fold, const Row& row) {
+void finish(const LogprobArgs& args, int64_t i, Fold fold, const Row& row) {
   const LogprobInput& in = args.in;
-  const int64_t y = id_of(in, i);
+  const T* x = row_at<T>(in, i);
+  if (in.floors != nullptr) keep_chosen<capped>(fold, in, i, x, row);
   const double nan = __builtin_nan("");
-  double log_sum = std::log1p((fold.ties - 1.0) + fold.rest), logp = nan, entropy = log_sum;
+  double log_sum = std::log1p((fold.ties - 1.0) + fold.rest), entropy = log_sum;
   if (fold.largest == __builtin_inf()) log_sum = entropy = nan;
   const bool empty = fold.largest == kMinusInfinity && fold.rest == 0;
   if (empty) {
@@ -58,12 +94,16 @@ void finish(const LogprobArgs& args, int64_t i, const Fold& fold, const Row& row
   } else {
     entropy -= fold.moment / (fold.ties + fold.rest);
   }
-  if (y >= 0 && y < in.vocab) {
-    const double u = chosen<capped>(row_at<T>(in, i) + y, row, in.softcap);
-    logp = empty ? (u != u ? u : kMinusInfinity) : (u - fold.largest) * row.inverse_t - log_sum;
-    logp = logp > 0 ? 0 : logp;
+  for (int64_t k = 0; k < in.tokens; ++k) {
+    const int64_t y = id_of(in, i, k);
+    double logp = nan;
+    if (y >= 0 && y < in.vocab) {
+      const double u = chosen<capped>(x + y, row, in.softcap);
+      logp = empty ? (u != u ? u : kMinusInfinity) : (u - fold.largest) * row.inverse_t - log_sum;
+      logp = logp > 0 ? 0 : logp;
+    }
+    static_cast<Real*>(args.logp)[i * in.tokens + k] = static_cast<Real>(logp);
   }
-  static_cast<Real*>(args.logp)[i] = static_cast<Real>(logp);
   if (args.entropy != nullptr) static_cast<Real*>(args.entropy)[i] = static_cast<Real>(entropy);
   static_cast<Real*>(args.stats)[i] = static_cast<Real>(fold.largest);
   static_cast<Real*>(args.stats)[in.rows + i] = static_cast<Real>(log_sum);
@@ -71,20 +111,21 @@ void finish(const LogprobArgs& args, int64_t i, const Fold& fold, const Row& row
 
 template <class Real>
 void masked(const LogprobArgs& args, int64_t i) {
-  static_cast<Real*>(args.logp)[i] = 0;
+  const int64_t tokens = args.in.tokens;
+  for (int64_t k = 0; k < tokens; ++k) static_cast<Real*>(args.logp)[i * tokens + k] = 0;
   if (args.entropy != nullptr) static_cast<Real*>(args.entropy)[i] = 0;
   static_cast<Real*>(args.stats)[i] = static_cast<Real*>(args.stats)[args.in.rows + i] = 0;
 }
 
 int64_t chunks_of(int64_t vocab) { return vocab <= kChunk ? 1 : (vocab + kChunk - 1) / kChunk; }
 
-template <bool entropy, bool capped, class T, class Real>
+template <bool entropy, bool capped, bool floored, class T, class Real>
 void forward_of(const LogprobArgs& args) {
   const LogprobInput& in = args.in;
   const int64_t chunks = chunks_of(in.vocab), elements = in.rows * in.vocab;
   const auto chunk_fold = [&](int64_t i, int64_t c, const Row& row) {
     const int64_t size = c + 1 < chunks ? kChunk : in.vocab - c * kChunk;
-    return fold_chunk<entropy, capped>(row_at<T>(in, i) + c * kChunk, size, row, in.softcap);
+    return fold_chunk<entropy, capped, floored>(row_at<T>(in, i) + c * kChunk, size, row, in.softcap);
   };
   if (chunks > 1 && in.rows < 2 * static_cast<int64_t>(in.threads) && elements >= kSerialElements) {
     std::vector<Fold> folds(static_cast<size_t>(in.rows * chunks));
@@ -120,11 +161,19 @@ void forward_of(const LogprobArgs& args) {
   });
 }
 
+template <bool entropy, bool capped, class T, class Real>
+void forward_floor(const LogprobArgs& args) {
+  return args.in.floors != nullptr ? forward_of<entropy, capped, true, T, Real>(args)
+                                   : forward_of<entropy, capped, false, T, Real>(args);
+}
+
 template <class T, class Real>
 void forward_dtype(const LogprobArgs& args) {
   const bool capped = args.in.softcap > 0;
-  if (args.entropy != nullptr) return capped ? forward_of<true, true, T, Real>(args) : forward_of<true, false, T, Real>(args);
-  return capped ? forward_of<false, true, T, Real>(args) : forward_of<false, false, T, Real>(args);
+  if (args.entropy != nullptr) {
+    return capped ? forward_floor<true, true, T, Real>(args) : forward_floor<true, false, T, Real>(args);
+  }
+  return capped ? forward_floor<false, true, T, Real>(args) : forward_floor<false, false, T, Real>(args);
 }
 
 void forward(const LogprobArgs& args) {
@@ -140,40 +189,52 @@ void forward(const LogprobArgs& args) {
 LogprobCheck check(const LogprobInput& in, double low, double high) {
   for (int64_t i = 0; i < in.rows; ++i) {
     if (!counts(in, i)) continue;
-    const int64_t y = id_of(in, i);
-    if (y < 0 || y >= in.vocab) return {LogprobFault::token_ids, i};
+    for (int64_t k = 0; k < in.tokens; ++k) {
+      const int64_t y = id_of(in, i, k);
+      if (y < 0 || y >= in.vocab) return {LogprobFault::token_ids, i * in.tokens + k};
+    }
     if (in.temperatures != nullptr && !(in.temperatures[i] >= low && in.temperatures[i] <= high)) {
       return {LogprobFault::temperature, i};
     }
+    if (in.floors != nullptr && in.floors[i] != in.floors[i]) return {LogprobFault::logit_floor, i};
   }
   return {LogprobFault::none, 0};
 }
 
 // ---- backward --------------------------------------------------------------------------------------------
 //
-//   d logp / d z_j = [j = y] - p_j      d H / d z_j = -p_j (log p_j + H)      d z / d x = slope / T
+//   d logp_k / d z_j = [j = y(k)] - p_j      d H / d z_j = -p_j (log p_j + H)      d z / d x = slope / T
 //
-// so, with upstream g and h, d x_j = exp(d_j) (a + b d_j) slope_j, plus g slope_y / T for the chosen token.
+// so, with upstream g_k, their sum g, and h, d x_j = exp(d_j) (a + b d_j) slope_j, plus g_k slope / T for token k.
 
 struct Slope {
   double a, b;         // of exp(d) (a + b d)
   double g, h, largest, log_sum, entropy;
-  int64_t y;
   bool zero;  // the whole row is exactly 0
 };
+
+template <class Real>
+double upstream_of(const LogprobBackwardArgs& args, int64_t i, int64_t k) {
+  return args.d_logp != nullptr ? static_cast<double>(static_cast<const Real*>(args.d_logp)[i * args.in.tokens + k])
+                                : 0.0;
+}
 
 template <class Real>
 Slope slope_of(const LogprobBackwardArgs& args, int64_t i, double inverse_t) {
   const Real* stats = static_cast<const Real*>(args.stats);
   Slope s{};
-  s.g = args.d_logp != nullptr ? static_cast<double>(static_cast<const Real*>(args.d_logp)[i]) : 0.0;
+  bool none = true;
+  for (int64_t k = 0; k < args.in.tokens; ++k) {
+    const double g = upstream_of<Real>(args, i, k);
+    none = none && g == 0;
+    s.g += g;
+  }
   s.h = args.d_entropy != nullptr ? static_cast<double>(static_cast<const Real*>(args.d_entropy)[i]) : 0.0;
   s.entropy = args.d_entropy != nullptr ? static_cast<double>(static_cast<const Real*>(args.entropy)[i]) : 0.0;
   s.largest = static_cast<double>(stats[i]);
   s.log_sum = static_cast<double>(stats[args.in.rows + i]);
-  s.y = id_of(args.in, i);
   // A row without an allowed token has log_sum -inf; one without upstream gradient need not be read.
-  s.zero = !counts(args.in, i) || (s.g == 0 && s.h == 0) || s.log_sum == kMinusInfinity;
+  s.zero = !counts(args.in, i) || (none && s.h == 0) || s.log_sum == kMinusInfinity;
   const double scale = std::exp(-s.log_sum) * inverse_t;
   s.a = (s.h * (s.log_sum - s.entropy) - s.g) * scale;
   s.b = -s.h * scale;
@@ -181,79 +242,112 @@ Slope slope_of(const LogprobBackwardArgs& args, int64_t i, double inverse_t) {
   return s;
 }
 
-template <bool capped, class T>
+template <bool entropy, bool capped, bool floored, class T>
 void backward_chunk(const T* x, int64_t n, T* out, const Slope& s, const Row& row, double) {
   const f32v a = splat(static_cast<float>(s.a)), b = splat(static_cast<float>(s.b));
-  const f32v largest = splat(static_cast<float>(s.largest));
-  const auto slope = [&](f32v logits) {
+  const f32v largest = splat(static_cast<float>(s.largest)), floor = splat(static_cast<float>(row.floor));
+  const auto slope = [&](f32v given) __attribute__((always_inline)) {
+    const f32v logits = kept<floored>(given, floor);
     const Exponential found = exponential(logit<capped>(logits, row), largest, row);
-    const f32v value = found.e * (b * found.d + a);
+    const f32v value = found.e * (entropy ? b * found.d + a : a);
     return capped ? value * cap_slope(logits, row) : value;
   };
+  constexpr int64_t step = 2 * kLanes, line = 64 / static_cast<int64_t>(sizeof(T));
   int64_t j = 0;
+  for (; j + step <= n; j += step) {
+    for (int64_t ahead = 0; ahead < step; ahead += line) __builtin_prefetch(x + j + ahead + 2 * kBlock, 0, 2);
+    const Pair v = load_pair(x + j);
+    store_pair(out + j, {slope(v.first), slope(v.second)});
+  }
   for (; j + kLanes <= n; j += kLanes) store(out + j, slope(load(x + j)));
-  if (j < n) store_tail(out + j, n - j, slope(load_tail(x + j, n - j, -__builtin_inff())));
+  if (j < n) store_tail(out + j, n - j, slope(load_tail(x + j, n - j, kForbidden)));
 }
 
-template <bool capped>
+template <bool, bool capped, bool floored>
 void backward_chunk(const double* x, int64_t n, double* out, const Slope& s, const Row& row, double softcap) {
   for (int64_t j = 0; j < n; ++j) {
-    const double d = (capped_logit<capped>(x[j], softcap) - s.largest) * row.inverse_t, e = std::exp(d);
-    const double tail = capped ? std::exp(-2 * std::fabs(x[j] / softcap)) : 1.0;
+    const double given = floored && x[j] < row.floor ? kMinusInfinity : x[j];
+    const double d = (capped_logit<capped>(given, softcap) - s.largest) * row.inverse_t, e = std::exp(d);
+    const double tail = capped ? std::exp(-2 * std::fabs(given / softcap)) : 1.0;
     out[j] = e == 0 ? 0 : e * (s.a + s.b * d) * (4 * tail / ((1 + tail) * (1 + tail)));
   }
 }
 
-inline double to_real(double x) { return x; }
-template <class T>
-double to_real(T x) {
-  return static_cast<double>(to_float(x));
-}
-inline void from_real(double x, double& out) { out = x; }
-template <class T>
-void from_real(double x, T& out) {
-  from_float(static_cast<float>(x), out);
-}
-
-// The chosen token apart, since 1 - p cancels when it is likely: g (1 - p) = -g expm1(logp).
+// A chosen token apart, since 1 - p cancels when it is likely: with its own g and the others' g', its gradient is
+// g (1 - p) - g' p = -g expm1(logp) - g' p.
 template <bool capped, class T>
-void backward_chosen(const T* x, T* out, const Slope& s, const Row& row, double softcap) {
+double chosen_gradient(const T* x, double g, const Slope& s, const Row& row, double softcap) {
   const double u = chosen<capped>(x, row, softcap);
-  if (u == kMinusInfinity) return;
-  const double gap = (u - s.largest) * row.inverse_t - s.log_sum, logp = gap > 0 ? 0 : gap;
+  if (u == kMinusInfinity) return 0;
+  const double gap = (u - s.largest) * row.inverse_t - s.log_sum, logp = gap > 0 ? 0 : gap, p = std::exp(logp);
   const double tail = capped ? std::exp(-2 * std::fabs(to_real(*x) / softcap)) : 1.0;
   const double slope = 4 * tail / ((1 + tail) * (1 + tail)) * row.inverse_t;
-  from_real((-s.g * std::expm1(logp) - s.h * std::exp(logp) * (logp + s.entropy)) * slope, *out);
+  return (-g * std::expm1(logp) - (s.g - g) * p - s.h * p * (logp + s.entropy)) * slope;
 }
 
+// The chosen tokens among logits [first, first + n) of row i, and their gradients; returns how many.
 template <bool capped, class T, class Real>
+int64_t chosen_in(const LogprobBackwardArgs& args, int64_t i, int64_t first, int64_t n, const Slope& s,
+                  const Row& row, Chosen* found) {
+  const LogprobInput& in = args.in;
+  int64_t count = 0;
+  for (int64_t k = 0; k < in.tokens; ++k) {
+    const int64_t y = id_of(in, i, k);
+    if (y >= first && y < first + n) found[count++] = {y, upstream_of<Real>(args, i, k), 0.0};
+  }
+  count = unite(found, count);
+  const T* x = row_at<T>(in, i);
+  for (int64_t k = 0; k < count; ++k) {
+    found[k].gradient = chosen_gradient<capped>(x + found[k].id, found[k].g, s, row, in.softcap);
+  }
+  return count;
+}
+
+template <bool entropy, bool capped, bool floored, class T, class Real>
 void backward_of(const LogprobBackwardArgs& args) {
   const LogprobInput& in = args.in;
+  const bool in_place = args.d_logits == in.logits;
   T* d_logits = static_cast<T*>(args.d_logits);
+  if (!in_place) prefer_large_pages(d_logits, static_cast<size_t>(in.rows * in.vocab) * sizeof(T));
   const int64_t chunks = chunks_of(in.vocab);
   const int64_t rows = in.vocab >= kChunk ? 1 : kChunk / (in.vocab + 1) + 1;
   parallel_for((in.rows + rows - 1) / rows * chunks, in.rows * in.vocab, in.threads, [&](int64_t unit) {
     const int64_t begin = unit / chunks * rows, end = begin + rows < in.rows ? begin + rows : in.rows;
     const int64_t first = unit % chunks * kChunk, n = in.vocab - first < kChunk ? in.vocab - first : kChunk;
+    std::vector<Chosen> found(static_cast<size_t>(in.tokens));
     for (int64_t i = begin; i < end; ++i) {
-      T* out = d_logits + i * in.vocab + first;
+      const T* x = row_at<T>(in, i);
+      T* out = d_logits + (in_place ? x - static_cast<const T*>(in.logits) : i * in.vocab);
       const Row row = row_of(in, i);
       const Slope s = slope_of<Real>(args, i, row.inverse_t);
       if (s.zero) {
-        std::memset(static_cast<void*>(out), 0, static_cast<size_t>(n) * sizeof(T));
+        std::memset(static_cast<void*>(out + first), 0, static_cast<size_t>(n) * sizeof(T));
         continue;
       }
-      const T* x = row_at<T>(in, i) + first;
-      backward_chunk<capped>(x, n, out, s, row, in.softcap);
-      const int64_t y = s.y - first;
-      if (y >= 0 && y < n) backward_chosen<capped>(x + y, out + y, s, row, in.softcap);
+      // Before the chunk is written, which may be where it is read.
+      const int64_t count = chosen_in<capped, T, Real>(args, i, first, n, s, row, found.data());
+      backward_chunk<entropy, capped, floored>(x + first, n, out + first, s, row, in.softcap);
+      for (int64_t k = 0; k < count; ++k) {
+        const Chosen& token = found[static_cast<size_t>(k)];
+        from_real(token.gradient, out[token.id]);
+      }
     }
   });
 }
 
+template <bool entropy, bool capped, class T, class Real>
+void backward_floor(const LogprobBackwardArgs& args) {
+  return args.in.floors != nullptr ? backward_of<entropy, capped, true, T, Real>(args)
+                                   : backward_of<entropy, capped, false, T, Real>(args);
+}
+
 template <class T, class Real>
 void backward_dtype(const LogprobBackwardArgs& args) {
-  return args.in.softcap > 0 ? backward_of<true, T, Real>(args) : backward_of<false, T, Real>(args);
+  const bool capped = args.in.softcap > 0;
+  if (args.d_entropy != nullptr) {
+    return capped ? backward_floor<true, true, T, Real>(args) : backward_floor<true, false, T, Real>(args);
+  }
+  return capped ? backward_floor<false, true, T, Real>(args) : backward_floor<false, false, T, Real>(args);
 }
 
 void backward(const LogprobBackwardArgs& args) {

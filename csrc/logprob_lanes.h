@@ -16,6 +16,7 @@ constexpr int64_t kBlock = 2048;
 // The unit of parallel work; a 128k vocabulary has 8. Smaller rows share a unit.
 constexpr int64_t kChunk = 8 * kBlock;
 constexpr double kMinusInfinity = -__builtin_inf();
+constexpr float kForbidden = -__builtin_inff();
 
 // ---- one element vector: cap, scale, difference to the largest -------------------------------------------
 
@@ -25,9 +26,10 @@ struct Row {
   double inverse_t;
   f32v inverse_high, inverse_low, softcap;
   f32v log2_high, log2_low, lowest;  // log2(e) / T likewise, and the gap below which exp is 0
+  double floor;                      // logits below it are dropped where `floored`
 
-  Row(double temperature, double softcap)
-      : inverse_t(1.0 / temperature), softcap(splat(static_cast<float>(softcap))) {
+  Row(double temperature, double softcap, double floor = kMinusInfinity)
+      : inverse_t(1.0 / temperature), softcap(splat(static_cast<float>(softcap))), floor(floor) {
     split(inverse_t, inverse_high, inverse_low);
     const double log2_t = 1.4426950408889634 * inverse_t;
     split(log2_t, log2_high, log2_low);
@@ -42,7 +44,14 @@ struct Row {
 };
 
 inline Row row_of(const LogprobInput& in, int64_t i) {
-  return Row(in.temperatures != nullptr ? in.temperatures[i] : in.temperature, in.softcap);
+  return Row(in.temperatures != nullptr ? in.temperatures[i] : in.temperature, in.softcap,
+             in.floors != nullptr ? in.floors[i] : kMinusInfinity);
+}
+
+// A dropped logit is a forbidden one. NaN is below nothing, so it stays and shows.
+template <bool floored>
+inline f32v kept(f32v x, f32v floor) {
+  return floored ? select(x < floor, splat(kForbidden), x) : x;
 }
 
 // tanh(a): an odd polynomial (relative error 3e-9) where 1 - e would cancel, (1 - e) / (1 + e) with
@@ -58,7 +67,7 @@ inline f32v cap(f32v x, const Row& row) {
   const f32v e = exp_nonpositive(splat(-2.0f) * size);
   const f32v far = (splat(1.0f) - e) / (splat(1.0f) + e);
   const f32v tanh = size < splat(0.6f) ? near_zero : (a < splat(0.0f) ? -far : far);
-  return x == splat(-__builtin_inff()) ? x : row.softcap * tanh;
+  return x == splat(kForbidden) ? x : row.softcap * tanh;
 }
 
 // d cap / d x = 1 - tanh^2 = 4 e / (1 + e)^2, without cancellation.
@@ -116,17 +125,73 @@ inline void merge(Fold& into, const Fold& part, double inverse_t) {
   into.moment += factor * (low.moment + delta * (low.ties + low.rest));
 }
 
+// Two vectors of x[0 .. 2 kLanes), in the order that costs least: sums and maxima have none to keep, as long as it
+// is the same on every run. Of bfloat16 one load gives the elements with even index and those with odd index, whose
+// bits stand where float32 has them; widening would take a shuffle for every vector.
+struct Pair {
+  f32v first, second;
+};
+
 template <class T>
-float block_max(const T* x, int64_t n) {
+inline Pair load_pair(const T* x) {
+  return {load(x), load(x + kLanes)};
+}
+inline Pair load_pair(const bf16* x) {
+  u32v bits;
+  std::memcpy(&bits, x, sizeof(bits));
+  return {reinterpret_cast<f32v>(bits << 16), reinterpret_cast<f32v>(bits & 0xffff0000u)};
+}
+
+// Back to where load_pair took them from.
+template <class T>
+inline void store_pair(T* x, Pair v) {
+  store(x, v.first);
+  store(x + kLanes, v.second);
+}
+inline void store_pair(bf16* x, Pair v) {
+#if defined(__AVX512BF16__)
+  static const uint16_t order[32] = {0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23,
+                                     8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
+  __m512i by_half, turns;
+  const __m512bh rounded = _mm512_cvtne2ps_pbh(reinterpret_cast<__m512>(v.second), reinterpret_cast<__m512>(v.first));
+  std::memcpy(&by_half, &rounded, sizeof(by_half));
+  std::memcpy(&turns, order, sizeof(turns));
+  const __m512i bits = _mm512_maskz_permutexvar_epi16(0xffffffffu, turns, by_half);
+#else
+  const auto round = [](f32v y) {
+    const u32v raw = reinterpret_cast<u32v>(y);
+    const u32v up = raw + 0x7fffu + ((raw >> 16) & 1u);
+    return reinterpret_cast<u32v>(y != y) ? (u32v{} + 0x7fc00000u) : up;
+  };
+  const u32v bits = (round(v.first) >> 16) | (round(v.second) & 0xffff0000u);
+#endif
+  std::memcpy(x, &bits, sizeof(bits));
+}
+
+struct Top {
+  float largest;
+  bool any;  // whether a logit of the block is kept, NaN among them
+};
+
+template <bool floored, class T>
+Top block_max(const T* x, int64_t n, f32v floor) {
   f32v m[4];
-  for (f32v& lane : m) lane = splat(-__builtin_inff());
+  for (f32v& lane : m) lane = splat(kForbidden);
+  i32v below = i32v{} - 1;
+  const auto take = [&](f32v v, f32v& running) __attribute__((always_inline)) {
+    running = max(v, running);
+    if (floored) below &= v < floor;
+  };
   int64_t j = 0;
   for (; j + 4 * kLanes <= n; j += 4 * kLanes) {
-    for (int u = 0; u < 4; ++u) m[u] = max(load(x + j + u * kLanes), m[u]);
+    const Pair a = load_pair(x + j), b = load_pair(x + j + 2 * kLanes);
+    take(a.first, m[0]), take(a.second, m[1]), take(b.first, m[2]), take(b.second, m[3]);
   }
-  for (; j + kLanes <= n; j += kLanes) m[0] = max(load(x + j), m[0]);
-  if (j < n) m[1] = max(load_tail(x + j, n - j, -__builtin_inff()), m[1]);
-  return max_lanes(max(max(m[0], m[1]), max(m[2], m[3])));
+  for (; j + kLanes <= n; j += kLanes) take(load(x + j), m[0]);
+  if (j < n) take(load_tail(x + j, n - j, kForbidden), m[1]);
+  bool any = !floored;
+  for (int lane = 0; floored && lane < kLanes; ++lane) any = any || below[lane] == 0;
+  return {max_lanes(max(max(m[0], m[1]), max(m[2], m[3]))), any};
 }
 
 // d = (u - largest) / T and exp(d); d is some finite number where exp(d) is 0.
@@ -157,24 +222,29 @@ struct Sums {
   }
 };
 
-// Sums over one block, prefetching the next but one into L2: measured best, a tenth faster than the next into L1. Per-block sums are float32, everything above is double.
-template <bool entropy, bool capped, bool ties, class T>
-Fold block_sums(const T* x, int64_t n, double largest, const Row& row) {
+// Sums over one block, prefetching the next but one into L2: measured best, a tenth faster than the next into L1.
+// Per-block sums are float32, everything above is double.
+template <bool entropy, bool capped, bool floored, bool ties, class T>
+Fold block_sums(const T* x, int64_t n, double largest, const Row& row, f32v floor) {
   // A block of forbidden tokens has no largest; any finite one gives exp(-inf) = 0, and NaN stays NaN.
   const f32v reference = splat(largest == kMinusInfinity ? 0.0f : static_cast<float>(largest));
   Sums<entropy, ties> sums[2];
+  // Inlined by force: GCC 12 calls it otherwise, with the sums in memory.
+  const auto take = [&](f32v v, Sums<entropy, ties>& into) __attribute__((always_inline)) {
+    into.add(logit<capped>(kept<floored>(v, floor), row), reference, row);
+  };
+  constexpr int64_t step = 2 * kLanes, line = 64 / static_cast<int64_t>(sizeof(T));
   int64_t j = 0;
-  for (; j + 2 * kLanes <= n; j += 2 * kLanes) {
-    for (int u = 0; u < 2; ++u) {
-      __builtin_prefetch(x + j + u * kLanes + 2 * kBlock, 0, 2);
-      sums[u].add(logit<capped>(load(x + j + u * kLanes), row), reference, row);
-    }
+  for (; j + step <= n; j += step) {
+    for (int64_t ahead = 0; ahead < step; ahead += line) __builtin_prefetch(x + j + ahead + 2 * kBlock, 0, 2);
+    const Pair v = load_pair(x + j);
+    take(v.first, sums[0]), take(v.second, sums[1]);
   }
   if (j + kLanes <= n) {
-    sums[0].add(logit<capped>(load(x + j), row), reference, row);
+    take(load(x + j), sums[0]);
     j += kLanes;
   }
-  if (j < n) sums[1].add(logit<capped>(load_tail(x + j, n - j, -__builtin_inff()), row), reference, row);
+  if (j < n) take(load_tail(x + j, n - j, kForbidden), sums[1]);
   Fold fold;
   fold.largest = largest;
   fold.ties = ties ? static_cast<double>(sum_lanes(sums[0].equal + sums[1].equal)) : 0.0;
@@ -183,37 +253,44 @@ Fold block_sums(const T* x, int64_t n, double largest, const Row& row) {
   return fold;
 }
 
-template <bool entropy, bool capped, class T>
+template <bool entropy, bool capped, bool floored = false, class T>
 Fold fold_chunk(const T* x, int64_t n, const Row& row, double) {
   Fold fold;
+  const f32v floor = splat(static_cast<float>(row.floor));
   for (int64_t j = 0; j < n; j += kBlock) {
     const int64_t size = n - j < kBlock ? n - j : kBlock;
-    const double top = static_cast<double>(logit<capped>(splat(block_max(x + j, size)), row)[0]);
+    const Top block = block_max<floored>(x + j, size, floor);
+    if (!block.any) continue;
+    const double top = static_cast<double>(logit<capped>(splat(block.largest), row)[0]);
     // Most blocks hold no new largest logit, and those need not look for ties.
     if (top < fold.largest) {
-      merge(fold, block_sums<entropy, capped, false>(x + j, size, fold.largest, row), row.inverse_t);
+      const Fold part = block_sums<entropy, capped, floored, false>(x + j, size, fold.largest, row, floor);
+      merge(fold, part, row.inverse_t);
     } else {
-      merge(fold, block_sums<entropy, capped, true>(x + j, size, top, row), row.inverse_t);
+      merge(fold, block_sums<entropy, capped, floored, true>(x + j, size, top, row, floor), row.inverse_t);
     }
   }
   return fold;
 }
 
-template <bool entropy, bool capped>
+template <bool entropy, bool capped, bool floored = false>
 Fold fold_chunk(const double* x, int64_t n, const Row& row, double softcap) {
   Fold fold;
+  const auto u = [&](int64_t j) {
+    return floored && x[j] < row.floor ? kMinusInfinity : capped_logit<capped>(x[j], softcap);
+  };
   for (int64_t j = 0; j < n; ++j) {
-    const double u = capped_logit<capped>(x[j], softcap);
-    if (u > fold.largest) fold.largest = u;
+    const double v = u(j);
+    if (v > fold.largest) fold.largest = v;
   }
   for (int64_t j = 0; j < n; ++j) {
-    const double u = capped_logit<capped>(x[j], softcap);
-    if (u == kMinusInfinity) continue;
-    if (u == fold.largest) {
+    const double v = u(j);
+    if (v == kMinusInfinity) continue;
+    if (v == fold.largest) {
       fold.ties += 1;
       continue;
     }
-    const double d = (u - fold.largest) * row.inverse_t, e = std::exp(d);
+    const double d = (v - fold.largest) * row.inverse_t, e = std::exp(d);
     fold.rest += e;
     if (entropy && e != 0) fold.moment += e * d;
   }

@@ -60,7 +60,13 @@ OPS: dict[str, tuple[Callable[..., Any], Arguments, Arguments]] = {
             "token_ids": _ids(2, 3),
             "temperature": _floats(2, 3) + 2,
             "mask": _flags(2, 3),
+            "logit_floor": _floats(2, 3),
         },
+        {},
+    ),
+    "token_logprobs of several": (
+        rf.token_logprobs,
+        {"logits": _floats(2, 3, 4), "token_ids": _ids(2, 3, 5), "logit_floor": _floats(2, 3)},
         {},
     ),
     "linear_token_logprobs": (
@@ -155,7 +161,7 @@ OPS: dict[str, tuple[Callable[..., Any], Arguments, Arguments]] = {
     ),
 }
 # Floats whose dtype is their own business: a number for each row, not an element of the computation.
-OWN_DTYPE = ("temperature", "lam")
+OWN_DTYPE = ("temperature", "logit_floor", "lam")
 WRONG: dict[str, tuple[Callable[[torch.Tensor], Any], type[Exception]]] = {
     "one row more": (lambda x: torch.cat([x, x[:1]]), ValueError),
     "one axis more": (lambda x: x[None], ValueError),

@@ -7,84 +7,46 @@ import react_fast as rf
 from react_fast import _core
 
 from . import contract
+from .logprob_cases import DTYPES, INF, assert_gradient, assert_within_bound, both, case, per_row
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 # One token; below, at and above a vector; a ragged multiple; two leading axes; above the Triton block of 4096;
 # above the C++ chunk of 16384.
 SHAPES = [(1, 1), (3, 7), (5, 16), (9, 100), (2, 3, 33), (2, 4101), (2, 16500)]
 # Plain; sharp and flat; capped; temperature that no float32 holds exactly.
 OPTIONS = [{}, {"temperature": 0.3}, {"softcap": 5.0}, {"temperature": 1.7, "softcap": 30.0}]
-INF = float("inf")
-
-
-def _case(shape, dtype=torch.float32, scale=3.0):
-    return (torch.randn(shape) * scale).to(dtype), torch.randint(shape[-1], shape[:-1])
-
-
-def _both(logits, ids, **options):
-    return rf.token_logprobs(logits, ids, return_entropy=True, **options)
-
-
-def _per_row(shape):
-    return torch.rand(shape[:-1]) + 0.5
-
-
-def _assert_within_bound(actual, logits, ids, **options):
-    """Worst-case rounding of the float32 (float64) evaluation, u = half an ulp.
-
-    sum_j exp(d_j): each exponential is off by 2u + 2u |d_j| relative, and a block adds up at most 2048 / 8 values
-    in a lane before double (float64: all V). Divided by the sum that is E_p of the same, which log keeps as an
-    absolute error. The entropy's moment has one more factor d. A cap is off by 8u of itself, in both d's terms.
-    """
-    wide = logits.double()
-    logp, entropy = contract.reference(_both, wide, ids, **options)
-    temperature = torch.as_tensor(options.get("temperature", 1.0)).double()
-    cap = options.get("softcap")
-    z = (wide if cap is None else cap * torch.tanh(wide / cap)) / temperature.unsqueeze(-1)
-    d = (z - z.amax(-1, keepdim=True)).abs()
-    p = torch.softmax(z, -1)
-    first, second = (p * d).sum(-1), (p * d * d).sum(-1)
-    u = contract.EPS[actual[0].dtype] / 2
-    adds = logits.shape[-1] if logits.dtype == torch.float64 else min(logits.shape[-1], 264)
-    capped = 0.0 if cap is None else 16 * cap / temperature
-    loss = adds + 8 + capped
-    bound_logp = u * (2 * logp.abs() + 2 * first + loss)
-    bound_entropy = u * (2 * entropy.abs() + loss * (1 + 2 * first) + 2 * second + 2 * first)
-    assert bool(((actual[0].double() - logp).abs() <= bound_logp).all())
-    assert bool(((actual[1].double() - entropy).abs() <= bound_entropy).all())
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_equals_float64_reference(backend, shape, dtype, options):
-    logits, ids = _case(shape, dtype)
-    actual = _both(logits, ids, **options)
+    logits, ids = case(shape, dtype)
+    actual = both(logits, ids, **options)
     assert {x.dtype for x in actual} == {torch.float64 if dtype == torch.float64 else torch.float32}
-    _assert_within_bound(actual, logits, ids, **options)
+    assert_within_bound(actual, logits, ids, **options)
     contract.assert_bitwise(rf.token_logprobs(logits, ids, **options), actual[0])
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_temperature_per_row(backend, dtype):
-    logits, ids = _case((3, 4, 70), dtype)
-    temperature = _per_row(logits.shape)
-    actual = _both(logits, ids, temperature=temperature)
-    _assert_within_bound(actual, logits, ids, temperature=temperature)
+def test_temperatureper_row(backend, dtype):
+    logits, ids = case((3, 4, 70), dtype)
+    temperature = per_row(logits.shape)
+    actual = both(logits, ids, temperature=temperature)
+    assert_within_bound(actual, logits, ids, temperature=temperature)
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 def test_every_instruction_set_agrees(isa, options):
     for dtype in DTYPES:
-        logits, ids = _case((5, 2131), dtype)
-        _assert_within_bound(_both(logits, ids, **options), logits, ids, **options)
-        _assert_gradient(logits, ids, **options)
+        logits, ids = case((5, 2131), dtype)
+        assert_within_bound(both(logits, ids, **options), logits, ids, **options)
+        assert_gradient(logits, ids, **options)
     assert _core.isa() == isa
 
 
 @pytest.mark.parametrize("scale", [0.1, 3.0, 20.0])
 def test_float32_error_is_no_larger_than_torch(backend, scale):
-    logits, ids = _case((64, 5000), scale=scale)
+    logits, ids = case((64, 5000), scale=scale)
     exact = torch.log_softmax(logits.double(), -1).gather(-1, ids[:, None])[:, 0]
     theirs = torch.log_softmax(logits, -1).gather(-1, ids[:, None])[:, 0]
     assert (rf.token_logprobs(logits, ids) - exact).abs().max() <= (theirs - exact).abs().max()
@@ -99,61 +61,41 @@ def test_confident_row_keeps_relative_accuracy(backend):
     torch.testing.assert_close(logp[0].double(), expected, rtol=4 * contract.EPS[torch.float32], atol=0)
 
 
-def _assert_gradient(logits, ids, **options):
-    """The gradient of a weighted sum equals float64 autograd of the reference."""
-    g, h = torch.randn(2, *ids.shape)
-    x = logits.detach().clone().requires_grad_()
-    logp, entropy = _both(x, ids, **options)
-    (actual,) = torch.autograd.grad((logp * g).sum() + (entropy * h).sum(), x)
-    wide = logits.detach().double().requires_grad_()
-    logp, entropy = contract.reference(_both, wide, ids, **options)
-    (expected,) = torch.autograd.grad((logp * g).sum() + (entropy * h).sum(), wide)
-    assert actual.dtype == logits.dtype
-    eps, inner = (
-        contract.EPS[logits.dtype],
-        contract.EPS[logp.dtype if logits.dtype == torch.float64 else torch.float32],
-    )
-    # Relative: the input's own rounding; p_j carries that of d_j, |d| <= 90 where p is not 0, in two terms.
-    # Absolute: h p (log p + H) is a difference of terms below 16 |h|, and 1 - p of the chosen
-    # token cancels.
-    torch.testing.assert_close(actual.double(), expected, rtol=eps + 200 * inner, atol=50 * inner)
-
-
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_gradient_equals_reference(backend, dtype, options):
-    _assert_gradient(*_case((3, 70), dtype), **options)
-    _assert_gradient(*_case((1, 4101), dtype), **options)
+    assert_gradient(*case((3, 70), dtype), **options)
+    assert_gradient(*case((1, 4101), dtype), **options)
 
 
 @pytest.mark.parametrize("options", [*OPTIONS, {"temperature": torch.tensor([0.5, 1.0, 2.0])}], ids=str)
 def test_gradcheck(backend, options):
-    logits, ids = _case((3, 5), scale=1.0)
-    contract.assert_gradcheck(lambda x: _both(x, ids, **options), logits)
+    logits, ids = case((3, 5), scale=1.0)
+    contract.assert_gradcheck(lambda x: both(x, ids, **options), logits)
     contract.assert_gradcheck(lambda x: rf.token_logprobs(x, ids, **options), logits)
-    contract.assert_gradcheck(lambda x: _both(x, ids, **options)[1], logits)
+    contract.assert_gradcheck(lambda x: both(x, ids, **options)[1], logits)
 
 
 def test_masked_rows_influence_nothing(backend):
-    logits, ids = _case((4, 33))
+    logits, ids = case((4, 33))
     mask = torch.tensor([True, False, True, False])
-    clean = _both(logits, ids)
+    clean = both(logits, ids)
     logits[1], logits[3], ids[~mask] = float("nan"), INF, -100
     for given in (mask, mask.long()):
         x = logits.clone().requires_grad_()
-        logp, entropy = _both(x, ids, mask=given)
+        logp, entropy = both(x, ids, mask=given)
         (slope,) = torch.autograd.grad(logp.sum() + entropy.sum(), x)
         for actual, expected in zip((logp, entropy), clean, strict=True):
             contract.assert_bitwise(actual[mask], expected[mask])
             assert bool((actual[~mask] == 0).all())
         assert bool((slope[~mask] == 0).all())
         assert bool(slope[mask].isfinite().all())
-    nothing = _both(logits, ids, mask=torch.zeros(4, dtype=torch.bool))
+    nothing = both(logits, ids, mask=torch.zeros(4, dtype=torch.bool))
     assert bool((torch.stack(nothing) == 0).all())
 
 
 def test_masked_row_ignores_its_temperature(backend):
-    logits, ids = _case((2, 9))
+    logits, ids = case((2, 9))
     temperature = torch.tensor([1.0, 0.0])
     logp = rf.token_logprobs(logits, ids, temperature=temperature, mask=torch.tensor([True, False]))
     contract.assert_bitwise(logp, torch.stack([rf.token_logprobs(logits[0], ids[0]), torch.zeros(())]))
@@ -162,15 +104,15 @@ def test_masked_row_ignores_its_temperature(backend):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 def test_forbidden_tokens(backend, dtype, options):
-    logits, ids = _case((4, 40), dtype)
+    logits, ids = case((4, 40), dtype)
     logits[:, ::3] = -INF
     ids[:] = 1
-    _assert_gradient(logits, ids, **options)
+    assert_gradient(logits, ids, **options)
     logits[3] = -INF  # everything
     ids[2] = 3  # the chosen token
     x = logits.clone().requires_grad_()
-    logp, entropy = _both(x, ids, **options)
-    expected = contract.reference(_both, logits, ids, **options)
+    logp, entropy = both(x, ids, **options)
+    expected = contract.reference(both, logits, ids, **options)
     for actual, e in zip((logp, entropy), expected, strict=True):
         torch.testing.assert_close(actual.double(), e, rtol=1e-5, atol=1e-5)
     assert logp.tolist()[2:] == [-INF, -INF]
@@ -184,11 +126,11 @@ def test_forbidden_tokens(backend, dtype, options):
 @pytest.mark.parametrize("value", [float("nan"), INF])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_nan_stays_in_its_row(backend, dtype, value):
-    logits, ids = _case((4, 33), dtype)
-    clean = _both(logits, ids)
+    logits, ids = case((4, 33), dtype)
+    clean = both(logits, ids)
     logits[2, 5] = value
     x = logits.clone().requires_grad_()
-    dirty = _both(x, ids)
+    dirty = both(x, ids)
     keep = [0, 1, 3]
     for d, c in zip(dirty, clean, strict=True):
         assert d.isnan().tolist() == [False, False, True, False]
@@ -201,17 +143,17 @@ def test_nan_stays_in_its_row(backend, dtype, value):
 def test_nan_among_forbidden_tokens(backend):
     logits = torch.full((1, 20), -INF)
     logits[0, 7] = float("nan")
-    assert torch.stack(_both(logits, torch.tensor([3]))).isnan().all()
+    assert torch.stack(both(logits, torch.tensor([3]))).isnan().all()
 
 
 def test_row_does_not_depend_on_the_batch(backend):
-    for logits, ids in (_case((50, 300)), _case((3, 4200))):
+    for logits, ids in (case((50, 300)), case((3, 4200))):
         x = logits.clone().requires_grad_()
-        whole = _both(x, ids)
+        whole = both(x, ids)
         (slope,) = torch.autograd.grad(sum(y.sum() for y in whole), x)
         for i in (0, len(ids) - 1):
             row = logits[i : i + 1].clone().requires_grad_()
-            one = _both(row, ids[i : i + 1])
+            one = both(row, ids[i : i + 1])
             for a, e in zip(one, whole, strict=True):
                 contract.assert_bitwise(a, e[i : i + 1])
             contract.assert_bitwise(torch.autograd.grad(sum(y.sum() for y in one), row)[0], slope[i : i + 1])
@@ -220,11 +162,11 @@ def test_row_does_not_depend_on_the_batch(backend):
 # Many rows in units; few long rows, whose chunks run in parallel below twice as many threads.
 @pytest.mark.parametrize("shape", [(1000, 129), (3, 70001)], ids=str)
 def test_threads_agree(shape):
-    logits, ids = _case(shape)
+    logits, ids = case(shape)
 
     def forward_and_backward():
         x = logits.clone().requires_grad_()
-        logp, entropy = _both(x, ids, temperature=0.7)
+        logp, entropy = both(x, ids, temperature=0.7)
         (slope,) = torch.autograd.grad(logp.sum() + entropy.sum(), x)
         return torch.cat([logp.detach(), entropy.detach(), slope.flatten()])
 
@@ -248,8 +190,8 @@ def test_any_strides(backend, view):
     base = torch.randn(6, 10, 40)
     logits = view(base)
     ids = torch.randint(logits.shape[-1], logits.shape[:-1])
-    expected = _both(logits.contiguous(), ids)
-    for a, e in zip(_both(logits, ids), expected, strict=True):
+    expected = both(logits.contiguous(), ids)
+    for a, e in zip(both(logits, ids), expected, strict=True):
         contract.assert_bitwise(a, e)
     leaf, copy = base.clone().requires_grad_(), logits.contiguous().requires_grad_()
     (slope,) = torch.autograd.grad(rf.token_logprobs(view(leaf), ids).sum(), leaf)
@@ -265,7 +207,7 @@ def test_any_strides(backend, view):
 def test_empty_and_single(backend, shape):
     logits = torch.randn(shape).requires_grad_()
     ids = torch.zeros(shape[:-1], dtype=torch.long)
-    logp, entropy = _both(logits, ids)
+    logp, entropy = both(logits, ids)
     assert logp.shape == entropy.shape == shape[:-1]
     if shape[-1] == 1:
         assert bool((logp == 0).all() and (entropy == 0).all())
@@ -274,18 +216,18 @@ def test_empty_and_single(backend, shape):
 
 
 def test_compiles(backend):
-    logits, ids = _case((4, 9))
+    logits, ids = case((4, 9))
     mask = torch.tensor([True, True, False, True])
     contract.assert_compiles(lambda x: rf.token_logprobs(x, ids, mask=mask), logits.requires_grad_())
-    contract.assert_compiles(lambda x: torch.cat(_both(x, ids, softcap=3.0)), logits)
+    contract.assert_compiles(lambda x: torch.cat(both(x, ids, softcap=3.0)), logits)
 
 
 def test_opcheck():
-    logits, ids = _case((4, 9))
-    mask, per_row = torch.tensor([True, True, False, True]), _per_row((4, 9))
-    for arguments in ((None, None, 0.7, 0.0, False), (mask, per_row, 1.0, 5.0, True)):
-        contract.assert_opcheck("token_logprobs", logits.clone().requires_grad_(), ids, *arguments)
-        _, entropy, stats = torch.ops.react_fast.token_logprobs(logits, ids, *arguments)
+    logits, ids = case((4, 9))
+    mask, rows = torch.tensor([True, True, False, True]), per_row((4, 9))
+    for arguments in ((None, None, None, 0.7, 0.0, False), (mask, rows, rows - 1, 1.0, 5.0, True)):
+        contract.assert_opcheck("token_logprobs", logits.clone().requires_grad_(), ids, *arguments, False)
+        _, entropy, stats = torch.ops.react_fast.token_logprobs(logits, ids, *arguments, False)
         upstream = torch.randn(4)
         d_entropy = upstream if arguments[-1] else None
         contract.assert_opcheck(
@@ -294,13 +236,13 @@ def test_opcheck():
 
 
 def test_inference_mode_meta_and_autocast(backend):
-    logits, ids = _case((3, 8))
+    logits, ids = case((3, 8))
     plain = rf.token_logprobs(logits, ids)
     with torch.inference_mode():
         contract.assert_bitwise(rf.token_logprobs(logits.clone(), ids), plain)
     with torch.autocast("cpu", torch.bfloat16):
         contract.assert_bitwise(rf.token_logprobs(logits, ids), plain)
-    logp, entropy = _both(logits.to("meta").bfloat16(), ids.to("meta"))
+    logp, entropy = both(logits.to("meta").bfloat16(), ids.to("meta"))
     assert (logp.shape, logp.dtype, logp.device.type) == ((3,), torch.float32, "meta")
     assert entropy.shape == (3,)
 
@@ -311,6 +253,8 @@ BAD = [
     (X.int(), Y, {}, TypeError, "logits must be float32, bfloat16"),
     ([[1.0]], Y, {}, TypeError, "logits must be a torch.Tensor, got list"),
     (X, Y[:1], {}, ValueError, r"token_ids must be \[2\] like logits\[..., 0\], got \[1\]"),
+    (X, Y[None], {}, ValueError, r"token_ids must be \[2, K\] like logits\[..., 0\], got \[1, 2\]"),
+    (X, torch.tensor([[0, 1], [2, 3]]), {}, IndexError, r"got 3 at token_ids\[1, 1\]"),
     (X, Y.float(), {}, TypeError, "token_ids must be int64 or int32, got float32"),
     (X, Y.to("meta"), {}, ValueError, "token_ids must be on cpu like logits, got meta"),
     (X, Y + 3, {}, IndexError, r"token_ids must be in \[0, 3\) where mask is true, got 3"),
@@ -326,6 +270,12 @@ BAD = [
     (X, Y, {"temperature": torch.tensor([1.0, 0.0])}, ValueError, r"got 0 at temperature\[1\]"),
     (X, Y, {"temperature": torch.ones(2, dtype=torch.long)}, TypeError, "temperature must be float32"),
     (X, Y, {"temperature": torch.ones(2, requires_grad=True)}, ValueError, "must not require a gradient"),
+    (X, Y, {"logit_floor": 1.0}, TypeError, "logit_floor must be a torch.Tensor, got float"),
+    (X, Y, {"logit_floor": Y}, TypeError, "logit_floor must be float32"),
+    (X, Y, {"logit_floor": X}, ValueError, r"logit_floor must be \[2\] like logits\[..., 0\], got \[2, 3\]"),
+    (X, Y, {"logit_floor": torch.zeros(2, device="meta")}, ValueError, "logit_floor must be on cpu"),
+    (X, Y, {"logit_floor": torch.tensor([0.0, float("nan")])}, ValueError, r"no NaN .* at logit_floor\[1\]"),
+    (X, Y, {"logit_floor": torch.ones(2, requires_grad=True)}, ValueError, "logit_floor must not require"),
     (X, Y, {"softcap": 0}, ValueError, r"softcap must be in \[1e-30, 1e\+30\], got 0"),
     (X, Y, {"softcap": -1.0}, ValueError, "softcap must be in"),
 ]
@@ -339,7 +289,7 @@ def test_bad_input_is_refused(logits, ids, options, error, text):
 
 def test_kernel_gives_nan_where_it_may_not_look(monkeypatch):
     """Checking values would wait for a GPU: that row alone is NaN, unless REACT_FAST_CHECKED asks to look."""
-    logits, ids = _case((4, 9))
+    logits, ids = case((4, 9))
     clean = rf.token_logprobs(logits, ids)
     keep, mask = [0, 2, 3], torch.tensor([True, False, True, True])
     with rf.use_backend("triton"):
@@ -367,7 +317,7 @@ def test_kernel_gives_nan_where_it_may_not_look(monkeypatch):
 @pytest.mark.parametrize("chosen", ["cpu", "reference"])
 @pytest.mark.parametrize("wrong", [9, -1, -100, 2**40])
 def test_id_out_of_range_is_refused_where_looking_costs_nothing(chosen, wrong):
-    logits, ids = _case((2, 2, 9))
+    logits, ids = case((2, 2, 9))
     ids[1, 0] = wrong
     with rf.use_backend(chosen):
         with pytest.raises(

@@ -11,25 +11,32 @@ def token_logprobs(
     softcap: float | None = None,
     mask: torch.Tensor | None = None,
     return_entropy: bool = False,
+    logit_floor: torch.Tensor | None = None,
+    inplace_backward: bool = False,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    """`inplace_backward` changes where the gradient is written, not what it is: nothing to do here."""
     wide = torch.float64 if logits.dtype == torch.float64 else torch.float32
     shape = logits.shape[:-1]
-    ids = token_ids.reshape(-1).tolist()
-    counts = [True] * len(ids) if mask is None else mask.reshape(-1).tolist()
+    rows = shape.numel()
+    several = token_ids.dim() == logits.dim()
+    ids = token_ids.reshape(rows, token_ids.shape[-1] if several else 1).tolist()
+    counts = [True] * rows if mask is None else mask.reshape(-1).tolist()
     if isinstance(temperature, torch.Tensor):
         temperatures = temperature.reshape(-1).tolist()
     else:
-        temperatures = [temperature] * len(ids)
+        temperatures = [temperature] * rows
+    floors = [float("-inf")] * rows if logit_floor is None else logit_floor.reshape(-1).tolist()
     logps, entropies = [], []
-    for i, x in enumerate(logits.reshape(len(ids), logits.shape[-1])):
+    for i, x in enumerate(logits.reshape(rows, logits.shape[-1])):
         if counts[i]:
-            logp, entropy = _row(i, x.to(wide), ids[i], temperatures[i], softcap)
+            logp, entropy = _row(i, x.to(wide), ids[i], temperatures[i], softcap, floors[i])
         else:
-            logp = entropy = x[:0].to(wide).sum()
+            entropy = x[:0].to(wide).sum()
+            logp = entropy.expand(len(ids[i]))
         logps.append(logp)
         entropies.append(entropy)
     none = logits.new_empty(0, dtype=wide)
-    logp = (torch.stack(logps) if logps else none).view(shape)
+    logp = (torch.stack(logps) if logps else none).view(token_ids.shape)
     entropy = (torch.stack(entropies) if entropies else none).view(shape)
     return (logp, entropy) if return_entropy else logp
 
@@ -89,18 +96,25 @@ def _on_support(
 
 
 def _row(
-    i: int, x: torch.Tensor, y: int, temperature: float, softcap: float | None
+    i: int, x: torch.Tensor, ids: list[int], temperature: float, softcap: float | None, floor: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    if not 0 <= y < len(x):
-        raise IndexError(f"token_ids must be in [0, {len(x)}) where mask is true, got {y} in row {i}")
+    """Log-probability of each id, [K], and the entropy, []."""
+    for y in ids:
+        if not 0 <= y < len(x):
+            raise IndexError(f"token_ids must be in [0, {len(x)}) where mask is true, got {y} in row {i}")
     if not temperature > 0:
         raise ValueError(f"temperature must be above 0, got {temperature:g} in row {i}")
+    if floor != floor:
+        raise ValueError(f"logit_floor must be no NaN where mask is true, got nan in row {i}")
     z = (x if softcap is None else softcap * torch.tanh(x / softcap)) / temperature
-    allowed = x != float("-inf")
+    kept = ~(x.double() < floor)
+    for y in ids:
+        kept[y] = True
+    kept = kept & (x != float("-inf"))
     nothing = x[:0].sum()
-    if not allowed.any():
-        return nothing - float("inf"), nothing
-    log_sum = torch.logsumexp(z[allowed], 0)
-    log_p = z[allowed] - log_sum
-    logp = z[y] - log_sum if allowed[y] else float("-inf") - log_sum
-    return logp, -(log_p.exp() * log_p).sum()
+    if not kept.any():
+        return (nothing - float("inf")).expand(len(ids)), nothing
+    log_sum = torch.logsumexp(z[kept], 0)
+    log_p = z[kept] - log_sum
+    logp = [z[y] - log_sum if kept[y] else float("-inf") - log_sum for y in ids]
+    return torch.stack(logp) if logp else x[:0], -(log_p.exp() * log_p).sum()
