@@ -4,11 +4,11 @@ from collections.abc import Sequence
 from typing import Any, Literal, overload
 
 import torch
-import torch.distributed as dist
 
 from .. import reference
-from . import _check
+from . import _check, _vocab_parallel
 from . import _linear_logprob as tiles
+from ._dtensor import gathered, plain
 from .backend import accumulation_dtype, register, use_reference
 from .logprob import HIGH, LOW, check_temperature
 
@@ -73,13 +73,14 @@ def linear_token_logprobs(
     Args:
         hidden: [..., D] float32, bfloat16, float16 or float64.
         weight: [V, D], dtype of `hidden` (under autocast both are cast); with `tp_group` this rank's rows
-            [V / world, D], ranks in order. A DTensor is gathered.
+            [V_rank, D], ranks in order. A DTensor (fully_shard) is gathered, and gets the mean over its mesh of
+            the ranks' gradients.
         token_ids: [...] int32 or int64, in [0, V) where the mask is true, anything (-100) elsewhere.
         bias: [V] of that dtype, or None; -inf forbids a token.
         logit_scale: number other than 0.
         softcap, temperature, mask, return_entropy: see `token_logprobs`. Only rows that count reach a GEMM.
         tp_group: torch.distributed process group over which the vocabulary is split; rows' statistics are
-            exchanged, never logits, and hidden's gradient is summed over the ranks.
+            exchanged, never logits, and hidden's gradient is summed over the ranks. They hold the same hidden.
         batch_invariant: no bit of a row's result and of its hidden gradient depends on the other rows, on their
             number or on the threads; slower, since every GEMM then has one shape and one thread. Without it the
             GEMM library chooses by size. The weight's gradient is a sum over the batch either way.
@@ -89,10 +90,14 @@ def linear_token_logprobs(
     Source: expected embeddings: the score function's gradient, Williams 1992; online rescaling: Milakov &
         Gimelshein 2018 (arXiv:1805.02867); logits in tiles: Wijmans et al. 2024 (arXiv:2411.09009).
     """
-    weight = _gathered(weight)
+    hidden, token_ids, mask = plain("hidden", hidden), plain("token_ids", token_ids), plain("mask", mask)
+    temperature = plain("temperature", temperature)
     device = _check.floating("hidden", hidden).device.type
-    if device in ("cpu", "cuda") and torch.is_autocast_enabled(device):
-        dtype = torch.get_autocast_dtype(device)
+    casts = device in ("cpu", "cuda") and torch.is_autocast_enabled(device)
+    dtype = torch.get_autocast_dtype(device) if casts else None
+    weight = gathered("weight", weight, dtype, tp_group)
+    bias = None if bias is None else gathered("bias", bias, dtype, tp_group)
+    if dtype is not None:
         hidden, weight = hidden.to(dtype), weight.to(dtype)
         bias = None if bias is None else bias.to(dtype)
     _check_matrices(hidden, weight, bias)
@@ -147,10 +152,6 @@ def linear_token_logprobs(
 _EAGER = (torch.Tensor, torch.nn.Parameter)
 
 
-def _gathered(weight: Any) -> Any:
-    return weight.full_tensor() if hasattr(weight, "full_tensor") else weight
-
-
 def _check_matrices(hidden: torch.Tensor, weight: torch.Tensor, bias: Maybe) -> None:
     if hidden.dim() == 0:
         raise ValueError("hidden must be [..., D], got a scalar")
@@ -171,29 +172,16 @@ def _fold(
     want_hidden: bool, group: Any = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
     """(state, U, Q, ids inside this shard) over the whole vocabulary, whoever holds it."""
-    vocab, rank = weight.shape[0], 0
+
+    def fold(ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        return tiles.forward(
+            rows.hidden, weight, bias, ids, rows.temperatures, options, want_entropy, want_hidden
+        )
+
     if group is not None:
-        rank, vocab = dist.get_rank(group), vocab * dist.get_world_size(group)
-    rows.check(vocab)
-    ids = rows.ids - rank * weight.shape[0]
-    state, U, Q = tiles.forward(
-        rows.hidden, weight, bias, ids, rows.temperatures, options, want_entropy, want_hidden
-    )
-    if group is None:
-        return state, U, Q, ids
-    parts = [torch.empty_like(state) for _ in range(dist.get_world_size(group))]
-    dist.all_gather(parts, state, group=group)
-    whole = parts[0]
-    for part in parts[1:]:
-        whole = tiles.merge(whole, part, rows.inverse_t)
-    if want_hidden:
-        own = state[:, 0]
-        shift = torch.where(own == float("-inf"), 0.0, (own - whole[:, 0]) * rows.inverse_t).clamp_min(-800.0)
-        factor = shift.exp().to(U.dtype)[:, None]
-        if len(Q):
-            Q.addcmul_(U, shift.to(U.dtype)[:, None]).mul_(factor)
-        U.mul_(factor)
-    return whole, U, Q, ids
+        return _vocab_parallel.fold(rows, weight.shape[0], group, fold)
+    rows.check(weight.shape[0])
+    return *fold(rows.ids), rows.ids
 
 
 def _results(rows: tiles.Rows, sums: tiles.Sums, want_entropy: bool, dtype: torch.dtype) -> tuple:
@@ -259,7 +247,7 @@ class _Eager(torch.autograd.Function):
         )
         if d_hidden is not None:
             if ctx.group is not None:
-                dist.all_reduce(d_hidden, group=ctx.group)
+                d_hidden = _vocab_parallel.total(d_hidden, ctx.group, ctx.options.invariant)
             d_hidden = rows.back(d_hidden.to(ctx.dtype))
         d_bias = None if d_bias is None else d_bias.to(ctx.dtype)
         return d_hidden, d_weight, d_bias, *[None] * 7
