@@ -8,6 +8,7 @@
 
 #include "bounds.h"
 #include "isa.h"
+#include "memory.h"
 #include "moments.h"
 
 namespace py = pybind11;
@@ -75,31 +76,35 @@ rf::LogitTile logit_tile(Address tile, Address bias, Address token_ids, Address 
 
 void fold_tile(Address tile, Address bias, Address token_ids, Address temperatures, int dtype, int64_t rows,
                int64_t columns, int64_t stride, int64_t first, double scale, double temperature, double softcap,
-               Address state, bool moment, Address factor, Address shift, Address weighted, int threads) {
+               Address state, bool moment, Address factor, Address shift, Address weights, Address weighted,
+               int threads) {
   py::gil_scoped_release release;
   const auto in = logit_tile(tile, bias, token_ids, temperatures, dtype, rows, columns, stride, first, scale,
                              temperature, softcap, threads);
-  rf::kernels().linear_logprob->fold({in, at<double>(state), moment, at(factor), at(shift), at(weighted)});
+  rf::kernels().linear_logprob->fold(
+      {in, at<double>(state), moment, at(factor), at(shift), at(weights), at(weighted)});
 }
 
 void turn_tile(Address tile, Address bias, Address token_ids, Address temperatures, int dtype, int64_t rows,
                int64_t columns, int64_t stride, int64_t first, double scale, double temperature, double softcap,
-               Address stats, int threads) {
+               Address stats, Address out, int threads) {
   py::gil_scoped_release release;
   const auto in = logit_tile(tile, bias, token_ids, temperatures, dtype, rows, columns, stride, first, scale,
                              temperature, softcap, threads);
-  rf::kernels().linear_logprob->turn({in, at<const double>(stats)});
+  rf::kernels().linear_logprob->turn({in, at(out), at<const double>(stats)});
 }
 
 void bind_linear_logprob(py::module_& m) {
   m.def("fold_tile", &fold_tile, "tile"_a, "bias"_a, "token_ids"_a, "temperatures"_a, "dtype"_a, "rows"_a,
         "columns"_a, "stride"_a, "first"_a, "scale"_a, "temperature"_a, "softcap"_a, "state"_a, "moment"_a,
-        "factor"_a, "shift"_a, "weighted"_a, "threads"_a);
+        "factor"_a, "shift"_a, "weights"_a, "weighted"_a, "threads"_a);
   m.def("turn_tile", &turn_tile, "tile"_a, "bias"_a, "token_ids"_a, "temperatures"_a, "dtype"_a, "rows"_a,
-        "columns"_a, "stride"_a, "first"_a, "scale"_a, "temperature"_a, "softcap"_a, "stats"_a, "threads"_a);
+        "columns"_a, "stride"_a, "first"_a, "scale"_a, "temperature"_a, "softcap"_a, "stats"_a, "out"_a, "threads"_a);
 }
 
-// ---- packed sequences ----------------------------------------------------------------------------------------
+// ---- memory and packed sequences ----------------------------------------------------------------------------------------
+
+void prefer_large_pages(Address begin, std::size_t bytes) { rf::prefer_large_pages(at(begin), bytes); }
 
 bool bounds_rise(Address bounds, int64_t count, int64_t total) {
   return rf::bounds_rise(at<int64_t>(bounds), count, total);
@@ -353,6 +358,7 @@ PYBIND11_MODULE(_core, m) {
   m.attr("openmp") = false;
 #endif
   rf::kernels();  // a wrong REACT_FAST_ISA fails at import, in one line
+  m.def("prefer_large_pages", &prefer_large_pages, "begin"_a, "bytes"_a);
   m.def("bounds_rise", &bounds_rise, "bounds"_a, "count"_a, "total"_a);
   bind_logprob(m);
   bind_linear_logprob(m);

@@ -1,5 +1,5 @@
 // Log-probabilities from tiles of logits that never exist as a whole: between two GEMMs a tile is folded into a
-// few numbers a row, and turned in place into what the next GEMM multiplies.
+// few numbers a row, and turned into what the next GEMM multiplies.
 //
 //   forward    (largest, sum, moment, chosen) <- tile;   tile <- exp(d) du/dx, so that tile @ W sums p_j W_j
 //   backward   tile <- d loss / d logit, so that tile^T @ hidden is the tile's part of dW
@@ -17,6 +17,12 @@ namespace {
 
 double temperature_of(const LogitTile& in, int64_t i) {
   return in.temperatures != nullptr ? in.temperatures[i] : in.temperature;
+}
+
+// Row i of a contiguous output like the tile, or of the tile itself.
+template <class T>
+T* row_of_output(void* out, const LogitTile& in, int64_t i) {
+  return out != nullptr ? static_cast<T*>(out) + i * in.columns : static_cast<T*>(in.tile) + i * in.stride;
 }
 
 Row tile_row(const LogitTile& in, int64_t i) { return Row(temperature_of(in, i), in.softcap); }
@@ -56,11 +62,11 @@ void cap_block(float* x, int64_t n, const Row& row) {
 template <class T, class Body>
 void for_blocks(const LogitTile& in, int64_t i, const Body& body) {
   alignas(64) float x[kBlock + kLanes];
-  T* tile = static_cast<T*>(in.tile) + i * in.stride;
+  const T* tile = static_cast<const T*>(in.tile) + i * in.stride;
   for (int64_t j = 0; j < in.columns; j += kBlock) {
     const int64_t n = in.columns - j < kBlock ? in.columns - j : kBlock;
     logits_of(in, tile + j, in.bias != nullptr ? static_cast<const T*>(in.bias) + j : nullptr, n, x);
-    body(j, n, x, tile + j);
+    body(j, n, x);
   }
 }
 
@@ -72,7 +78,7 @@ void fold_row(const FoldTileArgs& args, int64_t i) {
   // Block by block in the vocabulary's order, so that the result does not depend on the tiles' width.
   Fold total{state[0], state[1], state[2], state[3]};
   const int64_t y = in.ids[i] - in.first;
-  for_blocks<T>(in, i, [&](int64_t j, int64_t n, float* x, T*) {
+  for_blocks<T>(in, i, [&](int64_t j, int64_t n, float* x) {
     cap_block<capped>(x, n, row);
     if (y >= j && y < j + n) state[4] = static_cast<double>(x[y - j]);
     merge(total, fold_chunk<entropy, false>(x, n, row, 0.0), row.inverse_t);
@@ -92,9 +98,11 @@ void weigh_row(const FoldTileArgs& args, int64_t i, double largest) {
   const LogitTile& in = args.in;
   const Row row = tile_row(in, i);
   const f32v reference = splat(largest == kMinusInfinity ? 0.0f : static_cast<float>(largest));
+  T* weights = row_of_output<T>(args.weights, in, i);
   T* weighted = args.weighted != nullptr ? static_cast<T*>(args.weighted) + i * in.columns : nullptr;
   const int64_t y = in.ids[i] - in.first;
-  for_blocks<T>(in, i, [&](int64_t first, int64_t n, float* x, T* out) {
+  for_blocks<T>(in, i, [&](int64_t first, int64_t n, float* x) {
+    T* out = weights + first;
     for (int64_t j = 0; j < n; j += kLanes) {
       const f32v v = load(x + j);
       const Exponential found = exponential(logit<capped>(v, row), reference, row);
@@ -149,13 +157,14 @@ void fold_row(const FoldTileArgs& args, int64_t i, double) {
 
 void weigh_row(const FoldTileArgs& args, int64_t i, double largest, double) {
   const LogitTile& in = args.in;
-  double* tile = static_cast<double*>(in.tile) + i * in.stride;
+  const double* tile = static_cast<const double*>(in.tile) + i * in.stride;
+  double* weights = row_of_output<double>(args.weights, in, i);
   double* weighted = args.weighted != nullptr ? static_cast<double*>(args.weighted) + i * in.columns : nullptr;
   const double inverse_t = 1.0 / temperature_of(in, i), reference = largest == kMinusInfinity ? 0 : largest;
   for (int64_t j = 0; j < in.columns; ++j) {
     const double x = double_logit(in, tile, j), d = (double_cap(in, x) - reference) * inverse_t, e = std::exp(d);
     const double w = in.ids[i] == in.first + j || e == 0 ? 0 : e * double_slope(in, x);
-    tile[j] = w;
+    weights[j] = w;
     if (weighted != nullptr) weighted[j] = w == 0 ? 0 : w * d;
   }
 }
@@ -236,7 +245,9 @@ void turn_row(const TurnTileArgs& args, int64_t i, const Turn& t) {
   const f32v a = splat(static_cast<float>((t.h * (t.log_sum - t.entropy) - t.g) * share));
   const f32v b = splat(static_cast<float>(-t.h * share)), largest = splat(static_cast<float>(t.largest));
   const int64_t y = in.ids[i] - in.first;
-  for_blocks<T>(in, i, [&](int64_t first, int64_t n, float* x, T* out) {
+  T* turned = row_of_output<T>(args.out, in, i);
+  for_blocks<T>(in, i, [&](int64_t first, int64_t n, float* x) {
+    T* out = turned + first;
     for (int64_t j = 0; j < n; j += kLanes) {
       const f32v v = load(x + j);
       const Exponential found = exponential(logit<capped>(v, row), largest, row);
@@ -253,14 +264,15 @@ void turn_row(const TurnTileArgs& args, int64_t i, const Turn& t) {
 
 void turn_row(const TurnTileArgs& args, int64_t i, const Turn& t, double) {
   const LogitTile& in = args.in;
-  double* tile = static_cast<double*>(in.tile) + i * in.stride;
+  const double* tile = static_cast<const double*>(in.tile) + i * in.stride;
+  double* out = row_of_output<double>(args.out, in, i);
   const double share = std::exp(-t.log_sum) * t.scale, inverse_t = 1.0 / temperature_of(in, i);
   for (int64_t j = 0; j < in.columns; ++j) {
     const double x = double_logit(in, tile, j), d = (double_cap(in, x) - t.largest) * inverse_t, e = std::exp(d);
     if (in.ids[i] == in.first + j) {
-      tile[j] = turn_chosen(t, d, double_slope(in, x));
+      out[j] = turn_chosen(t, d, double_slope(in, x));
     } else {
-      tile[j] = e == 0 ? 0 : e * (t.h * (t.log_sum - t.entropy - d) - t.g) * share * double_slope(in, x);
+      out[j] = e == 0 ? 0 : e * (t.h * (t.log_sum - t.entropy - d) - t.g) * share * double_slope(in, x);
     }
   }
 }
@@ -271,8 +283,8 @@ void turn_of_type(const TurnTileArgs& args) {
   for_rows(in, [&](int64_t i) {
     const Turn t = turn_of(args, i);
     if (t.zero) {
-      T* tile = static_cast<T*>(in.tile) + i * in.stride;
-      for (int64_t j = 0; j < in.columns; ++j) put(0.0, tile[j]);
+      T* out = row_of_output<T>(args.out, in, i);
+      for (int64_t j = 0; j < in.columns; ++j) put(0.0, out[j]);
       return;
     }
     if constexpr (sizeof(T) == 8) {

@@ -27,17 +27,19 @@ struct FoldTileArgs {
   LogitTile in;
   double* state;  // [rows, 5]
   bool moment;    // the fourth is wanted
-  // With `factor`, the tile becomes the weights exp(d_j) du_j/dx_j, 0 for the chosen token, in terms of the new
-  // largest, and factor [rows] (float32, float64 for float64) what sums over earlier columns must be multiplied
-  // by; `shift` [rows] what their d_j must be raised by.
+  // With `factor`, the weights exp(d_j) du_j/dx_j, 0 for the chosen token, in terms of the new largest, are written,
+  // and factor [rows] (float32, float64 for float64) is what sums over earlier columns must be multiplied by;
+  // `shift` [rows] what their d_j must be raised by.
   void* factor;
   void* shift;
-  void* weighted;  // [rows, columns] contiguous, dtype of the tile: weights times d_j; null: not wanted
+  void* weights;   // [rows, columns] contiguous, dtype of the tile; null: over the tile
+  void* weighted;  // the same: weights times d_j; null: not wanted
 };
 
-// The tile becomes the gradient of a_i logp_i + b_i H_i with respect to tile + bias.
+// The gradient of a_i logp_i + b_i H_i with respect to tile + bias.
 struct TurnTileArgs {
   LogitTile in;
+  void* out;            // [rows, columns] contiguous, dtype of the tile; null: over the tile
   const double* stats;  // [rows, 5]: largest, log of the sum of exp(d_j), H, upstream of logp, upstream of H
 };
 

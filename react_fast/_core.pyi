@@ -236,6 +236,7 @@ def fold_tile(
     moment: bool,
     factor: int,
     shift: int,
+    weights: int,
     weighted: int,
     threads: int,
 ) -> None: ...
@@ -253,11 +254,13 @@ def turn_tile(
     temperature: float,
     softcap: float,
     stats: int,
+    out: int,
     threads: int,
 ) -> None: ...
 
-# ---- packed sequences
+# ---- memory and packed sequences
 
+def prefer_large_pages(begin: int, bytes: int) -> None: ...
 def bounds_rise(bounds: int, count: int, total: int) -> bool: ...
 
 # ---- attribution

@@ -245,6 +245,8 @@ def _refused(rank, world):
         ),
         ((hidden, pending, ids), {}, ValueError, "weight must be sharded or replicated, got placements"),
         ((hidden, spread(weight).double(), ids), {}, TypeError, "weight must be float32 like hidden"),
+        ((hidden, spread(weight), ids), {"main_grad": weight}, ValueError, "main_grad must be None for a DTensor"),
+        ((hidden, weight, ids), {"main_grad": spread(weight)}, TypeError, "main_grad must be a plain tensor"),
         ((hidden, weight, ids), {"tp_group": "tp"}, TypeError, "tp_group must be a process group .*, got str"),
         ((hidden, weight, ids), {"tp_group": elsewhere}, TypeError, "tp_group must be a process group that holds"),
     ]  # fmt: skip

@@ -23,7 +23,7 @@ def plain(name: str, value: Any, advice: str = "pass its to_local() or full_tens
         return value.clone()
     if not is_traceable_wrapper_subclass(value):
         return value
-    advice = f"; {advice}" if _is_dtensor(value) else ""
+    advice = f"; {advice}" if is_dtensor(value) else ""
     raise TypeError(f"{name} must be a plain tensor, got {type(value).__name__}{advice}")
 
 
@@ -42,7 +42,7 @@ def gathered(name: str, value: Any, dtype: torch.dtype | None = None, tp_group: 
     Raises: TypeError as `plain`; ValueError for a DTensor that is a pending sum, or a parameter whose elements its
         engine has put away.
     """
-    if tp_group is None and _is_dtensor(value):
+    if tp_group is None and is_dtensor(value):
         if any(placement.is_partial() for placement in value.placements):
             raise ValueError(f"{name} must be sharded or replicated, got placements {value.placements}")
         value = _Gather.apply(value, dtype)
@@ -55,7 +55,7 @@ def gathered(name: str, value: Any, dtype: torch.dtype | None = None, tp_group: 
     return value
 
 
-def _is_dtensor(value: Any) -> bool:
+def is_dtensor(value: Any) -> bool:
     return type(value) not in _PLAIN and hasattr(value, "full_tensor")
 
 

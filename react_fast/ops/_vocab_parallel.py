@@ -6,62 +6,57 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from . import _linear_logprob as tiles
+from ._linear_logprob import Head, merge
+from ._tiles import Rows, Tensor, capturing
 
-Folded = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
-
-
-def _rank(group: Any) -> int:
-    # torch.distributed.new_group gives a process outside the group a number instead of one.
-    if not isinstance(group, dist.ProcessGroup):
-        raise TypeError(
-            f"tp_group must be a process group that holds this process, got {type(group).__name__}"
-        )
-    return dist.get_rank(group)
-
-
-def _states(state: torch.Tensor, shard: int, group: Any) -> tuple[list[torch.Tensor], list[int]]:
-    """Every rank's state [N, 5] and number of vocabulary rows, which travels as one row more: one collective."""
-    own = torch.cat([state, state.new_full((1, state.shape[1]), shard)])
-    parts = [torch.empty_like(own) for _ in range(dist.get_world_size(group))]
-    dist.all_gather(parts, own, group=group)
-    sizes = torch.stack([part[-1, 0] for part in parts]).tolist()
-    return [part[:-1] for part in parts], [int(size) for size in sizes]
+Folded = tuple[Tensor, Tensor, Tensor, list[Tensor]]
 
 
 def fold(
-    rows: tiles.Rows, shard: int, group: Any, own: Callable[[torch.Tensor], Folded]
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(state over the whole vocabulary, this rank's U and Q relative to it, ids inside this rank's shard).
+    rows: Rows, head: Head, own: Callable[[Head], Folded]
+) -> tuple[Head, Tensor, Tensor, Tensor, list[Tensor]]:
+    """(head with its place, state over the whole vocabulary, this rank's U and Q relative to it, kept logits).
 
-    One all-gather of 40 bytes a row when every rank holds equally many rows of the vocabulary; otherwise the ranks
-    that do not start where equal ones would fold again, and there is a second.
+    One all-gather of 40 bytes a row when every rank holds equally many rows of the vocabulary, as the capture of a
+    CUDA graph takes for granted; otherwise ranks that do not start where equal ones would fold again, and there is
+    a second.
 
     Args:
-        shard: vocabulary rows of this rank, above 0; the ranks' rows follow each other in rank order.
-        own: ids [N] inside the shard -> (state, U, Q) of the shard.
-    Raises: IndexError, on every rank, for an id outside the whole vocabulary.
+        head: this rank's rows of the vocabulary, at least one; the ranks' rows follow each other in rank order.
+        own: what a head gives, (state, U, Q, kept logits) of this rank's columns.
+    Raises: TypeError for another kind of group.
     """
-    rank = _rank(group)
-    begin = rank * shard
-    state, U, Q = own(rows.ids - begin)
-    states, sizes = _states(state, shard, group)
-    rows.check(sum(sizes))
-    if len(set(sizes)) > 1:
-        if begin != sum(sizes[:rank]):
-            begin = sum(sizes[:rank])
-            state, U, Q = own(rows.ids - begin)
-        states, _ = _states(state, shard, group)
+    # torch.distributed.new_group gives a process outside the group a number instead of one.
+    if not isinstance(head.group, dist.ProcessGroup):
+        kind = type(head.group).__name__
+        raise TypeError(f"tp_group must be a process group that holds this process, got {kind}")
+    state, U, Q, kept = own(head)
+    states, shards = _exchanged(state, head)
+    head, guessed = head._replace(shards=shards), head
+    if len(set(shards)) > 1:
+        if head.first != guessed.first:
+            state, U, Q, kept = own(head)
+        states, _ = _exchanged(state, head)
     whole = states[0]
     for other in states[1:]:
-        whole = tiles.merge(whole, other, rows.inverse_t)
+        whole = merge(whole, other, rows.inverse_t)
     _shift(state[:, 0], whole[:, 0], U, Q, rows.inverse_t)
-    return whole, U, Q, rows.ids - begin
+    return head, whole, U, Q, kept
 
 
-def _shift(
-    before: torch.Tensor, now: torch.Tensor, U: torch.Tensor, Q: torch.Tensor, inverse_t: torch.Tensor | float
-) -> None:
+def _exchanged(state: Tensor, head: Head) -> tuple[list[Tensor], tuple[int, ...]]:
+    """Every rank's state [N, 5] and number of vocabulary rows, which travels as one row more: one collective."""
+    own = torch.cat([state, state.new_full((1, state.shape[1]), len(head.weight))])
+    parts = [torch.empty_like(own) for _ in range(dist.get_world_size(head.group))]
+    dist.all_gather(parts, own, group=head.group)
+    if capturing(state.device):
+        shards = (len(head.weight),) * len(parts)
+    else:
+        shards = tuple(map(int, torch.stack([part[-1, 0] for part in parts]).tolist()))
+    return [part[:-1] for part in parts], shards
+
+
+def _shift(before: Tensor, now: Tensor, U: Tensor, Q: Tensor, inverse_t: Tensor | float) -> None:
     """U and Q of the shard's largest logit become those of the vocabulary's."""
     if len(U) == 0:
         return
@@ -72,7 +67,7 @@ def _shift(
     U.mul_(factor)
 
 
-def total(d_hidden: torch.Tensor, group: Any, invariant: bool) -> torch.Tensor:
+def total(d_hidden: Tensor, group: Any, invariant: bool) -> Tensor:
     """hidden's gradient [N, D] summed over the shards.
 
     `invariant`: in rank order, since an all-reduce picks the order by an element's place in the buffer.

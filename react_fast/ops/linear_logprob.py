@@ -1,15 +1,15 @@
 """Log-probability of the chosen token from hidden states and the output matrix; [N, V] logits never exist."""
 
-from collections.abc import Sequence
-from typing import Any, Literal, overload
+from typing import Any, Literal, NamedTuple, overload
 
 import torch
 
 from .. import reference
-from . import _check, _vocab_parallel
-from . import _linear_logprob as tiles
-from ._dtensor import gathered, plain
-from .backend import accumulation_dtype, register, use_reference
+from . import _check
+from ._dtensor import gathered, is_dtensor, plain
+from ._linear_logprob_op import Eager, compiled
+from ._tiles import Options
+from .backend import accumulation_dtype, use_reference
 from .logprob import HIGH, LOW, check_temperature
 
 Maybe = torch.Tensor | None
@@ -29,6 +29,7 @@ def linear_token_logprobs(
     return_entropy: Literal[False] = ...,
     tp_group: Any = ...,
     batch_invariant: bool = ...,
+    main_grad: Maybe = ...,
 ) -> torch.Tensor: ...
 
 
@@ -46,6 +47,7 @@ def linear_token_logprobs(
     return_entropy: Literal[True],
     tp_group: Any = ...,
     batch_invariant: bool = ...,
+    main_grad: Maybe = ...,
 ) -> tuple[torch.Tensor, torch.Tensor]: ...
 
 
@@ -62,13 +64,18 @@ def linear_token_logprobs(
     return_entropy: bool = False,
     tp_group: Any = None,
     batch_invariant: bool = False,
+    main_grad: Maybe = None,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """`token_logprobs` of logits = logit_scale * (hidden @ weight.T + bias), a tile of logits at a time.
 
     Where hidden needs a gradient, the forward also sums the expected embedding sum_j p_j W_j, so that the backward
     needs no GEMM: d logp / d hidden = logit_scale / T (W[id] - sum_j p_j W_j). GEMMs of N x V x D, forward and
     backward together: 1 without gradient, 2 for hidden alone, 3 for weight alone, 4 for both; with an entropy and
-    hidden one more. Tiles take at most REACT_FAST_TILE_MIB (64) MiB.
+    hidden one more. Rows whose upstream gradient is 0 are left out of the backward's.
+
+    Memory beyond inputs, outputs and gradients: tiles of REACT_FAST_TILE_MIB MiB (64; on a GPU 256), and for
+    hidden's gradient [N, D] in float32, twice with an entropy. REACT_FAST_KEEP_MIB (0) may hold logits from the
+    forward to the backward, whose GEMM is then saved: all N V of them make 3 of the 4.
 
     Args:
         hidden: [..., D] float32, bfloat16, float16 or float64.
@@ -78,20 +85,87 @@ def linear_token_logprobs(
         token_ids: [...] int32 or int64, in [0, V) where the mask is true, anything (-100) elsewhere.
         bias: [V] of that dtype, or None; -inf forbids a token.
         logit_scale: number other than 0.
-        softcap, temperature, mask, return_entropy: see `token_logprobs`. Only rows that count reach a GEMM.
+        softcap, temperature, mask, return_entropy: see `token_logprobs`. Only rows that count reach a GEMM;
+            counting them waits for a GPU once, except in the capture of a CUDA graph, which computes all rows.
         tp_group: torch.distributed process group over which the vocabulary is split; rows' statistics are
             exchanged, never logits, and hidden's gradient is summed over the ranks. They hold the same hidden.
         batch_invariant: no bit of a row's result and of its hidden gradient depends on the other rows, on their
             number or on the threads; slower, since every GEMM then has one shape and one thread. Without it the
             GEMM library chooses by size. The weight's gradient is a sum over the batch either way.
-    Returns: logp [...], or (logp, H), float32 (float64 for float64), differentiable in hidden, weight and bias.
-        Matmuls run in the dtype of `hidden`, everything else in float32 or better.
-    Raises: TypeError, ValueError and IndexError as `token_logprobs`; RuntimeError on a GPU, where no kernel is.
+        main_grad: [V, D] float32 (or the weight's dtype); the weight's gradient is added to it in the backward
+            instead of being returned: Megatron's weight.main_grad, or weight.grad itself.
+    Returns: logp [...], or (logp, H), float32 (float64 for float64), differentiable once in hidden, weight, bias.
+        Matmuls run in the dtype of `hidden`, everything else in float32 or better; on a GPU the logits of half
+        precision are the GEMM's float32 sums, on a CPU the GEMM library rounds them.
+    Raises: TypeError, ValueError and IndexError as `token_logprobs`.
     Source: expected embeddings: the score function's gradient, Williams 1992; online rescaling: Milakov &
-        Gimelshein 2018 (arXiv:1805.02867); logits in tiles: Wijmans et al. 2024 (arXiv:2411.09009).
+        Gimelshein 2018 (arXiv:1805.02867); logits in tiles: Wijmans et al. 2024 (arXiv:2411.09009); sums straight
+        into main_grad: Shoeybi et al. 2019 (Megatron-LM, arXiv:1909.08053).
     """
-    hidden, token_ids, mask = plain("hidden", hidden), plain("token_ids", token_ids), plain("mask", mask)
-    temperature = plain("temperature", temperature)
+    token_ids = plain("token_ids", token_ids)
+    given = checked(
+        hidden, weight, token_ids, bias, logit_scale, softcap, temperature, mask, batch_invariant, tp_group
+    )
+    if main_grad is not None:
+        if is_dtensor(weight):
+            raise ValueError(
+                "main_grad must be None for a DTensor weight, got a tensor; its .grad is sharded"
+            )
+        check_main_grad(plain("main_grad", main_grad), given.weight)
+    if use_reference():
+        _only_eager("on the reference backend", tp_group, main_grad)
+        return reference.linear_token_logprobs(
+            given.hidden, given.weight, token_ids, bias=given.bias, logit_scale=given.options.scale,
+            softcap=softcap, temperature=plain("temperature", temperature), mask=given.mask,
+            return_entropy=return_entropy,
+        )  # fmt: skip
+    tensors = (given.hidden, given.weight, given.bias, token_ids, given.mask, given.per_row)
+    recording = torch.is_grad_enabled()
+    if is_eager(given.hidden):
+        logp, entropy = Eager.apply(
+            *tensors, given.options, bool(return_entropy), tp_group, main_grad, recording
+        )
+    else:
+        _only_eager("under torch.compile and for fake tensors", tp_group, main_grad)
+        want_hidden = recording and given.hidden.requires_grad
+        logp, entropy, *_ = compiled(*tensors, *given.options, bool(return_entropy), want_hidden)
+    return (logp, entropy) if return_entropy else logp
+
+
+class Given(NamedTuple):
+    """Checked arguments of an op that reads hidden states and an output matrix, as its engine takes them."""
+
+    hidden: torch.Tensor
+    weight: torch.Tensor
+    bias: Maybe
+    mask: Maybe
+    per_row: Maybe
+    options: Options
+
+
+def is_eager(hidden: torch.Tensor) -> bool:
+    plain = type(hidden) in (torch.Tensor, torch.nn.Parameter) and not hidden.is_meta
+    return plain and not torch.compiler.is_compiling()
+
+
+def _only_eager(where: str, tp_group: Any, main_grad: Maybe) -> None:
+    if tp_group is not None:
+        raise ValueError(f"tp_group must be None {where}, got a process group")
+    if main_grad is not None:
+        raise ValueError(f"main_grad must be None {where}, got a tensor")
+
+
+def checked(
+    hidden: torch.Tensor, weight: torch.Tensor, token_ids: torch.Tensor, bias: Maybe, logit_scale: float,
+    softcap: float | None, temperature: float | torch.Tensor, mask: Maybe, batch_invariant: bool,
+    tp_group: Any = None,
+) -> Given:  # fmt: skip
+    """The arguments in the form of the engine, or the error that names the wrong one."""
+    hidden, mask, temperature = (
+        plain("hidden", hidden),
+        plain("mask", mask),
+        plain("temperature", temperature),
+    )
     device = _check.floating("hidden", hidden).device.type
     casts = device in ("cpu", "cuda") and torch.is_autocast_enabled(device)
     dtype = torch.get_autocast_dtype(device) if casts else None
@@ -116,40 +190,17 @@ def linear_token_logprobs(
         shared, per_row = 1.0, temperature
     else:
         shared, per_row = _check.number("temperature", temperature, low=LOW, high=HIGH), None
-    if use_reference():
-        if tp_group is not None:
-            raise ValueError("tp_group must be None on the reference backend, got a process group")
-        return reference.linear_token_logprobs(
-            hidden, weight, token_ids, bias=bias, logit_scale=scale, softcap=softcap, temperature=temperature,
-            mask=mask, return_entropy=return_entropy,
-        )  # fmt: skip
-    options = tiles.Options(scale, shared, cap, bool(batch_invariant))
-    want_hidden = torch.is_grad_enabled() and hidden.requires_grad
-    if torch.compiler.is_compiling() or hidden.is_meta or type(hidden) not in _EAGER:
-        if tp_group is not None:
-            raise ValueError(
-                "tp_group must be None under torch.compile and for fake tensors, got a process group"
-            )
-        logp, entropy, *_ = _op(
-            hidden, weight, bias, token_ids, mask, per_row, *options, bool(return_entropy), want_hidden
-        )
-    else:
-        logp, entropy = _Eager.apply(
-            hidden,
-            weight,
-            bias,
-            token_ids,
-            mask,
-            per_row,
-            options,
-            bool(return_entropy),
-            want_hidden,
-            tp_group,
-        )
-    return (logp, entropy) if return_entropy else logp
+    return Given(hidden, weight, bias, mask, per_row, Options(scale, shared, cap, bool(batch_invariant)))
 
 
-_EAGER = (torch.Tensor, torch.nn.Parameter)
+def check_main_grad(main_grad: torch.Tensor, weight: torch.Tensor) -> None:
+    _check.floating("main_grad", main_grad)
+    if main_grad.dtype not in (weight.dtype, accumulation_dtype(weight.dtype)):
+        _check.dtype("main_grad", main_grad, accumulation_dtype(weight.dtype), "the sums")
+    _check.shape("main_grad", main_grad, weight.shape, "weight")
+    _check.device("main_grad", main_grad, weight.device, "weight")
+    if main_grad.requires_grad:
+        raise ValueError("main_grad must not require a gradient, got a tensor that does; pass .detach()")
 
 
 def _check_matrices(hidden: torch.Tensor, weight: torch.Tensor, bias: Maybe) -> None:
@@ -165,193 +216,3 @@ def _check_matrices(hidden: torch.Tensor, weight: torch.Tensor, bias: Maybe) -> 
         _check.dtype("bias", _check.floating("bias", bias), hidden.dtype, "hidden")
         _check.shape("bias", bias, weight.shape[:1], "weight[:, 0]")
         _check.device("bias", bias, hidden.device, "hidden")
-
-
-def _fold(
-    rows: tiles.Rows, weight: torch.Tensor, bias: Maybe, options: tiles.Options, want_entropy: bool,
-    want_hidden: bool, group: Any = None,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
-    """(state, U, Q, ids inside this shard) over the whole vocabulary, whoever holds it."""
-
-    def fold(ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        return tiles.forward(
-            rows.hidden, weight, bias, ids, rows.temperatures, options, want_entropy, want_hidden
-        )
-
-    if group is not None:
-        return _vocab_parallel.fold(rows, weight.shape[0], group, fold)
-    rows.check(weight.shape[0])
-    return *fold(rows.ids), rows.ids
-
-
-def _results(rows: tiles.Rows, sums: tiles.Sums, want_entropy: bool, dtype: torch.dtype) -> tuple:
-    entropy = rows.back(sums.entropy).to(dtype) if want_entropy else sums.entropy.new_empty(0, dtype=dtype)
-    return rows.back(sums.logp).to(dtype), entropy
-
-
-def _gradients(
-    rows: tiles.Rows, weight: torch.Tensor, bias: Maybe, ids: torch.Tensor, options: tiles.Options,
-    sums: tiles.Sums, d_logp: Maybe, d_entropy: Maybe, wanted: Sequence[bool],
-) -> tuple[Maybe, Maybe, Maybe]:  # fmt: skip
-    """Gradients of hidden (of the rows that count), weight and bias."""
-    zero = torch.zeros_like(sums.logp)
-    g = zero if d_logp is None else rows.take(d_logp).double()
-    h = None if d_entropy is None else rows.take(d_entropy).double()
-    d_hidden = d_weight = d_bias = None
-    if wanted[0]:
-        d_hidden = tiles.hidden_gradient(sums, g, h, weight, ids, rows.inverse_t, options)
-    if wanted[1] or wanted[2]:
-        d_weight, d_bias = tiles.weight_gradient(
-            rows.hidden, weight, bias, ids, rows.temperatures, options, sums, g, h, wanted[2]
-        )
-    return d_hidden, d_weight if wanted[1] else None, d_bias
-
-
-# ---- eager: profilers and dispatch modes see the matmuls, and only rows that count are kept ---------------------
-
-
-class _Eager(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, bias: Maybe, token_ids: torch.Tensor, mask: Maybe,
-        per_row: Maybe, options: tiles.Options, want_entropy: bool, want_hidden: bool, group: Any,
-    ) -> Any:  # fmt: skip
-        rows = tiles.Rows(hidden, token_ids, mask, per_row, options)
-        state, U, Q, ids = _fold(rows, weight, bias, options, want_entropy, want_hidden, group)
-        ctx.rows, ctx.options, ctx.group, ctx.dtype, ctx.want_entropy = (
-            rows,
-            options,
-            group,
-            hidden.dtype,
-            want_entropy,
-        )
-        ctx.set_materialize_grads(False)
-        kept = hidden if rows.index is None else rows.hidden
-        ctx.save_for_backward(kept, weight, bias, ids, state, U, Q)
-        del rows.hidden  # autograd keeps it, and notices when it is changed in place
-        sums = tiles.finish(state, rows.inverse_t, U, Q)
-        return _results(rows, sums, want_entropy, accumulation_dtype(hidden.dtype))
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, *upstream: Maybe) -> Any:
-        hidden, weight, bias, ids, state, U, Q = ctx.saved_tensors
-        rows: tiles.Rows = ctx.rows
-        rows.hidden = hidden.reshape(-1, hidden.shape[-1]).contiguous()
-        d_logp, d_entropy = upstream[0], upstream[1] if ctx.want_entropy else None
-        if d_logp is None and d_entropy is None:
-            return (None,) * 10
-        sums = tiles.finish(state, rows.inverse_t, U, Q)
-        d_hidden, d_weight, d_bias = _gradients(
-            rows, weight, bias, ids, ctx.options, sums, d_logp, d_entropy, ctx.needs_input_grad[:3]
-        )
-        if d_hidden is not None:
-            if ctx.group is not None:
-                d_hidden = _vocab_parallel.total(d_hidden, ctx.group, ctx.options.invariant)
-            d_hidden = rows.back(d_hidden.to(ctx.dtype))
-        d_bias = None if d_bias is None else d_bias.to(ctx.dtype)
-        return d_hidden, d_weight, d_bias, *[None] * 7
-
-
-# ---- compiled: one operator, whose saved tensors have the shapes of the inputs ---------------------------------
-
-
-def _forward_cpu(
-    hidden: torch.Tensor, weight: torch.Tensor, bias: Maybe, token_ids: torch.Tensor, mask: Maybe, per_row: Maybe,
-    scale: float, temperature: float, softcap: float, invariant: bool, want_entropy: bool, want_hidden: bool,
-) -> tuple[torch.Tensor, ...]:  # fmt: skip
-    options = tiles.Options(scale, temperature, softcap, invariant)
-    rows = tiles.Rows(hidden, token_ids, mask, per_row, options)
-    state, U, Q, _ = _fold(rows, weight, bias, options, want_entropy, want_hidden)
-    sums = tiles.finish(state, rows.inverse_t, U, Q)
-    logp, entropy = _results(rows, sums, want_entropy, accumulation_dtype(hidden.dtype))
-    return logp, entropy, rows.back(state), *(rows.back(x) if len(x) else x for x in (U, Q))
-
-
-def _forward_fake(
-    hidden: torch.Tensor, weight: torch.Tensor, bias: Maybe, token_ids: torch.Tensor, mask: Maybe, per_row: Maybe,
-    scale: float, temperature: float, softcap: float, invariant: bool, want_entropy: bool, want_hidden: bool,
-) -> tuple[torch.Tensor, ...]:  # fmt: skip
-    shape, dim, dtype = hidden.shape[:-1], hidden.shape[-1], accumulation_dtype(hidden.dtype)
-    empty = (0, dim)
-    return (
-        hidden.new_empty(shape, dtype=dtype),
-        hidden.new_empty(shape if want_entropy else (0,), dtype=dtype),
-        hidden.new_empty((*shape, 5), dtype=torch.float64),
-        hidden.new_empty((*shape, dim) if want_hidden else empty, dtype=dtype),
-        hidden.new_empty((*shape, dim) if want_hidden and want_entropy else empty, dtype=dtype),
-    )
-
-
-def _setup(ctx: Any, inputs: tuple, output: tuple) -> None:
-    hidden, weight, bias, token_ids, mask, per_row, *ctx.options, ctx.want_entropy, _ = inputs
-    ctx.mark_non_differentiable(*output[2:])
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(hidden, weight, bias, token_ids, mask, per_row, *output[2:])
-
-
-def _grad(ctx: Any, d_logp: Maybe, d_entropy: Maybe, *_: Any) -> tuple:
-    if not ctx.want_entropy:
-        d_entropy = None
-    if d_logp is None and d_entropy is None:
-        return (None,) * 12
-    wanted = ctx.needs_input_grad[:3]
-    found = _op_backward(*ctx.saved_tensors, d_logp, d_entropy, *ctx.options, *wanted)
-    return *(x if want else None for x, want in zip(found, wanted, strict=True)), *[None] * 9
-
-
-def _backward_cpu(
-    hidden: torch.Tensor, weight: torch.Tensor, bias: Maybe, token_ids: torch.Tensor, mask: Maybe, per_row: Maybe,
-    state: torch.Tensor, U: torch.Tensor, Q: torch.Tensor, d_logp: Maybe, d_entropy: Maybe, scale: float,
-    temperature: float, softcap: float, invariant: bool, want_hidden: bool, want_weight: bool, want_bias: bool,
-) -> tuple[torch.Tensor, ...]:  # fmt: skip
-    options = tiles.Options(scale, temperature, softcap, invariant)
-    rows = tiles.Rows(hidden, token_ids, mask, per_row, options)
-    U, Q = (rows.take(x) if x.dim() == hidden.dim() and want_hidden else x for x in (U, Q))
-    sums = tiles.finish(rows.take(state), rows.inverse_t, U, Q)
-    wanted = (want_hidden, want_weight, want_bias)
-    d_hidden, d_weight, d_bias = _gradients(
-        rows, weight, bias, rows.ids, options, sums, d_logp, d_entropy, wanted
-    )
-    none = hidden.new_empty(0)
-    return (
-        none if d_hidden is None else rows.back(d_hidden.to(hidden.dtype)),
-        none.clone() if d_weight is None else d_weight,
-        none.clone() if d_bias is None else d_bias.to(hidden.dtype),
-    )
-
-
-def _backward_fake(hidden: torch.Tensor, weight: torch.Tensor, bias: Maybe, *args: Any) -> tuple:
-    none = (0,)
-    return tuple(
-        hidden.new_empty(x.shape if want and x is not None else none)
-        for x, want in zip((hidden, weight, bias), args[-3:], strict=True)
-    )
-
-
-def _no_kernel(hidden: torch.Tensor, *_: Any) -> Any:
-    raise RuntimeError(
-        "linear_token_logprobs has a kernel for CPU tensors only; use token_logprobs on the logits"
-    )
-
-
-_INPUT = "Tensor hidden, Tensor weight, Tensor? bias, Tensor token_ids, Tensor? mask, Tensor? per_row"
-_OPTIONS = "float scale, float temperature, float softcap, bool invariant"
-
-_op = register(
-    "linear_token_logprobs",
-    f"({_INPUT}, {_OPTIONS}, bool want_entropy, bool want_hidden) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
-    cpu=_forward_cpu,
-    triton=_no_kernel,
-    fake=_forward_fake,
-    setup_context=_setup,
-    backward=_grad,
-)
-_op_backward = register(
-    "linear_token_logprobs_backward",
-    f"({_INPUT}, Tensor state, Tensor U, Tensor Q, Tensor? d_logp, Tensor? d_entropy, {_OPTIONS}, "
-    "bool want_hidden, bool want_weight, bool want_bias) -> (Tensor, Tensor, Tensor)",
-    cpu=_backward_cpu,
-    triton=_no_kernel,
-    fake=_backward_fake,
-)
