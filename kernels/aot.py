@@ -18,7 +18,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-PATHS = sorted(p.stem for p in Path(__file__).parent.glob("*.py") if p.stem not in ("__init__", "aot", "tuned"))
+PATHS = sorted(
+    p.stem for p in Path(__file__).parent.glob("*.py") if p.stem not in ("__init__", "aot", "tuned")
+)
 TARGETS = (80, 90, 100)
 
 # Per multiprocessor, from the CUDA C++ programming guide, table "Technical specifications per compute
@@ -37,7 +39,9 @@ class Variant:
         signature: type of every runtime argument, in order: "*fp32", "*bf16", "i32", "i64", "fp32", ...
         constants: value of every tl.constexpr argument.
         num_warps: as the launcher passes it (Triton's default is 4).
-        divisible: integer arguments that are multiples of 16 in the common case; pointers always are.
+        divisible: integer arguments that are multiples of 16 in the common case; pointers always are, but for
+            those whose alignment the kernel does not specialise on.
+        targets: the devices that the options are meant for.
     """
 
     kernel: Any
@@ -45,6 +49,7 @@ class Variant:
     constants: Mapping[str, Any] = field(default_factory=dict)
     num_warps: int = 4
     divisible: tuple[str, ...] = ()
+    targets: tuple[int, ...] = TARGETS
 
     @property
     def name(self) -> str:
@@ -83,11 +88,14 @@ def _compile(variant: Variant, capability: int) -> Any:
     from triton.compiler import ASTSource
 
     names = variant.kernel.arg_names
+    free = {p.name for p in variant.kernel.params if p.do_not_specialize_on_alignment}
     signature = {n: "constexpr" if n in variant.constants else variant.signature[n] for n in names}
     aligned = [
         n
         for n in names
-        if n not in variant.constants and (n in variant.divisible or signature[n].startswith("*"))
+        if n not in variant.constants
+        and n not in free
+        and (n in variant.divisible or signature[n].startswith("*"))
     ]
     source = ASTSource(
         fn=variant.kernel,
@@ -162,7 +170,7 @@ def main() -> int:
     for path, variant in variants():
         if arguments.only not in (None, path):
             continue
-        for capability in TARGETS:
+        for capability in variant.targets:
             r = inspect(path, variant, capability)
             table.append(r)
             wide = f"{r.wide_loads}/{r.loads}"

@@ -19,8 +19,13 @@ def options(kernel: str, device: torch.device) -> dict[str, int]:
 
     Raises: KeyError for a kernel that the table does not know.
     """
-    entry = _TABLE[kernel]
     if device.type != "cuda":
-        return entry["default"]
+        return _TABLE[kernel]["default"]
     major, minor = torch.cuda.get_device_capability(device)
-    return entry.get(f"{major}{minor}", entry["default"])
+    return of_capability(kernel, 10 * major + minor)
+
+
+def of_capability(kernel: str, capability: int) -> dict[str, int]:
+    """The same for a compute capability (90), as the ahead-of-time build asks."""
+    entry = _TABLE[kernel]
+    return entry.get(str(capability), entry["default"])

@@ -16,6 +16,7 @@ from .ops.advantage import (
 from .ops.attribution import attribution_scores, segment_sum
 from .ops.backend import get_backend, set_backend, use_backend
 from .ops.linear_logprob import linear_token_logprobs
+from .ops.linear_policy_loss import linear_policy_loss
 from .ops.logprob import token_logprobs
 from .ops.moments import RunningMoments
 from .ops.policy_loss import PolicyLoss, PPOClip, Reinforce, importance_weights, policy_loss, value_loss
@@ -48,6 +49,7 @@ __all__ = [
     "get_backend",
     "group_advantages",
     "importance_weights",
+    "linear_policy_loss",
     "linear_token_logprobs",
     "merge_moments",
     "moments",

@@ -75,6 +75,18 @@ OPS: dict[str, tuple[Callable[..., Any], Arguments, Arguments]] = {
         },
         {},
     ),
+    "linear_policy_loss": (
+        rf.linear_policy_loss,
+        {
+            "hidden": _floats(2, 3, 4),
+            "weight": _floats(5, 4),
+            "token_ids": _ids(2, 3),
+            **{k: x for k, x in _policy(2, 3).items() if k not in ("logprobs", "entropy")},
+            "bias": _floats(5),
+            "temperature": _floats(2, 3) + 2,
+        },
+        {"kl_coef": 0.1},
+    ),
     "discounted_returns": (rf.discounted_returns, _episodes(2, 3), {"gamma": 0.9}),
     "discounted_returns packed": (
         rf.discounted_returns,
@@ -142,7 +154,6 @@ OPS: dict[str, tuple[Callable[..., Any], Arguments, Arguments]] = {
         {},
     ),
 }
-NO_KERNEL = (("linear_token_logprobs", "triton"),)
 # Floats whose dtype is their own business: a number for each row, not an element of the computation.
 OWN_DTYPE = ("temperature", "lam")
 WRONG: dict[str, tuple[Callable[[torch.Tensor], Any], type[Exception]]] = {
@@ -161,8 +172,6 @@ WRONG: dict[str, tuple[Callable[[torch.Tensor], Any], type[Exception]]] = {
 def test_wrong_shape_dtype_and_device(op, wrong, chosen):
     function, tensors, options = OPS[op]
     damage, error = WRONG[wrong]
-    if (op, chosen) in NO_KERNEL:
-        pytest.skip("refuses every input there")
     with rf.use_backend(chosen):
         function(**tensors, **options)  # what is damaged below was right
         for name in tensors:
@@ -176,8 +185,6 @@ def test_wrong_shape_dtype_and_device(op, wrong, chosen):
 def test_wrong_precision(op, chosen):
     """Floats that meet in one computation have one dtype: nothing is cast silently."""
     function, tensors, options = OPS[op]
-    if (op, chosen) in NO_KERNEL:
-        pytest.skip("refuses every input there")
     floats = [n for n, x in tensors.items() if x.is_floating_point() and n not in OWN_DTYPE]
     if len(floats) < 2:
         pytest.skip("one float argument: every float dtype is right")

@@ -8,8 +8,8 @@ import react_fast as rf
 
 from . import contract
 
-# One token; below a vector; below, above and far above the fold's unit of 2048 columns.
-SHAPES = [(1, 3, 1), (4, 5, 11), (7, 16, 300), (5, 8, 2049), (70, 12, 5000)]
+# One token; below a vector; below and above the fold's unit of 2048 columns; more rows than a MiB of tiles holds.
+SHAPES = [(1, 3, 1), (4, 5, 11), (7, 16, 300), (5, 8, 2049), (66, 12, 2100)]
 OPTIONS = {
     "plain": {},
     "softcap": {"softcap": 2.0},
@@ -50,14 +50,14 @@ def _all(leaves, ids, options):
 
 @pytest.mark.parametrize("name", OPTIONS)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_equals_reference_in_float64(monkeypatch, shape, name):
+def test_equals_reference_in_float64(backend, monkeypatch, shape, name):
     monkeypatch.setenv("REACT_FAST_TILE_MIB", "1")  # several tiles and, for the largest shape, blocks of rows
     case = _case(shape, name)
     found = _all(*case)
     with rf.use_backend("reference"):
         expected = _all(*case)
     for f, e in zip(found, expected, strict=True):
-        # Sums of up to 5000 terms; gradients weighted by row numbers up to 70.
+        # Sums of up to 2100 terms; gradients weighted by row numbers up to 66.
         torch.testing.assert_close(f, e, rtol=1e-11, atol=1e-11)
 
 
@@ -93,7 +93,7 @@ def test_gradcheck():
             )  # fmt: skip
 
 
-class _Gemms(TorchDispatchMode):
+class Gemms(TorchDispatchMode):
     """Counts multiplications of the size rows x vocabulary x dim."""
 
     def __init__(self, size):
@@ -126,7 +126,7 @@ def test_number_of_gemms(hidden, weight, entropy, gemms):
     rows, dim, vocab = 64, 32, 10000
     h = torch.randn(rows, dim, requires_grad=hidden)
     w = torch.randn(vocab, dim, requires_grad=weight)
-    with _Gemms(rows * dim * vocab) as counted:
+    with Gemms(rows * dim * vocab) as counted:
         out = rf.linear_token_logprobs(h, w, torch.zeros(rows, dtype=torch.int64), return_entropy=entropy)
         loss = out[0].sum() + out[1].sum() if entropy else out.sum()
         if hidden or weight:
@@ -138,7 +138,7 @@ def test_only_rows_that_count_reach_a_gemm():
     rows, dim, vocab = 40, 8, 3000
     h, w = torch.randn(rows, dim, requires_grad=True), torch.randn(vocab, dim, requires_grad=True)
     mask = torch.arange(rows) % 4 == 0
-    with _Gemms(rows // 4 * dim * vocab) as counted:
+    with Gemms(rows // 4 * dim * vocab) as counted:
         logp = rf.linear_token_logprobs(h, w, torch.zeros(rows, dtype=torch.int64), mask=mask)
         (logp * (torch.arange(rows) % 8 == 0)).sum().backward()  # half of them have an upstream gradient
     assert counted.count == 3  # two forward, and half of two backward
@@ -195,7 +195,7 @@ def test_ratio_is_one_when_nothing_changed():
     assert bool((torch.exp(new - old) == 1).all())
 
 
-def test_masked_rows_influence_nothing():
+def test_masked_rows_influence_nothing(backend):
     leaves, ids, _ = _case((6, 5, 50), "plain")
     mask = torch.tensor([1, 0, 1, 1, 0, 1], dtype=torch.bool)
     dirty = dict(leaves)
@@ -215,7 +215,7 @@ def test_masked_rows_influence_nothing():
     assert bool(torch.isfinite(slopes[1]).all())
 
 
-def test_forbidden_and_wild_tokens():
+def test_forbidden_and_wild_tokens(backend):
     hidden, weight = torch.randn(3, 4, dtype=torch.float64), torch.randn(9, 4, dtype=torch.float64)
     bias = torch.zeros(9, dtype=torch.float64)
     bias[5:] = float("-inf")
@@ -239,7 +239,7 @@ def test_forbidden_and_wild_tokens():
     assert _call({"hidden": broken, "weight": weight}, ids, {})[0].isnan().tolist() == [False, True, False]
 
 
-def test_shapes_strides_and_empty():
+def test_shapes_strides_and_empty(backend):
     hidden, weight = torch.randn(2, 5, 6).transpose(0, 1), torch.randn(6, 30).T
     ids = torch.randint(0, 30, (2, 5)).T
     found = rf.linear_token_logprobs(hidden, weight, ids)
@@ -259,7 +259,7 @@ def test_shapes_strides_and_empty():
     assert bool((none == 0).all())
 
 
-def test_unused_outputs_and_tied_weights():
+def test_unused_outputs_and_tied_weights(backend):
     leaves, ids, options = _case((5, 4, 20), "plain")
     logp, entropy = _call(leaves, ids, options)
     for out in (logp, entropy):

@@ -42,8 +42,8 @@ def test_64_micro_batches_drift_no_more_than_their_own_rounding():
     # 63 additions, each half an ulp of a partial sum that is at most the sum of sizes.
     additions = (BATCHES - 1) * contract.EPS[torch.float32] / 2 * sizes
     assert bool(((found.double() - exact - alone).abs() <= additions).all())
-    # The bfloat16 roundings of 64 micro-batches are independent, so that together they are as large as those of one
-    # batch of all rows; over 33600 elements the two norms agree within 1 / sqrt(33600), half a percent.
+    # The bfloat16 roundings of 64 micro-batches are independent, so that together they are as large as those of
+    # one batch of all rows; over 33600 elements the two norms agree within 1 / sqrt(33600), half a percent.
     whole = _accumulated(hidden.reshape(1, -1, DIM), weight, ids.reshape(1, -1), advantages.reshape(1, -1))
     assert float((found - exact).norm()) <= 1.03 * float((whole - exact).norm()) + float(additions.norm())
 

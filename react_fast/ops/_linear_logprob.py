@@ -53,7 +53,9 @@ class Head(NamedTuple):
     @property
     def vocab(self) -> int:
         """Size of the whole vocabulary."""
-        return sum(self.shards) if self.shards else len(self.weight)
+        if self.shards:
+            return sum(self.shards)
+        return len(self.weight) * (1 if self.group is None else dist.get_world_size(self.group))
 
     def columns(self, begin: int, end: int) -> tuple[Tensor, Maybe]:
         bias = None if self.bias is None else self.bias[begin:end].contiguous()
@@ -83,7 +85,7 @@ def forward(
     sizes = tiles.tiling(hidden, vocab, options, outputs=len(Q) > 0)
     if options.invariant:
         padding = -count % tiles.INVARIANT_ROWS
-        hidden, U, Q = (_padded(x, padding) for x in (hidden, U, Q))
+        hidden, U, Q = (padded(x, padding) for x in (hidden, U, Q))
     width = sizes.columns
     kept = [
         hidden.new_empty(len(hidden), end - begin, dtype=sizes.dtype)
@@ -128,11 +130,35 @@ def _kept_columns(keep: int, count: int, vocab: int, sizes: tiles.Tiling) -> int
     return min(fitting * width, vocab)
 
 
-def _padded(x: Tensor, rows: int) -> Tensor:
+def padded(x: Tensor, rows: int) -> Tensor:
     return torch.cat([x, x.new_zeros(rows, x.shape[1])]) if len(x) and rows else x
 
 
-def finish(state: Tensor, rows: Rows, U: Tensor, Q: Tensor) -> Sums:
+def over_shards(state: Tensor, U: Tensor, Q: Tensor, inverse_t: Tensor | float, head: Head) -> Tensor:
+    """The state over all ranks' columns, one all-gather; U and Q of this rank in terms of its largest."""
+    if head.group is None:
+        return state
+    parts = [torch.empty_like(state) for _ in range(dist.get_world_size(head.group))]
+    dist.all_gather(parts, state, group=head.group)
+    return joined(parts, state, U, Q, inverse_t)
+
+
+def joined(parts: list[Tensor], own: Tensor, U: Tensor, Q: Tensor, inverse_t: Tensor | float) -> Tensor:
+    """The parts' state as a whole; U and Q, in terms of the largest logit of `own`, in terms of the whole's."""
+    whole = parts[0]
+    for other in parts[1:]:
+        whole = merge(whole, other, inverse_t)
+    if len(U):
+        gap = (own[:, 0] - whole[:, 0]) * inverse_t
+        shift = torch.where(own[:, 0] == float("-inf"), 0.0, gap).clamp_min(-800.0)
+        factor = shift.exp().to(U.dtype)[:, None]
+        if len(Q):
+            Q.addcmul_(U, shift.to(U.dtype)[:, None]).mul_(factor)
+        U.mul_(factor)
+    return whole
+
+
+def finish(state: Tensor, inverse_t: Tensor | float, U: Tensor, Q: Tensor) -> Sums:
     """The rows' results from the fold's state."""
     largest, ties, rest, moment, chosen = state.unbind(1)
     empty = (largest == float("-inf")) & (rest == 0)
@@ -141,9 +167,23 @@ def finish(state: Tensor, rows: Rows, U: Tensor, Q: Tensor) -> Sums:
     log_sum = torch.where(largest == float("inf"), torch.nan, log_sum)
     entropy = torch.where(empty, 0.0, log_sum - moment / torch.where(empty, 1.0, total))
     log_sum = torch.where(empty, float("-inf"), log_sum)
-    gap = torch.where(empty, float("-inf"), (chosen - largest) * rows.inverse_t - log_sum)
+    gap = torch.where(empty, float("-inf"), (chosen - largest) * inverse_t - log_sum)
     logp = torch.where(chosen.isnan(), torch.nan, gap.clamp_max(0.0))
     return Sums(largest, total, log_sum, chosen, logp, entropy, U, Q)
+
+
+def results(
+    rows: Rows, sums: Sums, want_entropy: bool, dtype: torch.dtype, wrong: tuple[Maybe, Maybe]
+) -> tuple[Tensor, Tensor]:
+    """(logp, entropy or empty) in the caller's shape; NaN where an id or a temperature is impossible."""
+    wild, cold = wrong
+    logp, entropy = sums.logp, sums.entropy
+    if cold is not None:
+        logp, entropy = torch.where(cold, torch.nan, logp), torch.where(cold, torch.nan, entropy)
+    if wild is not None:
+        logp = torch.where(wild, torch.nan, logp)
+    entropy = rows.back(entropy).to(dtype) if want_entropy else entropy.new_empty(0, dtype=dtype)
+    return rows.back(logp).to(dtype), entropy
 
 
 def merge(a: Tensor, b: Tensor, inverse_t: Tensor | float) -> Tensor:

@@ -13,20 +13,6 @@ from ._tiles import Maybe, Options, Rows, Tensor
 from .backend import accumulation_dtype, register
 
 
-def results(
-    rows: Rows, sums: Sums, want_entropy: bool, dtype: torch.dtype, wrong: tuple[Maybe, Maybe]
-) -> tuple[Tensor, Tensor]:
-    """(logp, entropy or empty) in the caller's shape; NaN where an id or a temperature is impossible."""
-    wild, cold = wrong
-    logp, entropy = sums.logp, sums.entropy
-    if cold is not None:
-        logp, entropy = torch.where(cold, torch.nan, logp), torch.where(cold, torch.nan, entropy)
-    if wild is not None:
-        logp = torch.where(wild, torch.nan, logp)
-    entropy = rows.back(entropy).to(dtype) if want_entropy else entropy.new_empty(0, dtype=dtype)
-    return rows.back(logp).to(dtype), entropy
-
-
 def _gradients(
     rows: Rows, head: Head, options: Options, sums: Sums, d_logp: Maybe, d_entropy: Maybe, wanted: Sequence[bool],
     kept: list[Tensor], main_grad: Maybe,
@@ -79,8 +65,8 @@ class Eager(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         compact = rows.index is not None or rows.mask is not None
         ctx.save_for_backward(rows.hidden if compact else hidden, weight, bias, state, U, Q)
-        sums = engine.finish(state, rows, U, Q)
-        found = results(rows, sums, want_entropy, accumulation_dtype(hidden.dtype), wrong)
+        sums = engine.finish(state, rows.inverse_t, U, Q)
+        found = engine.results(rows, sums, want_entropy, accumulation_dtype(hidden.dtype), wrong)
         del rows.hidden  # autograd keeps it, and notices when it is changed in place
         return found
 
@@ -93,7 +79,7 @@ class Eager(torch.autograd.Function):
         d_logp, d_entropy = upstream[0], upstream[1] if ctx.want_entropy else None
         if d_logp is None and d_entropy is None:
             return (None,) * 11
-        sums = engine.finish(state, rows, U, Q)
+        sums = engine.finish(state, rows.inverse_t, U, Q)
         found = _gradients(
             rows, Head(weight, bias, *ctx.group), ctx.options, sums, d_logp, d_entropy, ctx.needs_input_grad[:3],
             ctx.kept, ctx.main_grad,
@@ -112,8 +98,8 @@ def _forward(
     rows, head = Rows(hidden, token_ids, mask, per_row, options), Head(weight, bias)
     wrong = rows.check(head.vocab)
     state, U, Q, _ = engine.forward(rows, head, options, want_entropy, want_hidden)
-    sums = engine.finish(state, rows, U, Q)
-    logp, entropy = results(rows, sums, want_entropy, accumulation_dtype(hidden.dtype), wrong)
+    sums = engine.finish(state, rows.inverse_t, U, Q)
+    logp, entropy = engine.results(rows, sums, want_entropy, accumulation_dtype(hidden.dtype), wrong)
     return logp, entropy, rows.back(state), *(rows.back(x) if len(x) else x for x in (U, Q))
 
 
@@ -157,7 +143,7 @@ def _backward(
     options = Options(scale, temperature, softcap, invariant)
     rows = Rows(hidden, token_ids, mask, per_row, options)
     U, Q = (rows.take(x) if x.dim() == hidden.dim() and want_hidden else x for x in (U, Q))
-    sums = engine.finish(rows.take(state), rows, U, Q)
+    sums = engine.finish(rows.take(state), rows.inverse_t, U, Q)
     found = _gradients(
         rows, Head(weight, bias), options, sums, d_logp, d_entropy, (want_hidden, want_weight, want_bias), [], None
     )  # fmt: skip

@@ -1,7 +1,7 @@
 """The operators behind react_fast.ops.policy_loss: tags of the core, memory layout, registration, autograd."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -43,6 +43,35 @@ IMPORTANCE_METRICS = (
     "importance/raw_mean", "importance/raw_max", "importance/mean", "importance/max", "importance/ess",
     "importance/outside",
 )  # fmt: skip
+
+
+class Terms(NamedTuple):
+    """What a loss is made of, in the order of the operator's arguments; choices by their position above."""
+
+    denominator: float
+    objective: int
+    parameters: list[float]
+    aggregation: int
+    kl_coef: float
+    kl_estimator: int
+    kl_gradient: int
+    entropy_coef: float
+
+
+def named_metrics(
+    stats: torch.Tensor, ref_logprobs: Any, entropy: Any, importance: Any
+) -> dict[str, torch.Tensor]:
+    """The `stats` output by name; those of an input that is None are left out."""
+    optional = ref_logprobs is not None or entropy is not None or importance is not None
+    values = (stats if optional else stats[:ALWAYS]).unbind()
+    metrics = dict(zip(METRICS[:ALWAYS], values, strict=False))
+    if ref_logprobs is not None:
+        metrics["kl"] = values[ALWAYS]
+    if entropy is not None:
+        metrics["entropy"] = values[ALWAYS + 1]
+    if importance is not None:
+        metrics.update(zip(METRICS[ALWAYS + 2 :], values[ALWAYS + 2 :], strict=True))
+    return metrics
 
 
 def per_row(advantages: torch.Tensor, logprobs: torch.Tensor) -> bool:

@@ -136,10 +136,10 @@ class Buffer:
         return self._memory[: rows * columns].view(rows, columns)
 
 
-def fresh(like: Tensor) -> Tensor:
+def fresh(like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     """An unwritten tensor like this one, on large pages: the page faults of a head's gradient take as long as half
     a bfloat16 GEMM otherwise."""
-    out = torch.empty_like(like, memory_format=torch.contiguous_format)
+    out = torch.empty_like(like, dtype=dtype or like.dtype, memory_format=torch.contiguous_format)
     if out.device.type == "cpu":
         _core.prefer_large_pages(out.data_ptr(), out.numel() * out.element_size())
     return out
@@ -311,8 +311,12 @@ class Rows:
         """[...] or [..., k] -> [N] or [N, k]."""
         flat = x.reshape(-1, *x.shape[len(self.shape) :])
         if self.mask is not None:
-            return torch.where(self.mask.view(-1, *[1] * (flat.dim() - 1)), flat, 0)
+            return self._counting(flat)
         return flat if self.index is None else flat[self.index]
+
+    def _counting(self, x: Tensor) -> Tensor:
+        assert self.mask is not None
+        return torch.where(self.mask.view(-1, *[1] * (x.dim() - 1)), x, x.new_zeros(()))
 
     def back(self, x: Tensor) -> Tensor:
         """[N] or [N, k] -> [...] or [..., k], 0 in the other rows."""
@@ -320,7 +324,7 @@ class Rows:
             whole = x.new_zeros(self.shape.numel(), *x.shape[1:])
             x = whole.index_copy_(0, self.index, x)
         elif self.mask is not None:
-            x = torch.where(self.mask.view(-1, *[1] * (x.dim() - 1)), x, 0)
+            x = self._counting(x)
         return x.view((*self.shape, *x.shape[1:]))
 
 

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from ._linear_logprob import Head, merge
+from ._linear_logprob import Head, joined
 from ._tiles import Rows, Tensor, capturing
 
 Folded = tuple[Tensor, Tensor, Tensor, list[Tensor]]
@@ -37,10 +37,7 @@ def fold(
         if head.first != guessed.first:
             state, U, Q, kept = own(head)
         states, _ = _exchanged(state, head)
-    whole = states[0]
-    for other in states[1:]:
-        whole = merge(whole, other, rows.inverse_t)
-    _shift(state[:, 0], whole[:, 0], U, Q, rows.inverse_t)
+    whole = joined(states, state, U, Q, rows.inverse_t)
     return head, whole, U, Q, kept
 
 
@@ -54,17 +51,6 @@ def _exchanged(state: Tensor, head: Head) -> tuple[list[Tensor], tuple[int, ...]
     else:
         shards = tuple(map(int, torch.stack([part[-1, 0] for part in parts]).tolist()))
     return [part[:-1] for part in parts], shards
-
-
-def _shift(before: Tensor, now: Tensor, U: Tensor, Q: Tensor, inverse_t: Tensor | float) -> None:
-    """U and Q of the shard's largest logit become those of the vocabulary's."""
-    if len(U) == 0:
-        return
-    shift = torch.where(before == float("-inf"), 0.0, (before - now) * inverse_t).clamp_min(-800.0)
-    factor = shift.exp().to(U.dtype)[:, None]
-    if len(Q):
-        Q.addcmul_(U, shift.to(U.dtype)[:, None]).mul_(factor)
-    U.mul_(factor)
 
 
 def total(d_hidden: Tensor, group: Any, invariant: bool) -> Tensor:

@@ -7,16 +7,16 @@ from ..reference.policy_loss import Objective, PolicyLoss, PPOClip, Reinforce
 from . import _check
 from ._policy_loss import (
     AGGREGATIONS,
-    ALWAYS,
     IMPORTANCE_METRICS,
     KL_ESTIMATORS,
     KL_GRADIENTS,
     LEVELS,
-    METRICS,
     MODES,
     OBJECTIVES,
+    Terms,
     denominator_value,
     importance_weights_op,
+    named_metrics,
     per_row,
     policy_loss_op,
     value_loss_op,
@@ -109,26 +109,19 @@ def policy_loss(
         ("importance", importance),
     ):
         if value is not None:
-            _check_like(name, value, logprobs, "logprobs")
-    _check_advantages(advantages, logprobs, cu_seqlens)
-    if type(objective) not in OBJECTIVES:
-        names = ", ".join(f"{o.__name__}()" for o in OBJECTIVES)
-        raise TypeError(f"objective must be one of {names}, got {objective!r}")
-    for name, choice, choices in (
-        ("aggregation", aggregation, AGGREGATIONS),
-        ("kl_estimator", kl_estimator, KL_ESTIMATORS),
-        ("kl_gradient", kl_gradient, KL_GRADIENTS),
-    ):
-        if choice not in choices:
-            _check.choice(name, choice, choices)
-    kl_coef, entropy_coef = _check.number("kl_coef", kl_coef), _check.number("entropy_coef", entropy_coef)
-    if kl_coef and ref_logprobs is None:
+            check_like(name, value, logprobs, "logprobs")
+    check_advantages(advantages, logprobs, cu_seqlens)
+    terms, tensor = checked_terms(
+        objective, aggregation, kl_coef, kl_estimator, kl_gradient, entropy_coef, denominator, logprobs
+    )
+    if terms.kl_coef and ref_logprobs is None:
         raise ValueError(
-            f"ref_logprobs must be given when kl_coef is not 0, got None and kl_coef {kl_coef:g}"
+            f"ref_logprobs must be given when kl_coef is not 0, got None and kl_coef {terms.kl_coef:g}"
         )
-    if entropy_coef and entropy is None:
-        raise ValueError(f"entropy must be given when entropy_coef is not 0, got None and {entropy_coef:g}")
-    number, tensor = _check_denominator(denominator, aggregation, logprobs)
+    if terms.entropy_coef and entropy is None:
+        raise ValueError(
+            f"entropy must be given when entropy_coef is not 0, got None and {terms.entropy_coef:g}"
+        )
     if logprobs.dim() == 1 and cu_seqlens is None and aggregation.startswith("seq_"):
         raise ValueError(
             f"cu_seqlens must be given for packed logprobs and aggregation {aggregation!r}, got None"
@@ -138,28 +131,16 @@ def policy_loss(
             _check.rising("cu_seqlens", cu_seqlens, len(logprobs), "the packed tokens")
         return reference.policy_loss(
             logprobs, old_logprobs, advantages, mask, objective=objective, aggregation=aggregation,
-            ref_logprobs=ref_logprobs, kl_coef=kl_coef, kl_estimator=kl_estimator, kl_gradient=kl_gradient,
-            entropy=entropy, entropy_coef=entropy_coef, importance=importance,
-            denominator=denominator_value(number, tensor) or None, cu_seqlens=cu_seqlens,
+            ref_logprobs=ref_logprobs, kl_coef=terms.kl_coef, kl_estimator=kl_estimator, kl_gradient=kl_gradient,
+            entropy=entropy, entropy_coef=terms.entropy_coef, importance=importance,
+            denominator=denominator_value(terms.denominator, tensor) or None, cu_seqlens=cu_seqlens,
         )  # fmt: skip
-    tag, parameters = OBJECTIVES[type(objective)]
     grad = torch.is_grad_enabled()
     loss, stats, _, _ = policy_loss_op(
-        logprobs, old_logprobs, advantages, mask, ref_logprobs, entropy, importance, cu_seqlens, tensor, number,
-        tag, parameters(objective), AGGREGATIONS.index(aggregation), kl_coef, KL_ESTIMATORS.index(kl_estimator),
-        KL_GRADIENTS.index(kl_gradient), entropy_coef, grad and logprobs.requires_grad,
-        grad and entropy is not None and entropy.requires_grad,
+        logprobs, old_logprobs, advantages, mask, ref_logprobs, entropy, importance, cu_seqlens, tensor, *terms,
+        grad and logprobs.requires_grad, grad and entropy is not None and entropy.requires_grad,
     )  # fmt: skip
-    optional = ref_logprobs is not None or entropy is not None or importance is not None
-    values = (stats if optional else stats[:ALWAYS]).unbind()
-    metrics = dict(zip(METRICS[:ALWAYS], values, strict=False))
-    if ref_logprobs is not None:
-        metrics["kl"] = values[ALWAYS]
-    if entropy is not None:
-        metrics["entropy"] = values[ALWAYS + 1]
-    if importance is not None:
-        metrics.update(zip(METRICS[ALWAYS + 2 :], values[ALWAYS + 2 :], strict=True))
-    return PolicyLoss(loss, metrics)
+    return PolicyLoss(loss, named_metrics(stats, ref_logprobs, entropy, importance))
 
 
 def value_loss(
@@ -189,9 +170,9 @@ def value_loss(
     Source: Schulman et al. 2016 (arXiv:1506.02438); clipping: OpenAI Baselines' PPO2.
     """
     mask = _check_tokens("values", values, mask, None)
-    _check_like("returns", returns, values, "values")
+    check_like("returns", returns, values, "values")
     if old_values is not None:
-        _check_like("old_values", old_values, values, "values")
+        check_like("old_values", old_values, values, "values")
     if clip is not None:
         clip = _check.number("clip", clip, low=0.0, low_open=True)
         if old_values is None:
@@ -239,7 +220,7 @@ def importance_weights(
     Source: truncation: Ionides 2008, Espeholt et al. 2018 (arXiv:1802.01561).
     """
     mask = _check_tokens("logprobs", logprobs, mask, cu_seqlens)
-    _check_like("behavior_logprobs", behavior_logprobs, logprobs, "logprobs")
+    check_like("behavior_logprobs", behavior_logprobs, logprobs, "logprobs")
     _check.choice("level", level, LEVELS)
     _check.choice("mode", mode, MODES)
     low = _check.number("low", low, low=0.0)
@@ -263,6 +244,31 @@ def importance_weights(
 # ---- checks ------------------------------------------------------------------------------------------------
 
 
+def checked_terms(
+    objective: Objective, aggregation: str, kl_coef: float, kl_estimator: str, kl_gradient: str,
+    entropy_coef: float, denominator: float | torch.Tensor | None, like: torch.Tensor,
+) -> tuple[Terms, torch.Tensor | None]:  # fmt: skip
+    """What the loss is made of as the operator takes it, and the denominator if it is a tensor."""
+    if type(objective) not in OBJECTIVES:
+        names = ", ".join(f"{o.__name__}()" for o in OBJECTIVES)
+        raise TypeError(f"objective must be one of {names}, got {objective!r}")
+    for name, choice, choices in (
+        ("aggregation", aggregation, AGGREGATIONS),
+        ("kl_estimator", kl_estimator, KL_ESTIMATORS),
+        ("kl_gradient", kl_gradient, KL_GRADIENTS),
+    ):
+        if choice not in choices:
+            _check.choice(name, choice, choices)
+    kl_coef, entropy_coef = _check.number("kl_coef", kl_coef), _check.number("entropy_coef", entropy_coef)
+    number, tensor = _check_denominator(denominator, aggregation, like)
+    tag, parameters = OBJECTIVES[type(objective)]
+    terms = Terms(
+        number, tag, parameters(objective), AGGREGATIONS.index(aggregation), kl_coef,
+        KL_ESTIMATORS.index(kl_estimator), KL_GRADIENTS.index(kl_gradient), entropy_coef,
+    )  # fmt: skip
+    return terms, tensor
+
+
 def _check_tokens(
     name: str, value: torch.Tensor, mask: torch.Tensor, cu_seqlens: torch.Tensor | None
 ) -> torch.Tensor:
@@ -271,17 +277,17 @@ def _check_tokens(
     if value.dim() not in (1, 2):
         raise ValueError(f"{name} must be [B, T] or packed [N], got {list(value.shape)}")
     if cu_seqlens is not None:
-        _check_cu_seqlens(name, value, cu_seqlens)
+        check_cu_seqlens(name, value, cu_seqlens)
     return _check.mask("mask", mask, value.shape, name, value.device)
 
 
-def _check_cu_seqlens(name: str, value: torch.Tensor, cu_seqlens: torch.Tensor) -> None:
+def check_cu_seqlens(name: str, value: torch.Tensor, cu_seqlens: torch.Tensor) -> None:
     if value.dim() != 1:
         raise ValueError(f"{name} must be packed [N] when cu_seqlens is given, got {list(value.shape)}")
     _check.bounds("cu_seqlens", cu_seqlens, value, name, "B + 1")
 
 
-def _check_like(name: str, value: torch.Tensor, other: torch.Tensor, like: str) -> None:
+def check_like(name: str, value: torch.Tensor, other: torch.Tensor, like: str) -> None:
     if not isinstance(value, torch.Tensor) or value.dtype != other.dtype:
         _check.floating(name, value)
         _check.dtype(name, value, other.dtype, like)
@@ -291,7 +297,7 @@ def _check_like(name: str, value: torch.Tensor, other: torch.Tensor, like: str) 
         _check.device(name, value, other.device, like)
 
 
-def _check_advantages(
+def check_advantages(
     advantages: torch.Tensor, logprobs: torch.Tensor, cu_seqlens: torch.Tensor | None
 ) -> None:
     if per_row(_check.tensor("advantages", advantages), logprobs):
@@ -305,7 +311,7 @@ def _check_advantages(
         _check.dtype("advantages", advantages, logprobs.dtype, "logprobs")
         _check.device("advantages", advantages, logprobs.device, "logprobs")
     else:
-        _check_like("advantages", advantages, logprobs, "logprobs")
+        check_like("advantages", advantages, logprobs, "logprobs")
 
 
 def _check_denominator(

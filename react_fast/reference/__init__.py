@@ -14,7 +14,15 @@ from .advantage import (
 )
 from .attribution import RunningMoments, accumulate_by_id, attribution_scores, segment_sum
 from .logprob import linear_token_logprobs, token_logprobs
-from .policy_loss import PolicyLoss, PPOClip, Reinforce, importance_weights, policy_loss, value_loss
+from .policy_loss import (
+    PolicyLoss,
+    PPOClip,
+    Reinforce,
+    importance_weights,
+    linear_policy_loss,
+    policy_loss,
+    value_loss,
+)
 from .tracker import Tracker
 from .trainer import Trainer
 
@@ -31,6 +39,7 @@ __all__ = [
     "gae",
     "group_advantages",
     "importance_weights",
+    "linear_policy_loss",
     "linear_token_logprobs",
     "merge_moments",
     "moments",

@@ -3,9 +3,11 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
+
+from .logprob import linear_token_logprobs
 
 MAX_LOG_RATIO = 20.0
 
@@ -326,3 +328,24 @@ def importance_weights(
         "importance/ess": _ess(after),
         "importance/outside": _mean(dropped.to(after.dtype)),
     }
+
+
+def linear_policy_loss(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    token_ids: torch.Tensor,
+    old_logprobs: torch.Tensor | None,
+    advantages: torch.Tensor,
+    mask: torch.Tensor,
+    *,
+    bias: torch.Tensor | None = None,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    temperature: float | torch.Tensor = 1.0,
+    **terms: Any,
+) -> PolicyLoss:
+    logp, entropy = linear_token_logprobs(
+        hidden, weight, token_ids, bias=bias, logit_scale=logit_scale, softcap=softcap, temperature=temperature,
+        mask=mask, return_entropy=True,
+    )  # fmt: skip
+    return policy_loss(logp, old_logprobs, advantages, mask, entropy=entropy, **terms)

@@ -1,0 +1,130 @@
+"""Policy-gradient loss straight from hidden states and the output matrix."""
+
+from typing import Any
+
+import torch
+
+from .. import reference
+from ..reference.policy_loss import Objective, PolicyLoss, PPOClip
+from . import _check
+from ._linear_policy_loss import Eager, Tokens, compiled
+from ._policy_loss import denominator_value, named_metrics
+from .backend import accumulation_dtype, use_reference
+from .linear_logprob import Maybe, checked, is_eager
+from .policy_loss import check_advantages, check_cu_seqlens, check_like, checked_terms
+
+
+def linear_policy_loss(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    token_ids: torch.Tensor,
+    old_logprobs: Maybe,
+    advantages: torch.Tensor,
+    mask: torch.Tensor,
+    *,
+    objective: Objective = PPOClip(),  # noqa: B008, a frozen value
+    aggregation: str = "token_mean",
+    ref_logprobs: Maybe = None,
+    kl_coef: float = 0.0,
+    kl_estimator: str = "k3",
+    kl_gradient: str = "ratio",
+    entropy_coef: float = 0.0,
+    importance: Maybe = None,
+    denominator: float | torch.Tensor | None = None,
+    cu_seqlens: Maybe = None,
+    bias: Maybe = None,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    temperature: float | torch.Tensor = 1.0,
+    tp_group: Any = None,
+    batch_invariant: bool = False,
+) -> PolicyLoss:
+    """`policy_loss` of `linear_token_logprobs`, in one GEMM less and without a graph of the logits.
+
+        logp, H = linear_token_logprobs(hidden, weight, token_ids, ..., return_entropy=True)
+        loss, metrics = policy_loss(logp, old_logprobs, advantages, mask, entropy=H, ...)
+
+    The loss of a token is known once its log-prob is, so the forward turns the logits into their gradient
+    where they stand: three GEMMs of N x V x D for everything, two where hidden or weight alone needs a
+    gradient, one without; entropy bonus, KL and metrics cost none. Every aggregation is had this way, since
+    its weights follow from the mask; an objective whose tokens depend on other tokens' log-probs (a sequence
+    ratio, GSPO) would need a first pass over the log-probs, four GEMMs: none is among the objectives of
+    `policy_loss` yet. The gradients are computed in the forward; the backward scales them.
+
+    Memory beyond inputs and gradients: REACT_FAST_TILE_MIB MiB (64; on a GPU 256) for the logits of a block
+    of rows, hidden's gradient in float32, and for a half-precision weight with more than one block the sum of
+    its gradient in float32, [V, D]. A block reads and writes that sum once: a larger budget makes fewer
+    blocks.
+
+    Args:
+        hidden: [B, T, D], or packed [N, D]; float32, bfloat16, float16 or float64.
+        weight, bias, logit_scale, softcap, temperature, tp_group, batch_invariant: see `linear_token_logprobs`.
+        token_ids: [B, T] or [N] int32 or int64, in [0, V) where the mask is true, anything (-100) elsewhere.
+        old_logprobs, ref_logprobs, importance: [B, T] or [N] float32 (float64 for float64), or None.
+        advantages: like those, or one per sequence [B].
+        mask: [B, T] or [N], bool or 0/1. Only rows that count reach a GEMM; nothing in the others is looked at.
+        objective, aggregation, kl_coef, kl_estimator, kl_gradient, entropy_coef, denominator, cu_seqlens: see
+            `policy_loss`. H is the policy's own entropy.
+    Returns: PolicyLoss(loss, metrics) as `policy_loss`, with metrics["entropy"] always; differentiable once in
+        hidden, weight and bias. Equal to the two lines above to rounding.
+    Raises: as `linear_token_logprobs` and `policy_loss`.
+    Source: gradient in the forward: Hsu et al. 2024 (Liger Kernel, arXiv:2410.10989); losses: see `policy_loss`.
+    """
+    given = checked(
+        hidden, weight, token_ids, bias, logit_scale, softcap, temperature, mask, batch_invariant, tp_group
+    )
+    if token_ids.dim() not in (1, 2):
+        raise ValueError(f"hidden must be [B, T, D] or packed [N, D], got {list(hidden.shape)}")
+    if given.mask is None:
+        raise TypeError("mask must be a torch.Tensor, got NoneType")
+    like = given.hidden.new_empty(token_ids.shape, dtype=accumulation_dtype(given.hidden.dtype))
+    if cu_seqlens is not None:
+        check_cu_seqlens("token_ids", token_ids, cu_seqlens)
+    named = (("old_logprobs", old_logprobs), ("ref_logprobs", ref_logprobs), ("importance", importance))
+    for name, value in named:
+        if value is not None:
+            check_like(name, value, like, "the log-probs")
+    check_advantages(advantages, like, cu_seqlens)
+    terms, tensor = checked_terms(
+        objective, aggregation, kl_coef, kl_estimator, kl_gradient, entropy_coef, denominator, like
+    )
+    if terms.kl_coef and ref_logprobs is None:
+        raise ValueError(
+            f"ref_logprobs must be given when kl_coef is not 0, got None and kl_coef {terms.kl_coef:g}"
+        )
+    if token_ids.dim() == 1 and cu_seqlens is None and aggregation.startswith("seq_"):
+        raise ValueError(
+            f"cu_seqlens must be given for packed tokens and aggregation {aggregation!r}, got None"
+        )
+    if use_reference():
+        if tp_group is not None:
+            raise ValueError("tp_group must be None on the reference backend, got a process group")
+        if cu_seqlens is not None:
+            _check.rising("cu_seqlens", cu_seqlens, len(token_ids), "the packed tokens")
+        return reference.linear_policy_loss(
+            given.hidden, given.weight, token_ids, old_logprobs, advantages, mask, objective=objective,
+            aggregation=aggregation, ref_logprobs=ref_logprobs, kl_coef=terms.kl_coef, kl_estimator=kl_estimator,
+            kl_gradient=kl_gradient, entropy_coef=terms.entropy_coef, importance=importance,
+            denominator=denominator_value(terms.denominator, tensor) or None, cu_seqlens=cu_seqlens,
+            bias=given.bias, logit_scale=given.options.scale, softcap=softcap, temperature=temperature,
+        )  # fmt: skip
+    tokens = Tokens(
+        _constant(old_logprobs), advantages.detach(), given.mask, _constant(ref_logprobs), _constant(importance),
+        cu_seqlens, tensor,
+    )  # fmt: skip
+    head = (given.hidden, given.weight, given.bias, token_ids, given.per_row)
+    grad = torch.is_grad_enabled()
+    if is_eager(given.hidden):
+        loss, stats = Eager.apply(*head, given.options, tokens, terms, tp_group, grad)
+    else:
+        if tp_group is not None:
+            raise ValueError(
+                "tp_group must be None under torch.compile and for fake tensors, got a process group"
+            )
+        wanted = (grad and x is not None and x.requires_grad for x in head[:3])
+        loss, stats, *_ = compiled(*head, *tokens, *given.options, *terms, *wanted)
+    return PolicyLoss(loss, named_metrics(stats, ref_logprobs, stats, importance))
+
+
+def _constant(x: Maybe) -> Maybe:
+    return None if x is None else x.detach()
