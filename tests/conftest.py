@@ -16,6 +16,8 @@ import triton
 import react_fast
 from react_fast import _core
 
+from .ranks import Ranks
+
 THREADS = 2
 
 
@@ -50,6 +52,14 @@ def backend(request: pytest.FixtureRequest) -> Iterator[str]:
     """Every compiled backend in turn."""
     with react_fast.use_backend(request.param):
         yield request.param
+
+
+@pytest.fixture(scope="session", params=[2, 4])
+def ranks(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ranks]:
+    """Two, then four gloo processes, started when first needed."""
+    group = Ranks(request.param, tmp_path_factory.mktemp("ranks"))
+    yield group
+    group.stop()
 
 
 @pytest.fixture(params=_core.supported_isas())

@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-import torch.multiprocessing as mp
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import react_fast as rf
@@ -314,30 +313,6 @@ def test_compiles_and_opcheck():
     contract.assert_opcheck("linear_token_logprobs", h, w, *options)
     meta = rf.linear_token_logprobs(h.to("meta").bfloat16(), w.to("meta").bfloat16(), ids.to("meta"))
     assert (meta.shape, meta.dtype) == ((6,), torch.float32)
-
-
-def _shard(rank, world, path, case, expected):
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", init_method=f"file://{path}", rank=rank, world_size=world)
-    leaves, ids, options = case
-    size = len(leaves["weight"]) // world
-    part = slice(rank * size, (rank + 1) * size)
-    own = {k: (x if k == "hidden" else x[part]).detach().clone().requires_grad_() for k, x in leaves.items()}
-    found = _all(own, ids, {**options, "tp_group": torch.distributed.group.WORLD})
-    for name, f, e in zip(["logp", "entropy", *own], found, expected, strict=True):
-        whole = name in ("logp", "entropy", "hidden")
-        torch.testing.assert_close(f, e if whole else e[part], rtol=1e-11, atol=1e-11)
-    torch.distributed.destroy_process_group()
-
-
-@pytest.mark.parametrize("name", ["plain", "everything"])
-@pytest.mark.parametrize("world", [2, 4])
-def test_vocabulary_over_processes(tmp_path, world, name):
-    case = _case((9, 6, 40), name)
-    expected = [x.detach() for x in _all(*case)]
-    leaves, ids, options = case
-    case = {k: x.detach() for k, x in leaves.items()}, ids, options
-    mp.spawn(_shard, (world, str(tmp_path / "store"), case, expected), nprocs=world)
 
 
 H, W = torch.ones(2, 3), torch.ones(5, 3)

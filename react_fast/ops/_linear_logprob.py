@@ -40,15 +40,21 @@ class Head(NamedTuple):
     weight: Tensor
     bias: Maybe
     group: dist.ProcessGroup | None = None
+    shards: tuple[int, ...] = ()  # rows of every rank; as many as here if empty
 
     @property
     def first(self) -> int:
         """Vocabulary index of the first row."""
-        return 0 if self.group is None else dist.get_rank(self.group) * len(self.weight)
+        if self.group is None:
+            return 0
+        rank = dist.get_rank(self.group)
+        return sum(self.shards[:rank]) if self.shards else rank * len(self.weight)
 
     @property
     def vocab(self) -> int:
         """Size of the whole vocabulary."""
+        if self.shards:
+            return sum(self.shards)
         return len(self.weight) * (1 if self.group is None else dist.get_world_size(self.group))
 
     def columns(self, begin: int, end: int) -> tuple[Tensor, Maybe]:
@@ -134,12 +140,17 @@ def over_shards(state: Tensor, U: Tensor, Q: Tensor, inverse_t: Tensor | float, 
         return state
     parts = [torch.empty_like(state) for _ in range(dist.get_world_size(head.group))]
     dist.all_gather(parts, state, group=head.group)
+    return joined(parts, state, U, Q, inverse_t)
+
+
+def joined(parts: list[Tensor], own: Tensor, U: Tensor, Q: Tensor, inverse_t: Tensor | float) -> Tensor:
+    """The parts' state as a whole; U and Q, in terms of the largest logit of `own`, in terms of the whole's."""
     whole = parts[0]
     for other in parts[1:]:
         whole = merge(whole, other, inverse_t)
     if len(U):
-        own = state[:, 0]
-        shift = torch.where(own == float("-inf"), 0.0, (own - whole[:, 0]) * inverse_t).clamp_min(-800.0)
+        gap = (own[:, 0] - whole[:, 0]) * inverse_t
+        shift = torch.where(own[:, 0] == float("-inf"), 0.0, gap).clamp_min(-800.0)
         factor = shift.exp().to(U.dtype)[:, None]
         if len(Q):
             Q.addcmul_(U, shift.to(U.dtype)[:, None]).mul_(factor)

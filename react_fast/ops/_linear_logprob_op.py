@@ -4,10 +4,10 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
 from . import _linear_logprob as engine
 from . import _tiles as tiles
+from . import _vocab_parallel
 from ._linear_logprob import Head, Sums
 from ._tiles import Maybe, Options, Rows, Tensor
 from .backend import accumulation_dtype, register
@@ -25,7 +25,7 @@ def _gradients(
     if wanted[0]:
         d_hidden = engine.hidden_gradient(sums, g, h, rows, head, options)
         if head.group is not None:
-            dist.all_reduce(d_hidden, group=head.group)
+            d_hidden = _vocab_parallel.total(d_hidden, head.group, options.invariant)
     if wanted[1] or wanted[2]:
         d_weight, d_bias = engine.weight_gradient(
             rows, head, options, sums, g, h, wanted[2], kept, main_grad if wanted[1] else None
@@ -48,12 +48,19 @@ class Eager(torch.autograd.Function):
         options: Options, want_entropy: bool, group: Any, main_grad: Maybe, recording: bool,
     ) -> Any:  # fmt: skip
         rows, head = Rows(hidden, token_ids, mask, per_row, options), Head(weight, bias, group)
-        wrong = rows.check(head.vocab)
         want_hidden, want_weight, want_bias = (recording and need for need in ctx.needs_input_grad[:3])
         keep = tiles.workspace() if want_weight or want_bias else 0
-        state, U, Q, kept = engine.forward(rows, head, options, want_entropy, want_hidden, keep)
-        state = engine.over_shards(state, U, Q, rows.inverse_t, head)
-        ctx.rows, ctx.options, ctx.group, ctx.want_entropy = rows, options, group, want_entropy
+
+        def fold(head: Head) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
+            return engine.forward(rows, head, options, want_entropy, want_hidden, keep)
+
+        if group is None:
+            wrong = rows.check(head.vocab)
+            state, U, Q, kept = fold(head)
+        else:
+            head, state, U, Q, kept = _vocab_parallel.fold(rows, head, fold)
+            wrong = rows.check(head.vocab)
+        ctx.rows, ctx.options, ctx.want_entropy, ctx.group = rows, options, want_entropy, (group, head.shards)
         ctx.main_grad, ctx.kept = main_grad, kept
         ctx.set_materialize_grads(False)
         compact = rows.index is not None or rows.mask is not None
@@ -74,7 +81,7 @@ class Eager(torch.autograd.Function):
             return (None,) * 11
         sums = engine.finish(state, rows.inverse_t, U, Q)
         found = _gradients(
-            rows, Head(weight, bias, ctx.group), ctx.options, sums, d_logp, d_entropy, ctx.needs_input_grad[:3],
+            rows, Head(weight, bias, *ctx.group), ctx.options, sums, d_logp, d_entropy, ctx.needs_input_grad[:3],
             ctx.kept, ctx.main_grad,
         )  # fmt: skip
         return *found, *[None] * 8

@@ -6,6 +6,7 @@ import torch
 
 from .. import reference
 from . import _check
+from ._dtensor import gathered, is_dtensor, plain
 from ._linear_logprob_op import Eager, compiled
 from ._support_logprob import check_support, support_token_logprobs
 from ._tiles import Options
@@ -84,14 +85,15 @@ def linear_token_logprobs(
     Args:
         hidden: [..., D] float32, bfloat16, float16 or float64.
         weight: [V, D], dtype of `hidden` (under autocast both are cast); with `tp_group` this rank's rows
-            [V / world, D], ranks in order. A DTensor is gathered.
+            [V_rank, D], ranks in order. A DTensor (fully_shard) is gathered, and gets the mean over its mesh of
+            the ranks' gradients.
         token_ids: [...] int32 or int64, in [0, V) where the mask is true, anything (-100) elsewhere.
         bias: [V] of that dtype, or None; -inf forbids a token.
         logit_scale: number other than 0.
         softcap, temperature, mask, return_entropy: see `token_logprobs`. Only rows that count reach a GEMM;
             counting them waits for a GPU once, except in the capture of a CUDA graph, which computes all rows.
         tp_group: torch.distributed process group over which the vocabulary is split; rows' statistics are
-            exchanged, never logits, and hidden's gradient is summed over the ranks.
+            exchanged, never logits, and hidden's gradient is summed over the ranks. They hold the same hidden.
         batch_invariant: no bit of a row's result and of its hidden gradient depends on the other rows, on their
             number or on the threads; slower, since every GEMM then has one shape and one thread. Without it the
             GEMM library chooses by size. The weight's gradient is a sum over the batch either way.
@@ -114,9 +116,16 @@ def linear_token_logprobs(
         into main_grad: Shoeybi et al. 2019 (Megatron-LM, arXiv:1909.08053); truncated sampling: Holtzman et al.
         2020 (arXiv:1904.09751).
     """
-    given = checked(hidden, weight, token_ids, bias, logit_scale, softcap, temperature, mask, batch_invariant)
+    token_ids = plain("token_ids", token_ids)
+    given = checked(
+        hidden, weight, token_ids, bias, logit_scale, softcap, temperature, mask, batch_invariant, tp_group
+    )
     if main_grad is not None:
-        check_main_grad(main_grad, given.weight)
+        if is_dtensor(weight):
+            raise ValueError(
+                "main_grad must be None for a DTensor weight, got a tensor; its .grad is sharded"
+            )
+        check_main_grad(plain("main_grad", main_grad), given.weight)
     if support is not None:
         support = check_support(support, token_ids, tp_group)
         _only_eager("with a support", None, main_grad)
@@ -124,8 +133,8 @@ def linear_token_logprobs(
         _only_eager("on the reference backend", tp_group, main_grad)
         return reference.linear_token_logprobs(
             given.hidden, given.weight, token_ids, bias=given.bias, logit_scale=given.options.scale,
-            softcap=softcap, temperature=temperature, mask=mask, return_entropy=return_entropy,
-            support=support,
+            softcap=softcap, temperature=plain("temperature", temperature), mask=given.mask,
+            return_entropy=return_entropy, support=support,
         )  # fmt: skip
     tensors = (given.hidden, given.weight, given.bias, token_ids, given.mask, given.per_row)
     recording = torch.is_grad_enabled()
@@ -169,12 +178,20 @@ def _only_eager(where: str, tp_group: Any, main_grad: Maybe) -> None:
 def checked(
     hidden: torch.Tensor, weight: torch.Tensor, token_ids: torch.Tensor, bias: Maybe, logit_scale: float,
     softcap: float | None, temperature: float | torch.Tensor, mask: Maybe, batch_invariant: bool,
+    tp_group: Any = None,
 ) -> Given:  # fmt: skip
     """The arguments in the form of the engine, or the error that names the wrong one."""
-    weight = _gathered(weight)
+    hidden, mask, temperature = (
+        plain("hidden", hidden),
+        plain("mask", mask),
+        plain("temperature", temperature),
+    )
     device = _check.floating("hidden", hidden).device.type
-    if device in ("cpu", "cuda") and torch.is_autocast_enabled(device):
-        dtype = torch.get_autocast_dtype(device)
+    casts = device in ("cpu", "cuda") and torch.is_autocast_enabled(device)
+    dtype = torch.get_autocast_dtype(device) if casts else None
+    weight = gathered("weight", weight, dtype, tp_group)
+    bias = None if bias is None else gathered("bias", bias, dtype, tp_group)
+    if dtype is not None:
         hidden, weight = hidden.to(dtype), weight.to(dtype)
         bias = None if bias is None else bias.to(dtype)
     _check_matrices(hidden, weight, bias)
@@ -204,10 +221,6 @@ def check_main_grad(main_grad: torch.Tensor, weight: torch.Tensor) -> None:
     _check.device("main_grad", main_grad, weight.device, "weight")
     if main_grad.requires_grad:
         raise ValueError("main_grad must not require a gradient, got a tensor that does; pass .detach()")
-
-
-def _gathered(weight: Any) -> Any:
-    return weight.full_tensor() if hasattr(weight, "full_tensor") else weight
 
 
 def _check_matrices(hidden: torch.Tensor, weight: torch.Tensor, bias: Maybe) -> None:

@@ -70,7 +70,9 @@ def linear_policy_loss(
     Raises: as `linear_token_logprobs` and `policy_loss`.
     Source: gradient in the forward: Hsu et al. 2024 (Liger Kernel, arXiv:2410.10989); losses: see `policy_loss`.
     """
-    given = checked(hidden, weight, token_ids, bias, logit_scale, softcap, temperature, mask, batch_invariant)
+    given = checked(
+        hidden, weight, token_ids, bias, logit_scale, softcap, temperature, mask, batch_invariant, tp_group
+    )
     if token_ids.dim() not in (1, 2):
         raise ValueError(f"hidden must be [B, T, D] or packed [N, D], got {list(hidden.shape)}")
     if given.mask is None:
