@@ -134,15 +134,6 @@ def padded(x: Tensor, rows: int) -> Tensor:
     return torch.cat([x, x.new_zeros(rows, x.shape[1])]) if len(x) and rows else x
 
 
-def over_shards(state: Tensor, U: Tensor, Q: Tensor, inverse_t: Tensor | float, head: Head) -> Tensor:
-    """The state over all ranks' columns, one all-gather; U and Q of this rank in terms of its largest."""
-    if head.group is None:
-        return state
-    parts = [torch.empty_like(state) for _ in range(dist.get_world_size(head.group))]
-    dist.all_gather(parts, state, group=head.group)
-    return joined(parts, state, U, Q, inverse_t)
-
-
 def joined(parts: list[Tensor], own: Tensor, U: Tensor, Q: Tensor, inverse_t: Tensor | float) -> Tensor:
     """The parts' state as a whole; U and Q, in terms of the largest logit of `own`, in terms of the whole's."""
     whole = parts[0]

@@ -10,11 +10,11 @@ from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
-import torch.distributed as dist
 
 from ..reference.policy_loss import Reinforce
 from . import _linear_logprob as engine
 from . import _tiles as tiles
+from . import _vocab_parallel
 from ._linear_logprob import Head
 from ._policy_loss import AGGREGATIONS, METRICS, OBJECTIVES, Terms, policy_loss_op
 from ._tiles import Maybe, Options, Rows, Tensor, part, spans
@@ -176,10 +176,11 @@ class _Logits:
 
 
 def _block_rows(rows: Rows, head: Head, options: Options) -> int:
-    """Rows whose logits of this rank's whole vocabulary fit into the budget."""
+    """Rows whose logits of a rank's whole vocabulary fit into the budget, of the largest rank's: blocks meet in
+    collectives, so every rank has the same."""
     if options.invariant:
         return tiles.INVARIANT_ROWS
-    bytes_a_row = len(head.weight) * tiles.tile_dtype(rows.hidden).itemsize
+    bytes_a_row = max(head.shards or (len(head.weight),)) * tiles.tile_dtype(rows.hidden).itemsize
     return max(1, min(len(rows.ids), tiles.budget(rows.hidden.device) // bytes_a_row))
 
 
@@ -192,7 +193,7 @@ def forward(
     rows: Rows, head: Head, options: Options, tokens: Tokens, terms: Terms, wanted: Sequence[bool]
 ) -> tuple[Tensor, Tensor, Maybe, Maybe, Maybe]:
     """(loss, metrics as `stats`, gradients of hidden [..., D], weight and bias), wide or the weight's dtype."""
-    wide = accumulation_dtype(rows.hidden.dtype)
+    wide, head = accumulation_dtype(rows.hidden.dtype), _vocab_parallel.placed(head)
     wrong = rows.check(head.vocab)
     none = rows.hidden.new_empty(0, dtype=wide)
     count, t = len(rows.ids), rows.inverse_t
@@ -208,26 +209,27 @@ def forward(
             own_t = t if isinstance(t, float) else t[begin:end]
             own = state[begin:end]
             logits.compute(begin, end, own)
-            own.copy_(engine.over_shards(own, none, none, own_t, head))
+            own.copy_(_vocab_parallel.whole(own, head, own_t))
             sums = engine.finish(own, own_t, none, none)
             g, e = slopes(begin, end, sums.logp, sums.entropy)
             logits.turn(begin, end, engine.turn_stats(sums, g * scale, e * scale), gradients)
     else:
         state, *_ = engine.forward(rows, head, options, want_entropy=True, want_hidden=False)
-        state = engine.over_shards(state, none, none, t, head)
+        state = _vocab_parallel.whole(state, head, t)
     logp, entropy = engine.results(rows, engine.finish(state, t, none, none), True, wide, wrong)
     loss, stats, *_ = _loss(logp, entropy, tokens, terms, False)
-    return loss, stats, *_finished(rows, head, gradients, wanted, scale)
+    return loss, stats, *_finished(rows, head, options, gradients, wanted, scale)
 
 
 def _finished(
-    rows: Rows, head: Head, gradients: _Gradients | None, wanted: Sequence[bool], scale: Tensor | float
-) -> tuple[Maybe, Maybe, Maybe]:
+    rows: Rows, head: Head, options: Options, gradients: _Gradients | None, wanted: Sequence[bool],
+    scale: Tensor | float,
+) -> tuple[Maybe, Maybe, Maybe]:  # fmt: skip
     if gradients is None:
         return None, None, None
     hidden = gradients.hidden[: len(rows.ids)]
     if wanted[0] and head.group is not None:
-        dist.all_reduce(hidden, group=head.group)
+        hidden = _vocab_parallel.total(hidden, head.group, options.invariant)
     if not isinstance(scale, float):
         for x in (hidden, gradients.weight, gradients.bias):
             if x is not None:

@@ -26,10 +26,7 @@ def fold(
         own: what a head gives, (state, U, Q, kept logits) of this rank's columns.
     Raises: TypeError for another kind of group.
     """
-    # torch.distributed.new_group gives a process outside the group a number instead of one.
-    if not isinstance(head.group, dist.ProcessGroup):
-        kind = type(head.group).__name__
-        raise TypeError(f"tp_group must be a process group that holds this process, got {kind}")
+    _check_group(head.group)
     state, U, Q, kept = own(head)
     states, shards = _exchanged(state, head)
     head, guessed = head._replace(shards=shards), head
@@ -39,6 +36,36 @@ def fold(
         states, _ = _exchanged(state, head)
     whole = joined(states, state, U, Q, rows.inverse_t)
     return head, whole, U, Q, kept
+
+
+def placed(head: Head) -> Head:
+    """The head with every rank's number of vocabulary rows, from one collective; as it is without a group."""
+    if head.group is None:
+        return head
+    _check_group(head.group)
+    if capturing(head.weight.device):
+        return head._replace(shards=(len(head.weight),) * dist.get_world_size(head.group))
+    own = torch.tensor([len(head.weight)], device=head.weight.device)
+    parts = [torch.empty_like(own) for _ in range(dist.get_world_size(head.group))]
+    dist.all_gather(parts, own, group=head.group)
+    return head._replace(shards=tuple(torch.cat(parts).tolist()))
+
+
+def whole(state: Tensor, head: Head, inverse_t: Tensor | float) -> Tensor:
+    """The state [N, 5] over all ranks' columns, from one all-gather; as it is without a group."""
+    if head.group is None:
+        return state
+    parts = [torch.empty_like(state) for _ in range(dist.get_world_size(head.group))]
+    dist.all_gather(parts, state.contiguous(), group=head.group)
+    none = state.new_empty(0)
+    return joined(parts, state, none, none, inverse_t)
+
+
+def _check_group(group: Any) -> None:
+    """torch.distributed.new_group gives a process outside the group a number instead of one."""
+    if not isinstance(group, dist.ProcessGroup):
+        kind = type(group).__name__
+        raise TypeError(f"tp_group must be a process group that holds this process, got {kind}")
 
 
 def _exchanged(state: Tensor, head: Head) -> tuple[list[Tensor], tuple[int, ...]]:

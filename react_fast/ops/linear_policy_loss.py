@@ -7,6 +7,7 @@ import torch
 from .. import reference
 from ..reference.policy_loss import Objective, PolicyLoss, PPOClip
 from . import _check
+from ._dtensor import plain
 from ._linear_policy_loss import Eager, Tokens, compiled
 from ._policy_loss import denominator_value, named_metrics
 from .backend import accumulation_dtype, use_reference
@@ -70,6 +71,7 @@ def linear_policy_loss(
     Raises: as `linear_token_logprobs` and `policy_loss`.
     Source: gradient in the forward: Hsu et al. 2024 (Liger Kernel, arXiv:2410.10989); losses: see `policy_loss`.
     """
+    token_ids = plain("token_ids", token_ids)
     given = checked(
         hidden, weight, token_ids, bias, logit_scale, softcap, temperature, mask, batch_invariant, tp_group
     )
