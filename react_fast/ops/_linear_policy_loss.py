@@ -186,7 +186,8 @@ def _block_rows(rows: Rows, head: Head, options: Options) -> int:
 
 def _raised(weights: Tensor) -> Tensor | float:
     """A power of two that brings the largest token weight near 1: float16 would lose 1 / n times a probability."""
-    return torch.exp2(-torch.log2(weights.abs().amax().double()).floor()) if len(weights) else 1.0
+    largest = weights.amax().double().clamp_min(2.0**-100) if len(weights) else None
+    return 1.0 if largest is None else torch.exp2(-torch.log2(largest).floor())
 
 
 def forward(

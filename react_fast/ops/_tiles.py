@@ -171,24 +171,29 @@ def product(a: Tensor, b: Tensor, out: Tensor) -> Tensor:
     return torch.mm(a, b, out_dtype=out.dtype, out=out)
 
 
+def _sums(a: Tensor, b: Tensor) -> Tensor:
+    """a b, in float32 where a GPU's GEMM can write its own sums: of half-precision results it may add up parts."""
+    if a.is_cuda and a.element_size() == 2 and hasattr(torch.ops.aten.mm, "dtype_out"):
+        return torch.mm(a, b, out_dtype=torch.float32)
+    return torch.mm(a, b)
+
+
 def accumulate(target: Tensor, a: Tensor, b: Tensor) -> None:
     """target <- target + a b, the sum in target's dtype."""
-    if target.dtype == a.dtype:
+    if target.dtype == a.dtype and a.element_size() > 2:
         target.addmm_(a, b)
-    elif a.is_cuda and hasattr(torch.ops.aten.mm, "dtype_out"):
-        target.add_(torch.mm(a, b, out_dtype=target.dtype))
     else:
-        target.add_(torch.mm(a, b))
+        target.add_(_sums(a, b))
 
 
 def add_product(target: Tensor, a: Tensor, b: Tensor, anew: bool) -> None:
     """target <- a b where `anew`, else target + a b."""
-    if anew and target.dtype == a.dtype:
-        torch.mm(a, b, out=target)
-    elif anew:
-        target.copy_(torch.mm(a, b))
-    else:
+    if not anew:
         accumulate(target, a, b)
+    elif target.dtype == a.dtype and not (a.is_cuda and a.element_size() == 2):
+        torch.mm(a, b, out=target)
+    else:
+        target.copy_(_sums(a, b))
 
 
 # ---- kernels on a tile -----------------------------------------------------------------------------------------
