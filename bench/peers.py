@@ -10,6 +10,7 @@ from collections.abc import Callable
 from functools import cache
 from typing import Any
 
+import pytest
 import torch
 import torch._dynamo
 import torch.nn.functional as F
@@ -219,16 +220,18 @@ def clipped_mean(logp: Tensor, old: Tensor, advantages: Tensor, mask: Tensor) ->
     return torch.where(mask, loss, 0.0).sum() / mask.sum()
 
 
-def ours_policy(inputs: Inputs, old: Tensor) -> PolicyOp:
-    if not hasattr(rf, "linear_policy_loss"):
-        raise AbsentError("react_fast has no linear_policy_loss yet")
+def ours_policy(inputs: Inputs, old: Tensor, mebibytes: int | None = None) -> PolicyOp:
+    """`mebibytes`: REACT_FAST_TILE_MIB, which decides into how many blocks the rows are cut."""
     shape = (*inputs.grid, inputs.head.dim)
 
     def op() -> Tensor:
-        return rf.linear_policy_loss(
-            inputs.hidden.view(shape), inputs.weight, inputs.ids.view(inputs.grid), old, inputs.advantages,
-            inputs.mask, softcap=inputs.head.softcap,
-        ).loss  # fmt: skip
+        with pytest.MonkeyPatch.context() as patch:
+            if mebibytes is not None:
+                patch.setenv("REACT_FAST_TILE_MIB", str(mebibytes))
+            return rf.linear_policy_loss(
+                inputs.hidden.view(shape), inputs.weight, inputs.ids.view(inputs.grid), old, inputs.advantages,
+                inputs.mask, softcap=inputs.head.softcap,
+            ).loss  # fmt: skip
 
     return op
 
@@ -282,6 +285,7 @@ def liger_policy(inputs: Inputs, old: Tensor) -> PolicyOp:
 
 POLICY: dict[str, Callable[[Inputs, Tensor], PolicyOp]] = {
     OURS: ours_policy,
+    "react_fast, 256 MiB": lambda inputs, old: ours_policy(inputs, old, 256),
     "react_fast, two ops": policy_over(ours_linear),
     "torch": eager_policy,
     "torch.compile": lambda inputs, old: eager_policy(inputs, old, compiled),
