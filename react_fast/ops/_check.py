@@ -19,6 +19,10 @@ _MASKS = (torch.bool, torch.int64, torch.int32, torch.uint8, torch.int8)
 def tensor(name: str, value: Any) -> torch.Tensor:
     if not isinstance(value, torch.Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
+    if value.layout != torch.strided:
+        raise TypeError(
+            f"{name} must be dense, got a tensor of layout {_short(value.layout)}; use .to_dense()"
+        )
     return value
 
 
@@ -107,5 +111,5 @@ def choice(name: str, value: Any, choices: Sequence[str]) -> str:
     return value
 
 
-def _short(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
+def _short(kind: torch.dtype | torch.layout) -> str:
+    return str(kind).removeprefix("torch.")

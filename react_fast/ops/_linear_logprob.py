@@ -117,10 +117,25 @@ def forward(
                 continue
             tiles.rescale(U[begin:end], Q[begin:end] if len(Q) else None, factor, shift)
             with tiles.gemm_threads(options.invariant):
-                tiles.accumulate(U[begin:stop], weights(*shape) if apart else z, w)
+                e = weights(*shape) if apart else z
                 if len(Q):
-                    tiles.accumulate(Q[begin:stop], twin(*shape), w)
+                    _accumulate_centred(w, (U[begin:stop], e), (Q[begin:stop], twin(*shape)))
+                else:
+                    tiles.accumulate(U[begin:stop], e, w)
     return state, U[:count], Q[:count], [z[:count] for z in kept]
+
+
+def _accumulate_centred(w: Tensor, *pairs: tuple[Tensor, Tensor]) -> None:
+    """sum <- sum + e w for every (sum, e), through w less the mean of its rows, whose part is added in float32.
+
+    The entropy's gradient is U and Q in a combination in which what all rows of W have in common cancels, and the
+    rounding of a half-precision product does not.
+    """
+    mean = w.mean(0, dtype=pairs[0][0].dtype)
+    centred = (w - mean).to(w.dtype)
+    for total, e in pairs:
+        tiles.accumulate(total, e, centred)
+        total.addr_(e.sum(1, dtype=total.dtype), mean)
 
 
 def _kept_columns(keep: int, count: int, vocab: int, sizes: tiles.Tiling) -> int:
@@ -141,7 +156,7 @@ def joined(parts: list[Tensor], own: Tensor, U: Tensor, Q: Tensor, inverse_t: Te
         whole = merge(whole, other, inverse_t)
     if len(U):
         gap = (own[:, 0] - whole[:, 0]) * inverse_t
-        shift = torch.where(own[:, 0] == float("-inf"), 0.0, gap).clamp_min(-800.0)
+        shift = torch.where(own[:, 0] == float("-inf"), 0.0, gap).clamp_min(tiles.LEAST_GAP)
         factor = shift.exp().to(U.dtype)[:, None]
         if len(Q):
             Q.addcmul_(U, shift.to(U.dtype)[:, None]).mul_(factor)
@@ -181,7 +196,9 @@ def merge(a: Tensor, b: Tensor, inverse_t: Tensor | float) -> Tensor:
     """State [N, 5] of two vocabulary shards together, as csrc/logprob_lanes.h merges its folds."""
     above = b[:, 0] > a[:, 0]
     top, low = torch.where(above[:, None], b, a), torch.where(above[:, None], a, b)
-    delta = torch.where(low[:, 0] == top[:, 0], 0.0, ((low[:, 0] - top[:, 0]) * inverse_t).clamp_min(-800.0))
+    delta = torch.where(
+        low[:, 0] == top[:, 0], 0.0, ((low[:, 0] - top[:, 0]) * inverse_t).clamp_min(tiles.LEAST_GAP)
+    )
     delta = torch.where(low[:, 0] == float("-inf"), 0.0, delta)
     same = low[:, 0] == top[:, 0]
     factor = delta.exp()
@@ -228,8 +245,10 @@ def hidden_gradient(sums: Sums, g: Tensor, h: Maybe, rows: Rows, head: Head, opt
     return out.masked_fill_(~live[:, None], 0.0)
 
 
-def turn_stats(sums: Sums, g: Tensor, h: Maybe) -> Tensor:
-    """[N, 5] float64 that `turn` reads."""
+def turn_stats(sums: Sums, g: Tensor, h: Maybe, unit: Maybe = None) -> Tensor:
+    """[N, 5] float64 that `turn` reads, g and h in terms of `unit`."""
+    if unit is not None:
+        g, h = g / unit, None if h is None else h / unit
     return torch.stack(
         [sums.largest, sums.log_sum, sums.entropy, g, torch.zeros_like(g) if h is None else h], 1
     )
@@ -245,7 +264,8 @@ def weight_gradient(
     gradient, in float32 or better.
     """
     hidden, ids, temperatures = rows.hidden, rows.ids - head.first, rows.temperatures
-    stats = turn_stats(sums, g, h)
+    unit = tiles.float16_unit(hidden.dtype, g, h)
+    stats = turn_stats(sums, g, h, unit)
     live = live_rows(sums, g, h)
     if not tiles.capturing(hidden.device) and not bool(live.all()):
         hidden, ids, stats = hidden[live], ids[live], stats[live]
@@ -277,13 +297,15 @@ def weight_gradient(
                     z, b, ids[own], part(temperatures, own.start, own.stop), first, options, stats[own],
                     out[upper:lower],
                 )  # fmt: skip
-            tiles.add_product(total, out.t(), hidden[begin:end], anew=begin == 0 and main_grad is None)
+            tiles.add_product(total, out.t(), hidden[begin:end], begin == 0 and main_grad is None, unit)
             if want_bias:
                 d_bias[first:last] += out.sum(0, dtype=d_bias.dtype)
         if apart:
             d_weight[first:last] = total
     if count == 0 and main_grad is None:
         d_weight.zero_()
+    if unit is not None:
+        d_bias.mul_(unit)
     return d_weight if main_grad is None else None, d_bias if want_bias else None
 
 

@@ -64,7 +64,9 @@ class Eager(torch.autograd.Function):
         ctx.main_grad, ctx.kept = main_grad, kept
         ctx.set_materialize_grads(False)
         compact = rows.index is not None or rows.mask is not None
-        ctx.save_for_backward(rows.hidden if compact else hidden, weight, bias, state, U, Q)
+        kept_hidden = rows.hidden if compact else hidden
+        # ids and temperatures are read through `rows`; here autograd notices when they are changed in place.
+        ctx.save_for_backward(kept_hidden, weight, bias, state, U, Q, token_ids, per_row)
         sums = engine.finish(state, rows.inverse_t, U, Q)
         found = engine.results(rows, sums, want_entropy, accumulation_dtype(hidden.dtype), wrong)
         del rows.hidden  # autograd keeps it, and notices when it is changed in place
@@ -73,9 +75,9 @@ class Eager(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *upstream: Maybe) -> Any:
-        hidden, weight, bias, state, U, Q = ctx.saved_tensors
+        hidden, weight, bias, state, U, Q, *_ = ctx.saved_tensors
         rows: Rows = ctx.rows
-        rows.hidden = hidden.reshape(-1, hidden.shape[-1]).contiguous()
+        rows.hidden = hidden.reshape(hidden.shape[:-1].numel(), hidden.shape[-1]).contiguous()
         d_logp, d_entropy = upstream[0], upstream[1] if ctx.want_entropy else None
         if d_logp is None and d_entropy is None:
             return (None,) * 11

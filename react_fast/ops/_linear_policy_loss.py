@@ -68,15 +68,21 @@ class _Slopes:
         shape = tokens.mask.shape
         like = tokens.advantages.new_empty(shape, dtype=dtype)
         self.weights = rows.take(_token_weights(like, tokens, terms))
-        given = (tokens.old_logprobs, _every_token(tokens, shape), tokens.ref_logprobs, tokens.importance)
+        self._advantages = rows.take(_every_token(tokens, shape))
+        given = (tokens.old_logprobs, tokens.ref_logprobs, tokens.importance)
         self._given = [None if x is None else rows.take(x) for x in given]
         self._mask = rows.take(tokens.mask)
         self._terms = terms._replace(aggregation=AGGREGATIONS.index("token_sum_norm"), denominator=1.0)
 
+    def usual(self, terms: Terms) -> Tensor:
+        """[N], as large as a slope is with ratio 1."""
+        size = self._advantages.abs() + (abs(terms.kl_coef) + abs(terms.entropy_coef))
+        return self.weights * size
+
     def __call__(self, begin: int, end: int, logp: Tensor, entropy: Tensor) -> tuple[Tensor, Tensor]:
         """(g, e) [end - begin] float64."""
-        old, advantages, ref, importance = (part(x, begin, end) for x in self._given)
-        assert advantages is not None
+        old, ref, importance = (part(x, begin, end) for x in self._given)
+        advantages = self._advantages[begin:end]
         tokens = Tokens(old, advantages, self._mask[begin:end], ref, importance, None, None)
         _, _, g, e = _loss(logp.to(advantages.dtype), entropy.to(advantages.dtype), tokens, self._terms, True)
         weights = self.weights[begin:end].double()
@@ -96,9 +102,8 @@ class _Gradients:
         self.hidden = tiles.accumulator(padded if want_hidden else 0, dim, hidden)
         self.bias = hidden.new_zeros(len(weight) if want_bias else 0, dtype=self.hidden.dtype)
         self.weight: Maybe = None
-        self._sum: Maybe = (
-            None  # of the blocks before the last, where the weight's dtype is too narrow for it
-        )
+        # Of the blocks before the last, where the weight's dtype is too narrow for it.
+        self._sum: Maybe = None
         if want_weight:
             narrow = weight.dtype == torch.bfloat16
             self.weight = tiles.fresh(weight, weight.dtype if narrow else self.hidden.dtype)
@@ -184,12 +189,6 @@ def _block_rows(rows: Rows, head: Head, options: Options) -> int:
     return max(1, min(len(rows.ids), tiles.budget(rows.hidden.device) // bytes_a_row))
 
 
-def _raised(weights: Tensor) -> Tensor | float:
-    """A power of two that brings the largest token weight near 1: float16 would lose 1 / n times a probability."""
-    largest = weights.amax().double().clamp_min(2.0**-100) if len(weights) else None
-    return 1.0 if largest is None else torch.exp2(-torch.log2(largest).floor())
-
-
 def forward(
     rows: Rows, head: Head, options: Options, tokens: Tokens, terms: Terms, wanted: Sequence[bool]
 ) -> tuple[Tensor, Tensor, Maybe, Maybe, Maybe]:
@@ -199,13 +198,13 @@ def forward(
     none = rows.hidden.new_empty(0, dtype=wide)
     count, t = len(rows.ids), rows.inverse_t
     state, gradients = engine.fresh_state(rows), None
-    scale: Tensor | float = 1.0
+    unit: Maybe = None
     if any(wanted):
         block = _block_rows(rows, head, options)
         slopes = _Slopes(rows, tokens, terms, wide)
         gradients = _Gradients(rows, head, options, block, wanted)
         logits = _Logits(rows, head, options, block)
-        scale = _raised(slopes.weights) if rows.hidden.dtype == torch.float16 else 1.0
+        unit = tiles.float16_unit(rows.hidden.dtype, slopes.usual(terms))
         for begin, end in spans(count, block):
             own_t = t if isinstance(t, float) else t[begin:end]
             own = state[begin:end]
@@ -213,28 +212,28 @@ def forward(
             own.copy_(_vocab_parallel.whole(own, head, own_t))
             sums = engine.finish(own, own_t, none, none)
             g, e = slopes(begin, end, sums.logp, sums.entropy)
-            logits.turn(begin, end, engine.turn_stats(sums, g * scale, e * scale), gradients)
+            logits.turn(begin, end, engine.turn_stats(sums, g, e, unit), gradients)
     else:
         state, *_ = engine.forward(rows, head, options, want_entropy=True, want_hidden=False)
         state = _vocab_parallel.whole(state, head, t)
     logp, entropy = engine.results(rows, engine.finish(state, t, none, none), True, wide, wrong)
     loss, stats, *_ = _loss(logp, entropy, tokens, terms, False)
-    return loss, stats, *_finished(rows, head, options, gradients, wanted, scale)
+    return loss, stats, *_finished(rows, head, options, gradients, wanted, unit)
 
 
 def _finished(
     rows: Rows, head: Head, options: Options, gradients: _Gradients | None, wanted: Sequence[bool],
-    scale: Tensor | float,
+    unit: Maybe,
 ) -> tuple[Maybe, Maybe, Maybe]:  # fmt: skip
     if gradients is None:
         return None, None, None
     hidden = gradients.hidden[: len(rows.ids)]
     if wanted[0] and head.group is not None:
         hidden = _vocab_parallel.total(hidden, head.group, options.invariant)
-    if not isinstance(scale, float):
+    if unit is not None:
         for x in (hidden, gradients.weight, gradients.bias):
             if x is not None:
-                x.div_(scale)
+                x.mul_(unit)
     return rows.back(hidden) if wanted[0] else None, gradients.weight, gradients.bias if wanted[2] else None
 
 

@@ -42,7 +42,7 @@ class Rows:
         temperature: float, name: str,
     ) -> None:  # fmt: skip
         self.shape = hidden.shape[:-1]
-        self.hidden = hidden.reshape(-1, hidden.shape[-1])
+        self.hidden = hidden.reshape(hidden.shape[:-1].numel(), hidden.shape[-1])
         bounds = _check.rising(name, offsets.cpu(), kept, "kept_ids")
         starts, lengths = bounds[:-1], bounds.diff()
         self.index: Maybe = None
@@ -130,7 +130,7 @@ def weighted_rows(table: Tensor, index: Tensor, edges: Tensor, c: Tensor) -> Ten
     embedding_bag is torch's gathered sum with one fixed order on every device. It adds in the table's dtype, so
     rows of narrower ones are widened a block at a time.
     """
-    if len(index) == 0:
+    if len(index) == 0 or table.shape[1] == 0:
         return c.new_zeros(len(edges) - 1, table.shape[1])
     if table.dtype == c.dtype:
         return F.embedding_bag(index, table, edges[:-1], mode="sum", per_sample_weights=c)

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 
 from . import _check
 from ._ragged import ENTRY, Rows, dots, packs, weighted_rows
-from ._tiles import budget
+from ._tiles import LEAST_GAP, budget
 from .attribution import _segment_sum
 from .backend import accumulation_dtype, register
 from .logprob import HIGH, LOW
@@ -109,7 +109,7 @@ def _capped(x: Tensor, bias: Maybe, ids: Tensor, scale: float, softcap: float) -
 def _terms(u: Tensor, largest: Tensor, temperature: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """(is it the largest, exp(d) of the others, exp(d) d) with d = (u - largest) / T; 0 for a forbidden token."""
     none = u == float("-inf")
-    d = torch.where(none, -800.0, (u - largest) / temperature)
+    d = torch.where(none, LEAST_GAP, (u - largest) / temperature)
     tie, e = d == 0, torch.where(none, 0.0, d.exp())
     return tie, torch.where(tie, 0.0, e), e * d
 
@@ -215,16 +215,16 @@ def _backward(
         ids, y, x = kept[place].long(), rows.ids[a:b], products[place]
         u = _capped(x, bias, ids, scale, softcap)
         dead = (x == float("-inf")) | (u == float("-inf"))
-        part = slice(a, b)
+        mine = slice(a, b)
         others, own = (
             (scale * c).to(wide)
             for c in _coefficients(
-                u, dead, stats[part], g[part], h[part], row, rows.temperatures[part], softcap
+                u, dead, stats[mine], g[mine], h[mine], row, rows.temperatures[mine], softcap
             )
         )
         if want_hidden:
             total = weighted_rows(weight, ids, edges, others)
-            d_hidden[part] = total.addcmul_(weight[y].to(wide), own[:, None])
+            d_hidden[mine] = total.addcmul_(weight[y].to(wide), own[:, None])
         if want_weight or want_bias:
             pieces += [(kept[place], row + a, others), (y.to(kept.dtype), rows.numbers(a, b), own)]
     d_weight = weight.new_zeros(weight.shape if want_weight else (0,))
@@ -253,7 +253,7 @@ def _scatter(rows: Rows, ids: Tensor, row: Tensor, c: Tensor, d_weight: Tensor, 
         mine = mine[torch.argsort(ids[mine], stable=True)]
         source, weights = row[mine], c[mine]
         source = source if rows.index is None else rows.index[source]
-        inner, which = ((x).to(ids.device) for x in (edges[a : b + 1] - edges[a], present[a:b]))
+        inner, which = (x.to(ids.device) for x in (edges[a : b + 1] - edges[a], present[a:b]))
         if len(d_weight):
             d_weight.index_copy_(0, which, weighted_rows(hidden, source, inner, weights).to(d_weight.dtype))
         if len(d_bias):

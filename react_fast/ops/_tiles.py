@@ -28,6 +28,8 @@ INVARIANT_ROWS = 64
 # Rows of a tile on a GPU: 16 row tiles of 128 beside 32 column tiles of 256 of a 8192-column tile are four CTAs a
 # multiprocessor. On a CPU a tile takes all rows that the budget allows.
 GPU_ROWS = 2048
+# Where the exponential of a float64 is 0 (below -745) while the gap stays a number: 0 times it is 0.
+LEAST_GAP = -800.0
 # Where the system names no last-level cache.
 USUAL_CACHE = 32 << 20
 
@@ -184,22 +186,39 @@ def _sums(a: Tensor, b: Tensor) -> Tensor:
     return torch.mm(a, b)
 
 
-def accumulate(target: Tensor, a: Tensor, b: Tensor) -> None:
-    """target <- target + a b, the sum in target's dtype."""
+def accumulate(target: Tensor, a: Tensor, b: Tensor, unit: Maybe = None) -> None:
+    """target <- target + a b, or + unit a b; the sum in target's dtype."""
     if target.dtype == a.dtype and a.element_size() > 2:
         target.addmm_(a, b)
-    else:
+    elif unit is None:
         target.add_(_sums(a, b))
+    else:
+        target.add_(_sums(a, b).to(unit.dtype).mul_(unit))
 
 
-def add_product(target: Tensor, a: Tensor, b: Tensor, anew: bool) -> None:
-    """target <- a b where `anew`, else target + a b."""
+def add_product(target: Tensor, a: Tensor, b: Tensor, anew: bool, unit: Maybe = None) -> None:
+    """target <- a b where `anew`, else target + a b; with `unit` that times the product."""
     if not anew:
-        accumulate(target, a, b)
+        accumulate(target, a, b, unit)
+    elif unit is not None:
+        target.copy_(_sums(a, b).to(unit.dtype).mul_(unit))
     elif target.dtype == a.dtype and not (a.is_cuda and a.element_size() == 2):
         torch.mm(a, b, out=target)
     else:
         target.copy_(_sums(a, b))
+
+
+def float16_unit(dtype: torch.dtype, *slopes: Maybe) -> Maybe:
+    """A power of two near the largest slope, 0-d float32: in units of it float16 loses neither 1 / n times a
+    probability nor a loss scale. None for the other dtypes, whose exponents reach, and for no slopes."""
+    if dtype != torch.float16:
+        return None
+    given = [x.abs().amax() for x in slopes if x is not None and len(x)]
+    if not given:
+        return None
+    largest = torch.stack(given).amax()
+    bounded = torch.where(largest.isfinite(), largest, 1.0).double().clamp(2.0**-100, 2.0**100)
+    return torch.exp2(torch.log2(bounded).floor()).float()
 
 
 # ---- kernels on a tile -----------------------------------------------------------------------------------------
@@ -288,7 +307,7 @@ class Rows:
         self, hidden: Tensor, token_ids: Tensor, mask: Maybe, per_row: Maybe, options: Options
     ) -> None:
         self.shape = hidden.shape[:-1]
-        x, ids = hidden.reshape(-1, hidden.shape[-1]), token_ids.reshape(-1).long()
+        x, ids = hidden.reshape(self.shape.numel(), hidden.shape[-1]), token_ids.reshape(-1).long()
         temperatures = None if per_row is None else per_row.reshape(-1).double()
         self.index: Maybe = None
         self.mask: Maybe = None

@@ -8,6 +8,7 @@ from .. import reference
 from . import _check
 from ._dtensor import gathered, is_dtensor, plain
 from ._linear_logprob_op import Eager, compiled
+from ._logprob import overlaps
 from ._support_logprob import check_support, support_token_logprobs
 from ._tiles import Options
 from .backend import accumulation_dtype, use_reference
@@ -80,7 +81,8 @@ def linear_token_logprobs(
 
     Memory beyond inputs, outputs and gradients: tiles of REACT_FAST_TILE_MIB MiB (64; on a GPU 256), and for
     hidden's gradient [N, D] in float32, twice with an entropy. REACT_FAST_KEEP_MIB (0) may hold logits from the
-    forward to the backward, whose GEMM is then saved: all N V of them make 3 of the 4.
+    forward to the backward, whose GEMM is then saved: all N V of them make 3 of the 4. An entropy with hidden's
+    gradient copies a tile's rows of W.
 
     Args:
         hidden: [..., D] float32, bfloat16, float16 or float64.
@@ -107,8 +109,9 @@ def linear_token_logprobs(
             the factor of the kept mass, another one in every row. Costs M D multiply-adds and no GEMM; batch-
             invariant anyway; waits for a GPU. Not with `tp_group` or `main_grad`.
     Returns: logp [...], or (logp, H), float32 (float64 for float64), differentiable once in hidden, weight, bias.
-        Matmuls run in the dtype of `hidden`, everything else in float32 or better; on a GPU the logits of half
-        precision are the GEMM's float32 sums, on a CPU the GEMM library rounds them.
+        Matmuls run in the dtype of `hidden`, everything else in float32 or better. On a GPU the logits and sums of
+        half precision are the GEMM's float32 ones; on a CPU the GEMM library rounds a tile's product to that dtype
+        before it is added in float32, in main_grad too.
     Raises: TypeError, ValueError and IndexError as `token_logprobs`, IndexError also for a kept id outside [0, V)
         in a row that counts.
     Source: expected embeddings: the score function's gradient, Williams 1992; online rescaling: Milakov &
@@ -164,8 +167,10 @@ class Given(NamedTuple):
 
 
 def is_eager(hidden: torch.Tensor) -> bool:
-    plain = type(hidden) in (torch.Tensor, torch.nn.Parameter) and not hidden.is_meta
-    return plain and not torch.compiler.is_compiling()
+    """Neither compiled, nor fake, nor inside a function transform (torch.func, torch.vmap)."""
+    dense = type(hidden) in (torch.Tensor, torch.nn.Parameter) and not hidden.is_meta
+    transformed = torch._C._functorch.peek_interpreter_stack() is not None
+    return dense and not transformed and not torch.compiler.is_compiling()
 
 
 def _only_eager(where: str, tp_group: Any, main_grad: Maybe) -> None:
@@ -206,7 +211,7 @@ def checked(
         raise ValueError(f"logit_scale must not be 0, got {scale:g}")
     cap = 0.0 if softcap is None else _check.number("softcap", softcap, low=LOW, high=HIGH)
     if isinstance(temperature, torch.Tensor):
-        check_temperature(temperature, hidden)
+        check_temperature(temperature, hidden, "hidden")
         shared, per_row = 1.0, temperature
     else:
         shared, per_row = _check.number("temperature", temperature, low=LOW, high=HIGH), None
@@ -221,6 +226,12 @@ def check_main_grad(main_grad: torch.Tensor, weight: torch.Tensor) -> None:
     _check.device("main_grad", main_grad, weight.device, "weight")
     if main_grad.requires_grad:
         raise ValueError("main_grad must not require a gradient, got a tensor that does; pass .detach()")
+    if not weight.requires_grad:
+        raise ValueError("main_grad must be None for a weight that requires no gradient, got a tensor")
+    if overlaps(main_grad) or main_grad.data_ptr() == weight.data_ptr():
+        raise ValueError(
+            "main_grad must be memory of its own, got a tensor that overlaps itself or the weight"
+        )
 
 
 def _check_matrices(hidden: torch.Tensor, weight: torch.Tensor, bias: Maybe) -> None:

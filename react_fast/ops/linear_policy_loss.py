@@ -53,9 +53,10 @@ def linear_policy_loss(
     `policy_loss` yet. The gradients are computed in the forward; the backward scales them.
 
     Memory beyond inputs and gradients: REACT_FAST_TILE_MIB MiB (64; on a GPU 256) for the logits of a block
-    of rows, hidden's gradient in float32, and for a half-precision weight with more than one block the sum of
-    its gradient in float32, [V, D]. A block reads and writes that sum once: a larger budget makes fewer
-    blocks.
+    of rows, hidden's gradient in float32, for bfloat16 with more than one block the sum of the weight's
+    gradient in float32, [V, D], and for float16 that sum until the backward. A block reads and writes it
+    once: a larger budget makes fewer blocks. A backward whose upstream gradient is not 1 (on a GPU always)
+    writes scaled copies: scale the loss by `denominator` instead where memory is short.
 
     Args:
         hidden: [B, T, D], or packed [N, D]; float32, bfloat16, float16 or float64.

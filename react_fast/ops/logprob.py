@@ -134,14 +134,15 @@ def token_logprobs(
     return (logp, entropy) if return_entropy else logp
 
 
-def check_temperature(temperature: torch.Tensor, logits: torch.Tensor) -> None:
-    _check_rows("temperature", temperature, logits)
+def check_temperature(temperature: torch.Tensor, rows: torch.Tensor, like: str = "logits") -> None:
+    """One temperature for each row of `rows` [..., X], which the caller knows as `like`."""
+    _check_rows("temperature", temperature, rows, like)
 
 
-def _check_rows(name: str, value: torch.Tensor, logits: torch.Tensor) -> None:
+def _check_rows(name: str, value: torch.Tensor, rows: torch.Tensor, like: str = "logits") -> None:
     _check.floating(name, value)
-    _check.shape(name, value, logits.shape[:-1], "logits[..., 0]")
-    _check.device(name, value, logits.device, "logits")
+    _check.shape(name, value, rows.shape[:-1], f"{like}[..., 0]")
+    _check.device(name, value, rows.device, like)
     if value.requires_grad:
         raise ValueError(f"{name} must not require a gradient, got a tensor that does; pass .detach()")
 
