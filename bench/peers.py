@@ -285,8 +285,8 @@ def liger_policy(inputs: Inputs, old: Tensor) -> PolicyOp:
 
 POLICY: dict[str, Callable[[Inputs, Tensor], PolicyOp]] = {
     OURS: ours_policy,
-    "react_fast, 256 MiB": lambda inputs, old: ours_policy(inputs, old, 256),
-    "react_fast, two ops": policy_over(ours_linear),
+    "react_fast (256 MiB)": lambda inputs, old: ours_policy(inputs, old, 256),
+    "react_fast (two ops)": policy_over(ours_linear),
     "torch": eager_policy,
     "torch.compile": lambda inputs, old: eager_policy(inputs, old, compiled),
     "TRL chunked": policy_over(trl_linear),

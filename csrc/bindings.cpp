@@ -8,7 +8,6 @@
 
 #include "bounds.h"
 #include "isa.h"
-#include "memory.h"
 #include "moments.h"
 
 namespace py = pybind11;
@@ -104,9 +103,7 @@ void bind_linear_logprob(py::module_& m) {
         "columns"_a, "stride"_a, "first"_a, "scale"_a, "temperature"_a, "softcap"_a, "stats"_a, "out"_a, "threads"_a);
 }
 
-// ---- memory and packed sequences ----------------------------------------------------------------------------------------
-
-void prefer_large_pages(Address begin, std::size_t bytes) { rf::prefer_large_pages(at(begin), bytes); }
+// ---- packed sequences ----------------------------------------------------------------------------------------
 
 bool bounds_rise(Address bounds, int64_t count, int64_t total) {
   return rf::bounds_rise(at<int64_t>(bounds), count, total);
@@ -360,7 +357,6 @@ PYBIND11_MODULE(_core, m) {
   m.attr("openmp") = false;
 #endif
   rf::kernels();  // a wrong REACT_FAST_ISA fails at import, in one line
-  m.def("prefer_large_pages", &prefer_large_pages, "begin"_a, "bytes"_a);
   m.def("bounds_rise", &bounds_rise, "bounds"_a, "count"_a, "total"_a);
   bind_logprob(m);
   bind_linear_logprob(m);

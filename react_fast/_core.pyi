@@ -262,9 +262,8 @@ def turn_tile(
     threads: int,
 ) -> None: ...
 
-# ---- memory and packed sequences
+# ---- packed sequences
 
-def prefer_large_pages(begin: int, bytes: int) -> None: ...
 def bounds_rise(bounds: int, count: int, total: int) -> bool: ...
 
 # ---- attribution

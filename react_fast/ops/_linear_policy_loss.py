@@ -142,7 +142,7 @@ class _Logits:
             hidden[:block], vocab, options, beside=dim * (wide if own == wide else wide + own)
         )
         self._width, self._same = sizes.columns, sizes.dtype == hidden.dtype
-        self._memory = tiles.on_large_pages(hidden.new_empty(block * vocab, dtype=sizes.dtype))
+        self._memory = hidden.new_empty(block * vocab, dtype=sizes.dtype)
         self._turned = tiles.Buffer(hidden, 0 if self._same else block * self._width)
 
     def _tiles(self, size: int) -> Iterator[tuple[int, int, Tensor]]:

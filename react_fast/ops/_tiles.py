@@ -135,25 +135,19 @@ class Buffer:
     """Memory for a tile of at most rows x columns, handed out contiguous in the shape that is needed."""
 
     def __init__(self, like: Tensor, size: int, dtype: torch.dtype | None = None) -> None:
-        self._memory = on_large_pages(like.new_empty(size, dtype=dtype or like.dtype))
+        self._memory = like.new_empty(size, dtype=dtype or like.dtype)
 
     def __call__(self, rows: int, columns: int) -> Tensor:
         return self._memory[: rows * columns].view(rows, columns)
 
 
-def on_large_pages(unwritten: Tensor) -> Tensor:
-    """The tensor, its memory backed by large pages: the page faults of a head's gradient take as long as half a
-    bfloat16 GEMM otherwise."""
-    if unwritten.device.type == "cpu":
-        _core.prefer_large_pages(unwritten.data_ptr(), unwritten.numel() * unwritten.element_size())
-    return unwritten
-
-
 def fresh(like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    """An unwritten contiguous tensor of this shape."""
-    return on_large_pages(
-        torch.empty_like(like, dtype=dtype or like.dtype, memory_format=torch.contiguous_format)
-    )
+    """An unwritten contiguous tensor of this shape.
+
+    On ordinary pages: asking for large ones behind a head's gradient of some hundred MiB was seen to wait for the
+    system to make room for longer than all the page faults take.
+    """
+    return torch.empty_like(like, dtype=dtype or like.dtype, memory_format=torch.contiguous_format)
 
 
 # ---- products --------------------------------------------------------------------------------------------------
