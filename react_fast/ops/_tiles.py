@@ -174,9 +174,12 @@ def product(a: Tensor, b: Tensor, out: Tensor) -> Tensor:
 
 
 def _sums(a: Tensor, b: Tensor) -> Tensor:
-    """a b, in float32 where a GPU's GEMM can write its own sums: of half-precision results it may add up parts."""
+    """a b, in float32 where a GPU's GEMM can write its own sums (of half-precision results it may add up parts),
+    and for float16 on a CPU, whose range a sum over rows may leave."""
     if a.is_cuda and a.element_size() == 2 and hasattr(torch.ops.aten.mm, "dtype_out"):
         return torch.mm(a, b, out_dtype=torch.float32)
+    if a.dtype == torch.float16 and not a.is_cuda:
+        return torch.mm(a.float(), b.float())
     return torch.mm(a, b)
 
 
@@ -203,8 +206,8 @@ def add_product(target: Tensor, a: Tensor, b: Tensor, anew: bool, unit: Maybe = 
 
 
 def float16_unit(dtype: torch.dtype, *slopes: Maybe) -> Maybe:
-    """A power of two near the largest slope, 0-d float32: in units of it float16 loses neither 1 / n times a
-    probability nor a loss scale. None for the other dtypes, whose exponents reach, and for no slopes."""
+    """A power of two 32 times below the largest slope, 0-d float32: in units of it float16 loses neither 1 / n
+    times a probability nor a loss scale. None for the other dtypes, whose exponents reach, and for no slopes."""
     if dtype != torch.float16:
         return None
     given = [x.abs().amax() for x in slopes if x is not None and len(x)]
@@ -212,7 +215,7 @@ def float16_unit(dtype: torch.dtype, *slopes: Maybe) -> Maybe:
         return None
     largest = torch.stack(given).amax()
     bounded = torch.where(largest.isfinite(), largest, 1.0).double().clamp(2.0**-100, 2.0**100)
-    return torch.exp2(torch.log2(bounded).floor()).float()
+    return torch.exp2(torch.log2(bounded).floor() - 5).float()
 
 
 # ---- kernels on a tile -----------------------------------------------------------------------------------------
