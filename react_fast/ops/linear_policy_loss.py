@@ -89,12 +89,16 @@ def linear_policy_loss(
             check_like(name, value, like, "the log-probs")
     check_advantages(advantages, like, cu_seqlens)
     terms, tensor = checked_terms(
-        objective, aggregation, kl_coef, kl_estimator, kl_gradient, entropy_coef, denominator, like
+        objective,
+        aggregation,
+        kl_coef,
+        kl_estimator,
+        kl_gradient,
+        entropy_coef,
+        denominator,
+        ref_logprobs,
+        like,
     )
-    if terms.kl_coef and ref_logprobs is None:
-        raise ValueError(
-            f"ref_logprobs must be given when kl_coef is not 0, got None and kl_coef {terms.kl_coef:g}"
-        )
     if token_ids.dim() == 1 and cu_seqlens is None and aggregation.startswith("seq_"):
         raise ValueError(
             f"cu_seqlens must be given for packed tokens and aggregation {aggregation!r}, got None"

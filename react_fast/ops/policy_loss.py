@@ -112,12 +112,16 @@ def policy_loss(
             check_like(name, value, logprobs, "logprobs")
     check_advantages(advantages, logprobs, cu_seqlens)
     terms, tensor = checked_terms(
-        objective, aggregation, kl_coef, kl_estimator, kl_gradient, entropy_coef, denominator, logprobs
+        objective,
+        aggregation,
+        kl_coef,
+        kl_estimator,
+        kl_gradient,
+        entropy_coef,
+        denominator,
+        ref_logprobs,
+        logprobs,
     )
-    if terms.kl_coef and ref_logprobs is None:
-        raise ValueError(
-            f"ref_logprobs must be given when kl_coef is not 0, got None and kl_coef {terms.kl_coef:g}"
-        )
     if terms.entropy_coef and entropy is None:
         raise ValueError(
             f"entropy must be given when entropy_coef is not 0, got None and {terms.entropy_coef:g}"
@@ -246,7 +250,8 @@ def importance_weights(
 
 def checked_terms(
     objective: Objective, aggregation: str, kl_coef: float, kl_estimator: str, kl_gradient: str,
-    entropy_coef: float, denominator: float | torch.Tensor | None, like: torch.Tensor,
+    entropy_coef: float, denominator: float | torch.Tensor | None, ref_logprobs: torch.Tensor | None,
+    like: torch.Tensor,
 ) -> tuple[Terms, torch.Tensor | None]:  # fmt: skip
     """What the loss is made of as the operator takes it, and the denominator if it is a tensor."""
     if type(objective) not in OBJECTIVES:
@@ -260,6 +265,10 @@ def checked_terms(
         if choice not in choices:
             _check.choice(name, choice, choices)
     kl_coef, entropy_coef = _check.number("kl_coef", kl_coef), _check.number("entropy_coef", entropy_coef)
+    if kl_coef and ref_logprobs is None:
+        raise ValueError(
+            f"ref_logprobs must be given when kl_coef is not 0, got None and kl_coef {kl_coef:g}"
+        )
     number, tensor = _check_denominator(denominator, aggregation, like)
     tag, parameters = OBJECTIVES[type(objective)]
     terms = Terms(
