@@ -15,11 +15,29 @@ from .ops.advantage import (
 )
 from .ops.attribution import attribution_scores, segment_sum
 from .ops.backend import get_backend, set_backend, use_backend
+from .ops.importance_weights import high_entropy_mask, importance_weights, off_policy_mask
+from .ops.kl_rewards import kl_rewards
 from .ops.linear_logprob import linear_token_logprobs
 from .ops.linear_policy_loss import linear_policy_loss
 from .ops.logprob import token_logprobs
 from .ops.moments import RunningMoments
-from .ops.policy_loss import PolicyLoss, PPOClip, Reinforce, importance_weights, policy_loss, value_loss
+from .ops.policy_loss import PolicyLoss, policy_loss, value_loss
+from .reference.objectives import (
+    CISPO,
+    DRO,
+    GMPO,
+    GSPO,
+    LUSPO,
+    SAPO,
+    VESPO,
+    ClipCov,
+    DPPOBinaryKL,
+    DPPOBinaryTV,
+    GSPOToken,
+    KLCov,
+    PPOClip,
+    Reinforce,
+)
 
 __version__ = "0.1.0"
 
@@ -38,6 +56,18 @@ _LAZY: dict[str, str] = {
 }
 
 __all__ = [
+    "CISPO",
+    "DRO",
+    "GMPO",
+    "GSPO",
+    "LUSPO",
+    "SAPO",
+    "VESPO",
+    "ClipCov",
+    "DPPOBinaryKL",
+    "DPPOBinaryTV",
+    "GSPOToken",
+    "KLCov",
     "PPOClip",
     "PolicyLoss",
     "Reinforce",
@@ -48,11 +78,14 @@ __all__ = [
     "gae",
     "get_backend",
     "group_advantages",
+    "high_entropy_mask",
     "importance_weights",
+    "kl_rewards",
     "linear_policy_loss",
     "linear_token_logprobs",
     "merge_moments",
     "moments",
+    "off_policy_mask",
     "policy_loss",
     "reverse_linear_scan",
     "reference",

@@ -11,12 +11,13 @@ from typing import Any, NamedTuple
 
 import torch
 
-from ..reference.policy_loss import Reinforce
+from ..reference.objectives import Reinforce
 from . import _linear_logprob as engine
 from . import _tiles as tiles
 from . import _vocab_parallel
 from ._linear_logprob import Head
-from ._policy_loss import AGGREGATIONS, METRICS, OBJECTIVES, Terms, policy_loss_op
+from ._objectives import OBJECTIVES, PARAMETERS
+from ._policy_loss import AGGREGATIONS, METRICS, Terms, policy_loss_op
 from ._tiles import Maybe, Options, Rows, Tensor, part, spans
 from .backend import accumulation_dtype, register
 
@@ -43,7 +44,7 @@ def _loss(logp: Tensor, entropy: Tensor, tokens: Tokens, terms: Terms, slopes: b
 def _token_weights(like: Tensor, tokens: Tokens, terms: Terms) -> Tensor:
     """The weight that the aggregation gives every token: d loss / d logp of REINFORCE for advantages -1."""
     plain = terms._replace(
-        objective=OBJECTIVES[Reinforce][0], parameters=[0.0] * 4, kl_coef=0.0, entropy_coef=0.0
+        objective=OBJECTIVES[Reinforce].tag, parameters=[0.0] * PARAMETERS, kl_coef=0.0, entropy_coef=0.0
     )
     given = tokens._replace(
         old_logprobs=None, advantages=-torch.ones_like(like), ref_logprobs=None, importance=None

@@ -1,37 +1,17 @@
 """The operators behind react_fast.ops.policy_loss: tags of the core, memory layout, registration, autograd."""
 
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 
 from .. import _core
-from ..reference.policy_loss import PPOClip, Reinforce
 from . import _check
 from .backend import DTYPE, accumulation_dtype, address, register
 
 # The tags of csrc/policy_loss.h are the positions.
 AGGREGATIONS = ("token_mean", "seq_mean_token_mean", "seq_mean_token_sum", "token_sum_norm")
-KL_ESTIMATORS = ("k1", "k2", "k3")
+KL_ESTIMATORS = ("k1", "k2", "k3", "abs")
 KL_GRADIENTS = ("value", "k2", "ratio")
-LEVELS = ("token", "sequence", "geometric")
-MODES = ("truncate", "mask")
-
-_INF = float("inf")
-
-# Objective -> its tag (csrc/policy_loss.h, enum Objective) and its four kernel parameters.
-OBJECTIVES: dict[type, tuple[int, Callable[[Any], list[float]]]] = {
-    Reinforce: (0, lambda o: [0.0, 0.0, 0.0, 0.0]),
-    PPOClip: (
-        1,
-        lambda o: [
-            float(o.ratio_min),
-            float(o.ratio_max),
-            _INF if o.dual_clip is None else float(o.dual_clip),
-            _INF if o.ratio_cap is None else float(o.ratio_cap),
-        ],
-    ),
-}
 
 # The `stats` outputs, in the order of csrc/policy_loss.h.
 METRICS = (
@@ -39,10 +19,6 @@ METRICS = (
     "clamped", "ratio/max", "kl", "entropy", "importance/mean", "importance/ess", "importance/max",
 )  # fmt: skip
 ALWAYS = METRICS.index("kl")
-IMPORTANCE_METRICS = (
-    "importance/raw_mean", "importance/raw_max", "importance/mean", "importance/max", "importance/ess",
-    "importance/outside",
-)  # fmt: skip
 
 
 class Terms(NamedTuple):
@@ -50,7 +26,7 @@ class Terms(NamedTuple):
 
     denominator: float
     objective: int
-    parameters: list[float]
+    parameters: list[float]  # of the objective, see _objectives.py
     aggregation: int
     kl_coef: float
     kl_estimator: int
@@ -277,56 +253,4 @@ value_loss_op = register(
     fake=_value_loss_fake,
     setup_context=_value_loss_setup,
     backward=_value_loss_grad,
-)
-
-
-# ---- importance weights ------------------------------------------------------------------------------------
-
-
-def _importance_shapes(logprobs: torch.Tensor) -> tuple[tuple[int, ...], ...]:
-    return tuple(logprobs.shape), (len(IMPORTANCE_METRICS),)
-
-
-def _importance_weights_cpu(
-    logprobs: torch.Tensor, behavior_logprobs: torch.Tensor, mask: torch.Tensor, cu_seqlens: torch.Tensor | None,
-    level: int, mode: int, low: float, high: float, normalize: bool,
-) -> tuple[torch.Tensor, ...]:  # fmt: skip
-    inputs = [_flat(x) for x in (logprobs, behavior_logprobs, mask)]
-    bounds, tokens, rows, row_length = _layout_cpu(logprobs, cu_seqlens)
-    weights, stats = _outputs(logprobs, _importance_shapes(logprobs))
-    pointers: Any = [address(x) for x in inputs]
-    _core.importance_weights(  # type: ignore[call-arg]
-        *pointers, address(bounds), tokens, rows, row_length, DTYPE[logprobs.dtype], level,
-        mode, low, high, normalize, weights.data_ptr(), stats.data_ptr(), torch.get_num_threads(),
-    )  # fmt: skip
-    return weights, stats
-
-
-def _importance_weights_triton(
-    logprobs: torch.Tensor, behavior_logprobs: torch.Tensor, mask: torch.Tensor, cu_seqlens: torch.Tensor | None,
-    level: int, mode: int, low: float, high: float, normalize: bool,
-) -> tuple[torch.Tensor, ...]:  # fmt: skip
-    from ..kernels import importance_weights as kernels
-    from ..kernels.policy_loss_layout import Layout
-
-    weights, stats = _outputs(logprobs, _importance_shapes(logprobs))
-    layout = Layout.of(logprobs, mask, _offsets(logprobs, cu_seqlens))
-    kernels.importance_weights(
-        logprobs.contiguous(), behavior_logprobs.contiguous(), layout, level, mode, low, high, normalize, weights,
-        stats,
-    )  # fmt: skip
-    return weights, stats
-
-
-def _importance_weights_fake(logprobs: torch.Tensor, *_: Any) -> tuple[torch.Tensor, ...]:
-    return tuple(_outputs(logprobs, _importance_shapes(logprobs)))
-
-
-importance_weights_op = register(
-    "importance_weights",
-    "(Tensor logprobs, Tensor behavior_logprobs, Tensor mask, Tensor? cu_seqlens, int level, int mode, "
-    "float low, float high, bool normalize) -> (Tensor, Tensor)",
-    cpu=_importance_weights_cpu,
-    triton=_importance_weights_triton,
-    fake=_importance_weights_fake,
 )

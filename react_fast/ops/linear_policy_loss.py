@@ -5,7 +5,8 @@ from typing import Any
 import torch
 
 from .. import reference
-from ..reference.policy_loss import Objective, PolicyLoss, PPOClip
+from ..reference.objectives import Objective, PPOClip
+from ..reference.policy_loss import PolicyLoss
 from . import _check
 from ._dtensor import plain
 from ._linear_policy_loss import Eager, Tokens, compiled

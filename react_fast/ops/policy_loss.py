@@ -3,19 +3,16 @@
 import torch
 
 from .. import reference
-from ..reference.policy_loss import Objective, PolicyLoss, PPOClip, Reinforce
+from ..reference.objectives import Objective, PPOClip
+from ..reference.policy_loss import PolicyLoss
 from . import _check
+from ._objectives import BY_ROW, OBJECTIVES
 from ._policy_loss import (
     AGGREGATIONS,
-    IMPORTANCE_METRICS,
     KL_ESTIMATORS,
     KL_GRADIENTS,
-    LEVELS,
-    MODES,
-    OBJECTIVES,
     Terms,
     denominator_value,
-    importance_weights_op,
     named_metrics,
     per_row,
     policy_loss_op,
@@ -23,15 +20,7 @@ from ._policy_loss import (
 )
 from .backend import use_reference
 
-__all__ = [
-    "Objective",
-    "PPOClip",
-    "PolicyLoss",
-    "Reinforce",
-    "importance_weights",
-    "policy_loss",
-    "value_loss",
-]
+__all__ = ["PolicyLoss", "policy_loss", "value_loss"]
 
 
 def policy_loss(
@@ -56,13 +45,14 @@ def policy_loss(
 
         loss = sum_t w_t (importance_t L_t + kl_coef K_t - entropy_coef H_t)
 
-    L is the objective's (`Reinforce`, `PPOClip`), with r = exp(logprobs - old_logprobs). Log-ratios are clamped
-    to +-20 with zero gradient outside; a counting token with logprobs = -inf counts as clamped to -20 and gets
-    no gradient. Loss, gradient and metrics come out of one pass; the backward is one multiplication.
-    Differentiable once, in `logprobs` and `entropy`; everything else is a constant.
+    L is the objective's (`PPOClip`, `GSPO`, ...), with r = exp(logprobs - old_logprobs). Log-ratios are
+    clamped to +-20 with zero gradient outside, one by one before any mean or sum over a sequence; a counting
+    token with logprobs = -inf counts as clamped to -20 and gets no gradient. Loss, gradient and metrics come
+    out of one pass; the backward is one multiplication. Differentiable once, in `logprobs` and `entropy`;
+    everything else is a constant.
 
-    Weights w_t of the counting tokens, with n counting tokens, n_s of them in sequence s, and S sequences that
-    have any (a row without counting tokens is no sequence):
+    Weights w_t of the counting tokens, with n counting tokens, n_s of them in sequence s, and S sequences
+    that have any (a row without counting tokens is no sequence):
         token_mean            1 / n
         seq_mean_token_mean   1 / (S n_s)
         seq_mean_token_sum    1 / S
@@ -70,10 +60,11 @@ def policy_loss(
     `denominator` replaces n or S: with the number over the whole batch, losses and gradients of micro-batches
     or ranks sum to the batch's. Nothing counts: loss 0, gradients 0.
 
-    KL, x = logprobs - ref_logprobs: k1 = x, k2 = x^2 / 2, k3 = exp(-x) - 1 + x. `kl_gradient` chooses what the
-    gradient of K is, since the estimators as loss terms do not have the gradient of the KL on policy:
+    KL, x = logprobs - ref_logprobs: k1 = x, k2 = x^2 / 2, k3 = exp(-x) - 1 + x, abs = |x|. `kl_gradient`
+    chooses what the gradient of K is, since the estimators as loss terms do not have the gradient of the KL
+    on policy:
         value   differentiates the estimator: exact for k2, zero on average for k1, biased for k3
-        k2      the value is the estimator's, the gradient is k2's: exact on policy
+        k2      the value is the estimator's, the gradient is k2's: exact on policy (verl's straight-through "k3+")
         ratio   K = r k, r live: exact for k1 and k3, off policy too (importance sampling); not for k2
 
     Args:
@@ -81,27 +72,28 @@ def policy_loss(
         old_logprobs: like `logprobs`, at sampling time. None: r is 1 with a live gradient (on policy).
         advantages: like `logprobs`, or one per sequence [B] (never broadcast in memory).
         mask: like `logprobs`, bool or 0/1. What stands where it is false is never read.
-        objective: `PPOClip()` or `Reinforce()`; bounds are absolute ratios.
+        objective: a value of react_fast.reference.objectives; bounds are absolute ratios.
         aggregation: "token_mean" | "seq_mean_token_mean" | "seq_mean_token_sum" | "token_sum_norm".
         ref_logprobs, entropy, importance: like `logprobs`, or None.
         kl_coef, entropy_coef: numbers.
-        kl_estimator: "k1" | "k2" | "k3".  kl_gradient: "value" | "k2" | "ratio".
+        kl_estimator: "k1" | "k2" | "k3" | "abs".  kl_gradient: "value" | "k2" | "ratio".
         denominator: number above 0, or a tensor of one element; required by "token_sum_norm".
-        cu_seqlens: [B + 1] int32 or int64 for packed input, from 0 to N; needed for the seq_mean_* kinds and for
-            advantages [B]. Packed `advantages` [N] are per token, even if B = N.
-    Returns: PolicyLoss(loss, metrics). `loss` is a 0-d float32 (float64 for float64); metrics are 0-d tensors on
-        the same device, without gradient: means over the counting tokens of this call, whatever the aggregation.
-        tokens: number of counting tokens. clip_ratio/{low,high,dual}: fraction of tokens whose gradient a bound
-        stopped, below with A < 0, above with A > 0, above with A < 0 (dual_clip, ratio_cap). approx_kl/{k1,k3}:
+        cu_seqlens: [B + 1] int32 or int64 for packed input, from 0 to N; needed for the seq_mean_* kinds and
+            for advantages [B]. Packed `advantages` [N] are per token, even if B = N.
+    Returns: PolicyLoss(loss, metrics). `loss` is a 0-d float32 (float64 for float64); metrics are 0-d tensors
+        on the same device, without gradient: means over the counting tokens of this call, whatever the
+        aggregation. tokens: number of counting tokens. clip_ratio/{low,high,dual}: fraction of tokens whose
+        gradient a bound stopped, below with A < 0, above with A > 0, above with A < 0 (dual_clip, ratio_cap);
+        other objectives say in their docstrings what these and ratio/{mean,max} are. approx_kl/{k1,k3}:
         KL(old || policy). ratio/{mean,max}. clamped: number of clamped log-ratios. With their inputs also kl,
         entropy, and importance/{mean,ess,max}, ess the effective sample size over the number of tokens.
-    Raises: TypeError for a wrong type or dtype, ValueError for a wrong shape, device or value. cu_seqlens values
-        are checked on the CPU only, where that needs no synchronisation.
-    Source: Schulman et al. 2017 (arXiv:1707.06347); aggregations: Shao et al. 2024 (arXiv:2402.03300), Yu et al.
-        2025 (arXiv:2503.14476), Liu et al. 2025 (arXiv:2503.20783); estimators: Schulman 2020, "Approximating KL
-        divergence"; their gradients: Tang & Munos 2025 (arXiv:2506.09477).
+    Raises: TypeError for a wrong type or dtype, ValueError for a wrong shape, device or value. cu_seqlens
+        values are checked on the CPU only, where that needs no synchronisation.
+    Source: Schulman et al. 2017 (arXiv:1707.06347); aggregations: Shao et al. 2024 (arXiv:2402.03300), Yu et
+        al. 2025 (arXiv:2503.14476), Liu et al. 2025 (arXiv:2503.20783); estimators: Schulman 2020,
+        "Approximating KL divergence"; their gradients: Tang & Munos 2025 (arXiv:2506.09477).
     """
-    mask = _check_tokens("logprobs", logprobs, mask, cu_seqlens)
+    mask = check_tokens("logprobs", logprobs, mask, cu_seqlens)
     for name, value in (
         ("old_logprobs", old_logprobs),
         ("ref_logprobs", ref_logprobs),
@@ -126,23 +118,21 @@ def policy_loss(
         raise ValueError(
             f"entropy must be given when entropy_coef is not 0, got None and {terms.entropy_coef:g}"
         )
-    if logprobs.dim() == 1 and cu_seqlens is None and aggregation.startswith("seq_"):
-        raise ValueError(
-            f"cu_seqlens must be given for packed logprobs and aggregation {aggregation!r}, got None"
-        )
+    if logprobs.dim() == 1 and cu_seqlens is None:
+        refuse_without_rows(objective, aggregation)
     if use_reference():
         if cu_seqlens is not None:
             _check.rising("cu_seqlens", cu_seqlens, len(logprobs), "the packed tokens")
         return reference.policy_loss(
             logprobs, old_logprobs, advantages, mask, objective=objective, aggregation=aggregation,
-            ref_logprobs=ref_logprobs, kl_coef=terms.kl_coef, kl_estimator=kl_estimator, kl_gradient=kl_gradient,
-            entropy=entropy, entropy_coef=terms.entropy_coef, importance=importance,
+            ref_logprobs=ref_logprobs, kl_coef=terms.kl_coef, kl_estimator=kl_estimator,
+            kl_gradient=kl_gradient, entropy=entropy, entropy_coef=terms.entropy_coef, importance=importance,
             denominator=denominator_value(terms.denominator, tensor) or None, cu_seqlens=cu_seqlens,
         )  # fmt: skip
     grad = torch.is_grad_enabled()
     loss, stats, _, _ = policy_loss_op(
-        logprobs, old_logprobs, advantages, mask, ref_logprobs, entropy, importance, cu_seqlens, tensor, *terms,
-        grad and logprobs.requires_grad, grad and entropy is not None and entropy.requires_grad,
+        logprobs, old_logprobs, advantages, mask, ref_logprobs, entropy, importance, cu_seqlens, tensor,
+        *terms, grad and logprobs.requires_grad, grad and entropy is not None and entropy.requires_grad,
     )  # fmt: skip
     return PolicyLoss(loss, named_metrics(stats, ref_logprobs, entropy, importance))
 
@@ -173,7 +163,7 @@ def value_loss(
     Raises: TypeError for a wrong type or dtype, ValueError for a wrong shape, device or value.
     Source: Schulman et al. 2016 (arXiv:1506.02438); clipping: OpenAI Baselines' PPO2.
     """
-    mask = _check_tokens("values", values, mask, None)
+    mask = check_tokens("values", values, mask, None)
     check_like("returns", returns, values, "values")
     if old_values is not None:
         check_like("old_values", old_values, values, "values")
@@ -188,61 +178,6 @@ def value_loss(
     wanted = torch.is_grad_enabled() and values.requires_grad
     old = None if clip is None else old_values
     return value_loss_op(values, old, returns, mask, tensor, number, 0.0 if clip is None else clip, wanted)[0]
-
-
-def importance_weights(
-    logprobs: torch.Tensor,
-    behavior_logprobs: torch.Tensor,
-    mask: torch.Tensor,
-    *,
-    level: str = "token",
-    mode: str = "truncate",
-    low: float,
-    high: float,
-    normalize: bool = False,
-    cu_seqlens: torch.Tensor | None = None,
-) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """Weights that correct for tokens sampled by another policy (a rollout engine, an older checkpoint).
-
-        w = exp(l),  l = l_t                 level "token",  l_t = logprobs - behavior_logprobs clamped to +-20
-                     sum of l_t of the row   level "sequence", clamped to +-20
-                     mean of l_t of the row  level "geometric"
-
-    mode "truncate": w clipped to [low, high]; "mask": w where low <= w <= high, else 0. `normalize` divides by
-    the mean over counting tokens (all 0 stays 0). Constants: no gradient.
-
-    Args:
-        logprobs, behavior_logprobs: [B, T] or packed [N]; float32, bfloat16, float16 or float64.
-        mask: like `logprobs`, bool or 0/1.
-        low, high: bounds, 0 <= low <= high; infinity is allowed.
-        cu_seqlens: [B + 1] int32 or int64 for packed input; needed for the row levels.
-    Returns: (weights, metrics): weights like `logprobs` in float32 (float64 for float64), 0 where masked; metrics
-        as 0-d tensors importance/{raw_mean,raw_max} before bounds, {mean,max,ess} after bounds and
-        normalisation (ess: effective sample size over the number of tokens), and outside, the fraction of
-        tokens whose weight was out of bounds.
-    Raises: TypeError for a wrong type or dtype, ValueError for a wrong shape, device or value.
-    Source: truncation: Ionides 2008, Espeholt et al. 2018 (arXiv:1802.01561).
-    """
-    mask = _check_tokens("logprobs", logprobs, mask, cu_seqlens)
-    check_like("behavior_logprobs", behavior_logprobs, logprobs, "logprobs")
-    _check.choice("level", level, LEVELS)
-    _check.choice("mode", mode, MODES)
-    low = _check.number("low", low, low=0.0)
-    high = _check.number("high", high, low=low, infinite=True)
-    if logprobs.dim() == 1 and cu_seqlens is None and level != "token":
-        raise ValueError(f"cu_seqlens must be given for packed logprobs and level {level!r}, got None")
-    if use_reference():
-        if cu_seqlens is not None:
-            _check.rising("cu_seqlens", cu_seqlens, len(logprobs), "the packed tokens")
-        return reference.importance_weights(
-            logprobs, behavior_logprobs, mask, level=level, mode=mode, low=low, high=high, normalize=normalize,
-            cu_seqlens=cu_seqlens,
-        )  # fmt: skip
-    weights, stats = importance_weights_op(
-        logprobs.detach(), behavior_logprobs.detach(), mask, cu_seqlens, LEVELS.index(level), MODES.index(mode),
-        low, high, bool(normalize),
-    )  # fmt: skip
-    return weights, dict(zip(IMPORTANCE_METRICS, stats.unbind(), strict=True))
 
 
 # ---- checks ------------------------------------------------------------------------------------------------
@@ -270,15 +205,25 @@ def checked_terms(
             f"ref_logprobs must be given when kl_coef is not 0, got None and kl_coef {kl_coef:g}"
         )
     number, tensor = _check_denominator(denominator, aggregation, like)
-    tag, parameters = OBJECTIVES[type(objective)]
+    entry = OBJECTIVES[type(objective)]
     terms = Terms(
-        number, tag, parameters(objective), AGGREGATIONS.index(aggregation), kl_coef,
+        number, entry.tag, entry.parameters(objective), AGGREGATIONS.index(aggregation), kl_coef,
         KL_ESTIMATORS.index(kl_estimator), KL_GRADIENTS.index(kl_gradient), entropy_coef,
     )  # fmt: skip
     return terms, tensor
 
 
-def _check_tokens(
+def refuse_without_rows(objective: Objective, aggregation: str) -> None:
+    """Packed tokens without cu_seqlens have no rows."""
+    if aggregation.startswith("seq_"):
+        raise ValueError(
+            f"cu_seqlens must be given for packed tokens and aggregation {aggregation!r}, got None"
+        )
+    if OBJECTIVES[type(objective)].tag in BY_ROW:
+        raise ValueError(f"cu_seqlens must be given for packed tokens and {objective!r}, got None")
+
+
+def check_tokens(
     name: str, value: torch.Tensor, mask: torch.Tensor, cu_seqlens: torch.Tensor | None
 ) -> torch.Tensor:
     """The mask as bool, once `value` is [B, T] or [N] and cu_seqlens fits it."""
@@ -307,20 +252,23 @@ def check_like(name: str, value: torch.Tensor, other: torch.Tensor, like: str) -
 
 
 def check_advantages(
-    advantages: torch.Tensor, logprobs: torch.Tensor, cu_seqlens: torch.Tensor | None
+    advantages: torch.Tensor,
+    logprobs: torch.Tensor,
+    cu_seqlens: torch.Tensor | None,
+    name: str = "advantages",
 ) -> None:
-    if per_row(_check.tensor("advantages", advantages), logprobs):
+    if per_row(_check.tensor(name, advantages), logprobs):
         rows = cu_seqlens.shape[0] - 1 if cu_seqlens is not None else logprobs.shape[0]
         if advantages.shape != (rows,):
             wanted = f"{list(logprobs.shape)} like logprobs or one per sequence [{rows}]"
             if logprobs.dim() == 1 and cu_seqlens is None:
                 wanted = f"{list(logprobs.shape)} like logprobs (one per sequence needs cu_seqlens)"
-            raise ValueError(f"advantages must be {wanted}, got {list(advantages.shape)}")
-        _check.floating("advantages", advantages)
-        _check.dtype("advantages", advantages, logprobs.dtype, "logprobs")
-        _check.device("advantages", advantages, logprobs.device, "logprobs")
+            raise ValueError(f"{name} must be {wanted}, got {list(advantages.shape)}")
+        _check.floating(name, advantages)
+        _check.dtype(name, advantages, logprobs.dtype, "logprobs")
+        _check.device(name, advantages, logprobs.device, "logprobs")
     else:
-        check_like("advantages", advantages, logprobs, "logprobs")
+        check_like(name, advantages, logprobs, "logprobs")
 
 
 def _check_denominator(

@@ -13,20 +13,42 @@ from .advantage import (
     whiten,
 )
 from .attribution import RunningMoments, accumulate_by_id, attribution_scores, segment_sum
+from .importance_weights import high_entropy_mask, importance_weights, off_policy_mask
+from .kl_rewards import kl_rewards
 from .logprob import linear_token_logprobs, token_logprobs
-from .policy_loss import (
-    PolicyLoss,
+from .objectives import (
+    CISPO,
+    DRO,
+    GMPO,
+    GSPO,
+    LUSPO,
+    SAPO,
+    VESPO,
+    ClipCov,
+    DPPOBinaryKL,
+    DPPOBinaryTV,
+    GSPOToken,
+    KLCov,
     PPOClip,
     Reinforce,
-    importance_weights,
-    linear_policy_loss,
-    policy_loss,
-    value_loss,
 )
+from .policy_loss import PolicyLoss, linear_policy_loss, policy_loss, value_loss
 from .tracker import Tracker
 from .trainer import Trainer
 
 __all__ = [
+    "CISPO",
+    "DRO",
+    "GMPO",
+    "GSPO",
+    "LUSPO",
+    "SAPO",
+    "VESPO",
+    "ClipCov",
+    "DPPOBinaryKL",
+    "DPPOBinaryTV",
+    "GSPOToken",
+    "KLCov",
     "PPOClip",
     "PolicyLoss",
     "Reinforce",
@@ -38,11 +60,14 @@ __all__ = [
     "discounted_returns",
     "gae",
     "group_advantages",
+    "high_entropy_mask",
     "importance_weights",
+    "kl_rewards",
     "linear_policy_loss",
     "linear_token_logprobs",
     "merge_moments",
     "moments",
+    "off_policy_mask",
     "policy_loss",
     "reverse_linear_scan",
     "segment_sum",

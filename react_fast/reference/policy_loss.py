@@ -1,15 +1,14 @@
-"""Policy loss, value loss and importance weights as the equations say them; see react_fast.ops.policy_loss."""
+"""Policy loss and value loss as the equations say them; see react_fast.ops.policy_loss."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
 
 from .logprob import linear_token_logprobs
-
-MAX_LOG_RATIO = 20.0
+from .objectives import Objective, PPOClip
+from .surrogates import MAX_LOG_RATIO, RULES, Tokens, selection
 
 
 class PolicyLoss(NamedTuple):
@@ -19,84 +18,12 @@ class PolicyLoss(NamedTuple):
     metrics: dict[str, torch.Tensor]
 
 
-@dataclass(frozen=True)
-class Reinforce:
-    """L = -A log p: the score-function estimator, without a ratio.
-
-    A counting token with log p = -inf contributes 0: its probability cannot be moved.
-    Source: Williams 1992, REINFORCE.
-    """
-
-
-@dataclass(frozen=True)
-class PPOClip:
-    """L = -min(min(r, ratio_cap) A, clip(r, ratio_min, ratio_max) A), r = p / p_old; A < 0: at most -dual_clip A.
-
-    Bounds are absolute ratios: PPO's epsilon 0.2 is (0.8, 1.2). At a bound the gradient is the one inside it.
-
-    Attributes:
-        ratio_min, ratio_max: clip range, 0 <= ratio_min <= ratio_max.
-        dual_clip: bound of the ratio where A < 0, above 1. None: no bound.
-        ratio_cap: bound of the unclipped ratio, above 0 (TRL's delta). None: no bound.
-    Source: Schulman et al. 2017 (arXiv:1707.06347), eq. 7; dual clip: Ye et al. 2020 (arXiv:1912.09729), eq. 5;
-        ratio_cap: INTELLECT-2 (arXiv:2505.07291), eq. 2.
-    """
-
-    ratio_min: float = 0.8
-    ratio_max: float = 1.2
-    dual_clip: float | None = None
-    ratio_cap: float | None = None
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.ratio_min <= self.ratio_max:
-            raise ValueError(
-                f"ratio_min and ratio_max must satisfy 0 <= ratio_min <= ratio_max, "
-                f"got {self.ratio_min} and {self.ratio_max}"
-            )
-        if self.dual_clip is not None and not self.dual_clip > 1:
-            raise ValueError(f"dual_clip must be above 1, got {self.dual_clip}")
-        if self.ratio_cap is not None and not self.ratio_cap > 0:
-            raise ValueError(f"ratio_cap must be above 0, got {self.ratio_cap}")
-
-
-Objective = Reinforce | PPOClip
-
-
-class _Surrogate(NamedTuple):
-    """Loss of every token, and where a bound holds it (no gradient): below, above, above with A < 0."""
-
-    loss: torch.Tensor
-    low: torch.Tensor
-    high: torch.Tensor
-    dual: torch.Tensor
-
-
-def _reinforce(objective: Reinforce, logp: torch.Tensor, r: torch.Tensor, A: torch.Tensor) -> _Surrogate:
-    possible = logp != float("-inf")
-    never = torch.zeros_like(possible)
-    return _Surrogate(torch.where(possible, -A * torch.where(possible, logp, 0.0), 0.0), never, never, never)
-
-
-def _ppo_clip(objective: PPOClip, logp: torch.Tensor, r: torch.Tensor, A: torch.Tensor) -> _Surrogate:
-    cap = float("inf") if objective.ratio_cap is None else objective.ratio_cap
-    dual = float("inf") if objective.dual_clip is None else objective.dual_clip
-    capped, clipped = r.clamp(max=cap), r.clamp(objective.ratio_min, objective.ratio_max)
-    gain = torch.minimum(capped * A, clipped * A)
-    if objective.dual_clip is not None:  # clamp, not maximum: at the bound itself the gradient passes whole
-        gain = torch.where(A < 0, torch.clamp(gain, min=dual * A), gain)
-    below = (A < 0) & (r < objective.ratio_min)
-    above = (A > 0) & (r > min(objective.ratio_max, cap))
-    over = (r > max(objective.ratio_max, cap)) | (torch.maximum(capped, clipped) > dual)
-    return _Surrogate(-gain, below, above, (A < 0) & over & ~below)
-
-
-SURROGATES: dict[type, Callable[..., _Surrogate]] = {Reinforce: _reinforce, PPOClip: _ppo_clip}
-
 # From x = log p - log p_ref of a token drawn from p.
 KL_ESTIMATORS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "k1": lambda x: x,
     "k2": lambda x: x * x / 2,
     "k3": lambda x: torch.expm1(-x) + x,
+    "abs": lambda x: x.abs(),
 }
 
 
@@ -176,7 +103,7 @@ def policy_loss(
     advantages: torch.Tensor,
     mask: torch.Tensor,
     *,
-    objective: Objective = PPOClip(),
+    objective: Objective = PPOClip(),  # noqa: B008, a frozen value
     aggregation: str = "token_mean",
     ref_logprobs: torch.Tensor | None = None,
     kl_coef: float = 0.0,
@@ -201,35 +128,51 @@ def policy_loss(
         if per_row
         else picked(advantages),
     }
-    rows["old"] = rows["logp"] if old_logprobs is None else picked(old_logprobs)
+    rows["old"] = [x.detach() for x in rows["logp"]] if old_logprobs is None else picked(old_logprobs)
     optional = {"ref": ref_logprobs, "entropy": entropy, "importance": importance}
     rows.update({name: picked(x) for name, x in optional.items() if x is not None})
-    weights = _row_weights([int(m.sum()) for m in masks], aggregation, denominator)
+    counts = [int(m.sum()) for m in masks]
+    rows["selected"] = _selected(objective, rows, counts)
+    weights = _row_weights(counts, aggregation, denominator)
+    rule = RULES[type(objective)]
     total = _wide(logprobs).flatten()[:0].sum()  # 0, on the graph even if every row is empty
     columns = [*rows, "kl"] if ref_logprobs is not None else list(rows)
     seen = {name: [total.detach().new_empty(0)] for name in columns}  # a batch without rows has metrics too
     for i, weight in enumerate(weights):
         row = {name: values[i] for name, values in rows.items()}
         log_ratio, clamped = _log_ratio(row["logp"], row["old"].detach())
-        ratio = log_ratio.exp()
-        surrogate = SURROGATES[type(objective)](objective, row["logp"], ratio, row["A"].detach())
+        ones = torch.ones_like(log_ratio, requires_grad=False)
+        tokens = Tokens(
+            row["logp"], row["old"].detach(), log_ratio, row["A"].detach(), row.get("importance", ones).detach(),
+            row["selected"],
+        )  # fmt: skip
+        surrogate = rule.surrogate(objective, tokens)
         loss = surrogate.loss
-        if importance is not None:
-            loss = row["importance"].detach() * loss
+        if not rule.takes_importance:
+            loss = tokens.importance * loss
         if ref_logprobs is not None:
             x, _ = _log_ratio(row["logp"], row["ref"].detach())
             k = KL_ESTIMATORS[kl_estimator](x)
-            loss = loss + kl_coef * KL_GRADIENTS[kl_gradient](k, x, ratio)
+            loss = loss + kl_coef * KL_GRADIENTS[kl_gradient](k, x, log_ratio.exp())
             seen.setdefault("kl", []).append(k)
         if entropy is not None:
             loss = loss - entropy_coef * row["entropy"]
         total = total + weight * loss.sum()
-        row.update(log_ratio=log_ratio, ratio=ratio, clamped=clamped, low=surrogate.low, high=surrogate.high)
-        row.update(dual=surrogate.dual)
+        row.update(log_ratio=log_ratio, ratio=surrogate.ratio, clamped=clamped, low=surrogate.low)
+        row.update(high=surrogate.high, dual=surrogate.dual)
         for name, value in row.items():
             seen.setdefault(name, []).append(value)
     flat = {name: torch.cat(v).detach().to(total.dtype) for name, v in seen.items()}
     return PolicyLoss(total, _metrics(flat, total.detach()))
+
+
+def _selected(
+    objective: Objective, rows: dict[str, list[torch.Tensor]], counts: list[int]
+) -> list[torch.Tensor]:
+    """`surrogates.selection` of the whole batch, row by row."""
+    empty = rows["logp"][0].new_empty(0) if rows["logp"] else torch.empty(0)
+    logp, old, A = (torch.cat([empty, *rows[name]]).detach() for name in ("logp", "old", "A"))
+    return list(selection(objective, logp, old, A).split(counts))
 
 
 def _metrics(flat: dict[str, torch.Tensor], like: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -283,51 +226,6 @@ def value_loss(
             error = torch.clamp(error, min=(clipped - target) ** 2)
         total, count = total + 0.5 * error.sum(), count + int(m.sum())
     return total / (denominator or max(count, 1))
-
-
-@torch.no_grad()
-def importance_weights(
-    logprobs: torch.Tensor,
-    behavior_logprobs: torch.Tensor,
-    mask: torch.Tensor,
-    *,
-    level: str = "token",
-    mode: str = "truncate",
-    low: float,
-    high: float,
-    normalize: bool = False,
-    cu_seqlens: torch.Tensor | None = None,
-) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    weights = torch.zeros_like(_wide(logprobs), memory_format=torch.contiguous_format)
-    raw: list[torch.Tensor] = [weights.new_empty(0)]
-    applied: list[torch.Tensor] = [weights.new_empty(0)]
-    tensors = (logprobs, behavior_logprobs, mask, weights)
-    for logp, behavior, m, out in zip(*(_rows(x, cu_seqlens) for x in tensors), strict=True):
-        m = m.bool()
-        log_weight, _ = _log_ratio(_wide(logp)[m], _wide(behavior)[m])
-        if level != "token":
-            total = log_weight.sum() if level == "sequence" else _mean(log_weight)
-            log_weight = total.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).expand_as(log_weight)
-        weight = log_weight.exp()
-        outside = (weight < low) | (weight > high)  # false for NaN, which stays
-        kept = weight.clamp(low, high) if mode == "truncate" else torch.where(outside, 0.0, weight)
-        out[m] = kept
-        raw.append(weight)
-        applied.append(kept)
-    before, after = torch.cat(raw), torch.cat(applied)
-    if normalize:
-        mean = _mean(after)
-        scale = torch.where(mean > 0, 1 / mean, 0.0)
-        weights, after = weights * scale, after * scale
-    dropped = (before < low) | (before > high)
-    return weights, {
-        "importance/raw_mean": _mean(before),
-        "importance/raw_max": _max(before),
-        "importance/mean": _mean(after),
-        "importance/max": _max(after),
-        "importance/ess": _ess(after),
-        "importance/outside": _mean(dropped.to(after.dtype)),
-    }
 
 
 def linear_policy_loss(

@@ -16,7 +16,8 @@ import torch
 
 from .advantage import discounted_returns, group_advantages, whiten
 from .logprob import token_logprobs
-from .policy_loss import PPOClip, Reinforce, policy_loss
+from .objectives import PPOClip, Reinforce
+from .policy_loss import policy_loss
 
 _ORDER, _DROPOUT = 1, 2
 # Metrics that are summed over sequences and updates; the others are means over tokens, "/max" the largest.

@@ -8,7 +8,8 @@ import torch
 from ...ops import _check
 from ...ops._advantage import BASELINES
 from ...ops.advantage import group_advantages
-from ...ops.policy_loss import PPOClip, policy_loss
+from ...ops.policy_loss import policy_loss
+from ...reference.objectives import PPOClip
 from ..batch import Batch
 from ..rollout import Trajectory
 from .loss_options import check_loss_options

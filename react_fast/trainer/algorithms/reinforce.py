@@ -7,7 +7,8 @@ import torch
 
 from ...ops import _check
 from ...ops.advantage import discounted_returns, group_advantages, whiten
-from ...ops.policy_loss import Reinforce, policy_loss
+from ...ops.policy_loss import policy_loss
+from ...reference.objectives import Reinforce
 from ..batch import Batch
 from ..rollout import Trajectory
 from .loss_options import check_loss_options, check_switch
