@@ -14,4 +14,8 @@ struct bf16 {
   uint16_t bits;
 };
 
+constexpr int64_t element_size(DType dtype) {
+  return dtype == DType::float64 || dtype == DType::int64 ? 8 : dtype == DType::float32 || dtype == DType::int32 ? 4 : 2;
+}
+
 }  // namespace rf

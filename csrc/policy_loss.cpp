@@ -7,7 +7,9 @@
 #include "policy_loss.h"
 
 #include "importance_weights.h"
-#include "policy_loss_lanes.h"
+#include "kl_rewards.h"
+#include "selection.h"
+#include "sequence_objectives.h"
 
 namespace rf {
 namespace RF_ISA {
@@ -18,93 +20,32 @@ enum Sum : int { kImportanceSquare = kEffective, kLoss = kStats, kSums };
 
 inline bool is_maximum(int slot) { return slot == kRatioMax || slot == kImportanceMax; }
 
-// What an objective says about one token: the loss, its derivative by log p, and the bounds that hold it.
-template <class V>
-struct Surrogate {
-  V value, slope;
-  Flag<V> low, high, dual;
-};
-
-template <class V>
-struct Token {
-  V logprob, advantage, ratio;
-  V live_ratio;  // d ratio / d log p: the ratio, or 0 where the log-ratio was clamped
-};
-
-// L = -A log p
-template <class V>
-struct ReinforceKernel {
-  explicit ReinforceKernel(const double*) {}
-  Surrogate<V> operator()(const Token<V>& token) const {
-    const Flag<V> forbidden = token.logprob == all<V>(-HUGE_VAL), never = forbidden & (token.logprob == V{});
-    return {select(forbidden, V{}, -token.advantage * token.logprob),
-            select(forbidden, V{}, -token.advantage), never, never, never};
-  }
-};
-
-// L = -min(min(r, cap) A, clip(r, low, high) A), and at most -dual A where A < 0. The advantage's sign decides
-// which ratio binds, so L = -A bound, and the gradient passes where the bound is the ratio itself.
-template <class V>
-struct PPOClipKernel {
-  V low, high, dual, cap;
-  explicit PPOClipKernel(const double* p)
-      : low(all<V>(p[0])), high(all<V>(p[1])), dual(all<V>(p[2])), cap(all<V>(p[3])) {}
-  Surrogate<V> operator()(const Token<V>& token) const {
-    const V capped = at_most(token.ratio, cap), clipped = bounded(token.ratio, low, high);
-    const Flag<V> negative = token.advantage < V{};
-    const V bound = select(negative, at_most(at_least(capped, clipped), dual), at_most(capped, clipped));
-    const Flag<V> raised = bound > token.ratio, lowered = bound < token.ratio;  // both false for NaN
-    const Flag<V> high_held = lowered & (token.advantage > V{}), dual_held = lowered & negative;
-    const V passing = select(raised, V{}, select(lowered, V{}, token.live_ratio));
-    return {-token.advantage * bound, -token.advantage * passing, raised, high_held, dual_held};
-  }
-};
-
-template <class V>
-struct Penalty {
-  V estimate;      // k1, k2 or k3 as it stands, for the statistics
-  V value, slope;  // what enters the loss
-};
-
-// KL(policy || reference) from x = log p - log ref, and the gradient that was asked for.
-template <class V>
-inline Penalty<V> penalty(KlEstimator estimator, KlGradient gradient, V logprob, V ref, V ratio, V live_ratio) {
-  const LogRatio<V> x = log_ratio(logprob, ref);
-  const V inside = select(x.clamped, V{}, all<V>(1.0));
-  V k = x.value, slope = inside;
-  if (estimator == KlEstimator::k2) {
-    k = all<V>(0.5) * x.value * x.value;
-    slope = x.value * inside;
-  } else if (estimator == KlEstimator::k3) {
-    const V m = exp20(-x.value).minus_one;
-    k = m + x.value;
-    slope = -m * inside;
-  }
-  if (gradient == KlGradient::value) return {k, k, slope};
-  if (gradient == KlGradient::k2) return {k, k, x.value * inside};
-  return {k, ratio * k, live_ratio * k + ratio * slope};
-}
-
-constexpr int64_t kAhead = 2048;
-
-template <class T, template <class> class Kernel>
+// One pass over the tokens for a kernel of objectives.h or sequence_objectives.h.
+template <class V, template <class> class Kernel>
 class Pass {
-  using V = typename LaneOf<T>::type;
-  using Real = typename LaneOf<T>::scalar;
+  using Real = typename LaneScalar<V>::type;
+  static constexpr bool kByRow = std::is_same<Kernel<V>, RowKernel<V>>::value;
 
  public:
-  explicit Pass(const PolicyLossArgs& args) : args_(args), objective_(args.parameters) {}
+  Pass(const PolicyLossArgs& args, const uint8_t* selected) : args_(args), in_(args, selected), kernel_(args) {}
 
   void run() {
     const Layout& layout = args_.layout;
     const int64_t blocks = block_count(layout.tokens);
     Weights weights(layout, args_.aggregation, args_.denominator, args_.threads);
+    RowStates<V> states(args_, in_);
     Buffer<double> partial(blocks * kSums);
     parallel_for(blocks, layout.tokens, args_.threads, [&](int64_t block) {
       double* sums = partial.data + block * kSums;
       for (int slot = 0; slot < kSums; ++slot) sums[slot] = 0;
-      for_each_piece(layout, weights.by_row || args_.row_advantages, block,
-                     [&](int64_t row, int64_t begin, int64_t end) { piece(row, begin, end, weights[row], sums); });
+      for_each_piece(layout, kByRow || weights.by_row || args_.row_advantages, block,
+                     [&](int64_t row, int64_t begin, int64_t end) {
+                       const Piece piece = piece_of(row, weights[row], states);
+                       for_chunks(in_, begin, end, [&](const Inputs<V>& in, int64_t count) {
+                         chunk(in, count, piece, sums);
+                       });
+                       sums[kTokens] += static_cast<double>(count_set(layout.mask + begin, end - begin));
+                     });
     });
     double total[kSums] = {};
     for (int64_t block = 0; block < blocks; ++block) merge(partial.data + block * kSums, total);
@@ -112,6 +53,27 @@ class Pass {
   }
 
  private:
+  // What the tokens of a row share.
+  struct Piece {
+    double weight;
+    V token_weight, advantage, ratio, a, b;
+    bool weigh_value, weigh_slope;  // by the importance
+  };
+
+  Piece piece_of(int64_t row, double weight, RowStates<V>& states) const {
+    Piece piece{weight, all<V>(weight), V{}, V{}, V{}, V{}, true, true};
+    if (args_.row_advantages) piece.advantage = all<V>(states.row_advantage(row));
+    if (kByRow) {
+      const RowState state = states[row];
+      piece.ratio = all<V>(state.ratio);
+      piece.a = all<V>(state.a);
+      piece.b = all<V>(state.b);
+      piece.weigh_value = args_.objective != Objective::vespo;
+      piece.weigh_slope = args_.objective == Objective::gspo_token;
+    }
+    return piece;
+  }
+
   static void merge(const double* sums, double* total) {
     for (int slot = 0; slot < kSums; ++slot) {
       total[slot] = is_maximum(slot) ? larger(sums[slot], total[slot]) : total[slot] + sums[slot];
@@ -131,170 +93,103 @@ class Pass {
     *static_cast<Real*>(args_.loss) = static_cast<Real>(total[kLoss]);
   }
 
-  // A chunk goes through one small loop per step, its intermediate results in the first-level cache: short
-  // chains of dependent instructions overlap, and the sums stay in registers (one loop was 2x slower).
-  struct Chunk {
-    int64_t begin, end;
-    double weight;
-    V row_advantage;
-    alignas(64) Real ratio[kChunk], live_ratio[kChunk];
-    V slot(const Real* buffer, int64_t i) const { return load_whole(buffer + (i - begin)); }
-  };
+  static void count(V& lanes, Flag<V> flag) { lanes = select(flag, lanes + all<V>(1.0), lanes); }
 
-  // One row's part of a block: one weight, and one advantage if they are given a row.
-  void piece(int64_t row, int64_t begin, int64_t end, double weight, double* sums) const {
-    Chunk chunk;
-    chunk.weight = weight;
-    chunk.row_advantage = args_.row_advantages ? scalar(args_.advantages, row) : V{};
-    for (chunk.begin = begin; chunk.begin < end; chunk.begin = chunk.end) {
-      chunk.end = smaller(chunk.begin + kChunk, end);
-      ratios(chunk, sums);
-      surrogates(chunk, sums);
-      if (args_.ref_logprobs != nullptr) penalties(chunk, sums);
-      if (args_.entropy != nullptr) entropies(chunk, sums);
-    }
-  }
+  static V ahead(const Input<V>& input, int64_t i, Flag<V> counts) { return select(counts, input(i), V{}); }
 
-  static void add(double* sums, int slot, V lanes, double weight = 1.0) {
-    sums[slot] += static_cast<double>(sum_lanes(lanes)) * weight;
-  }
-  static void raise(double* sums, int slot, V lanes) {
-    sums[slot] = larger(static_cast<double>(max_lanes(lanes)), sums[slot]);
-  }
-
-  static V scalar(const void* array, int64_t i) {
-    if constexpr (sizeof(T) == sizeof(double)) {
-      return static_cast<const T*>(array)[i];
+  Surrogate<V> surrogate(const Token<V>& token, const Piece& piece) const {
+    if constexpr (kByRow) {
+      return kernel_(token, piece.ratio, piece.a, piece.b);
     } else {
-      return splat(to_float(static_cast<const T*>(array)[i]));
+      return kernel_(token);
     }
   }
 
-  // The array at token i with 0 where the mask is false.
-  static V at(const void* array, int64_t i, int64_t count, Flag<V> counts) {
-    __builtin_prefetch(static_cast<const T*>(array) + i + kAhead);
-    return select(counts, load_some(static_cast<const T*>(array) + i, count), V{});
-  }
-
-  void ratios(Chunk& chunk, double* sums) const {
-    V tokens{}, k1{}, k3{}, total{}, clamped{}, maximum{};
-    for (int64_t i = chunk.begin; i < chunk.end; i += kWidth<V>) {
-      const int64_t count = chunk.end - i;
-      const Flag<V> counts = flags_some<V>(args_.layout.mask + i, count);
-      const V one = select(counts, all<V>(1.0), V{});
-      const V logprob = at(args_.logprobs, i, count, counts);
-      const V old = args_.old_logprobs != nullptr ? at(args_.old_logprobs, i, count, counts) : logprob;
-      const LogRatio<V> l = log_ratio(logprob, old);
+  // Up to kChunk tokens: sums in float lanes until the end of it. Steps that a call does without are branches that
+  // never change.
+  void chunk(const Inputs<V>& in, int64_t count_of, const Piece& piece, double* sums) const {
+    V lanes[kSums] = {};
+    V kl_loss{}, entropy_loss{};
+    const bool row_ratio = kByRow && args_.objective != Objective::gmpo;
+    for (int64_t i = 0; i < count_of; i += kWidth<V>) {
+      const Flag<V> counts = flags<V>(in.mask + i);
+      Token<V> t;
+      t.logprob = ahead(in.logprobs, i, counts);
+      t.old = in.old_logprobs ? ahead(in.old_logprobs, i, counts) : t.logprob;
+      t.advantage = in.advantages ? ahead(in.advantages, i, counts) : select(counts, piece.advantage, V{});
+      t.selected = in.selected != nullptr ? counts & flags<V>(in.selected + i) : never<V>();
+      const LogRatio<V> l = log_ratio(t.logprob, t.old);
       const Exp<V> e = exp20(l.value);
-      store_whole(chunk.ratio + (i - chunk.begin), e.value);
-      store_whole(chunk.live_ratio + (i - chunk.begin), select(l.clamped, V{}, e.value));
-      const V ratio = select(counts, e.value, V{});
-      tokens += one;
-      k1 -= l.value;
-      k3 += e.minus_one - l.value;
-      total += ratio;
-      clamped += select(l.clamped, all<V>(1.0), V{});
-      maximum = larger(ratio, maximum);
-    }
-    add(sums, kTokens, tokens);
-    add(sums, kApproxK1, k1);
-    add(sums, kApproxK3, k3);
-    add(sums, kRatio, total);
-    add(sums, kClamped, clamped);
-    raise(sums, kRatioMax, maximum);
-  }
-
-  void surrogates(const Chunk& chunk, double* sums) const {
-    V loss{}, low{}, high{}, dual{}, total{}, squares{}, maximum{};
-    for (int64_t i = chunk.begin; i < chunk.end; i += kWidth<V>) {
-      const int64_t count = chunk.end - i;
-      const Flag<V> counts = flags_some<V>(args_.layout.mask + i, count);
-      const V advantage = args_.row_advantages ? select(counts, chunk.row_advantage, V{})
-                                               : at(args_.advantages, i, count, counts);
-      const V logprob = at(args_.logprobs, i, count, counts);
-      const Surrogate<V> s =
-          objective_(Token<V>{logprob, advantage, chunk.slot(chunk.ratio, i), chunk.slot(chunk.live_ratio, i)});
-      V importance = all<V>(1.0);
-      if (args_.importance != nullptr) {
-        importance = at(args_.importance, i, count, counts);
-        total += importance;
-        squares += importance * importance;
-        maximum = larger(importance, maximum);
+      t.log_ratio = l.value;
+      t.ratio = e.value;
+      t.live = select(l.clamped, V{}, all<V>(1.0));
+      lanes[kApproxK1] -= l.value;
+      lanes[kApproxK3] += e.minus_one - l.value;
+      count(lanes[kClamped], l.clamped);
+      const V ratio = select(counts, row_ratio ? piece.ratio : e.value, V{});
+      lanes[kRatio] += ratio;
+      lanes[kRatioMax] = larger(ratio, lanes[kRatioMax]);
+      Surrogate<V> s = surrogate(t, piece);
+      count(lanes[kClipLow], counts & s.low);
+      count(lanes[kClipHigh], counts & s.high);
+      count(lanes[kClipDual], counts & s.dual);
+      if (in.importance) {
+        const V importance = ahead(in.importance, i, counts);
+        lanes[kImportance] += importance;
+        lanes[kImportanceSquare] += importance * importance;
+        lanes[kImportanceMax] = larger(importance, lanes[kImportanceMax]);
+        if (piece.weigh_value) s.value *= importance;
+        if (piece.weigh_slope) s.slope *= importance;
       }
-      loss += importance * s.value;
-      low += select(s.low, all<V>(1.0), V{});
-      high += select(s.high, all<V>(1.0), V{});
-      dual += select(s.dual, all<V>(1.0), V{});
-      if (args_.d_logprobs != nullptr) {
-        const V slope = importance * s.slope;
-        store_some(static_cast<Real*>(args_.d_logprobs) + i, count,
-                   select(counts, all<V>(chunk.weight) * slope, V{}));
+      lanes[kLoss] += select(counts, s.value, V{});
+      if (in.ref_logprobs) {
+        const Penalty<V> kl = penalty(args_.kl_estimator, args_.kl_gradient, t.logprob,
+                                      ahead(in.ref_logprobs, i, counts), t.ratio, t.live);
+        kl_loss += kl.value;
+        lanes[kKl] += kl.estimate;
+        s.slope += all<V>(args_.kl_coef) * kl.slope;
+      }
+      if (in.d_logprobs != nullptr) {
+        store_whole(in.d_logprobs + i, select(counts, piece.token_weight * s.slope, V{}));
+      }
+      if (in.entropy) {
+        lanes[kEntropy] += ahead(in.entropy, i, counts);
+        if (in.d_entropy != nullptr) {
+          store_whole(in.d_entropy + i, select(counts, all<V>(-args_.entropy_coef) * piece.token_weight, V{}));
+        }
       }
     }
-    add(sums, kLoss, loss, chunk.weight);
-    add(sums, kClipLow, low);
-    add(sums, kClipHigh, high);
-    add(sums, kClipDual, dual);
-    add(sums, kImportance, total);
-    add(sums, kImportanceSquare, squares);
-    raise(sums, kImportanceMax, maximum);
-  }
-
-  void penalties(const Chunk& chunk, double* sums) const {
-    V loss{}, total{};
-    const V scale = all<V>(args_.kl_coef * chunk.weight);
-    for (int64_t i = chunk.begin; i < chunk.end; i += kWidth<V>) {
-      const int64_t count = chunk.end - i;
-      const Flag<V> counts = flags_some<V>(args_.layout.mask + i, count);
-      const Penalty<V> kl =
-          penalty(args_.kl_estimator, args_.kl_gradient, at(args_.logprobs, i, count, counts),
-                  at(args_.ref_logprobs, i, count, counts), chunk.slot(chunk.ratio, i), chunk.slot(chunk.live_ratio, i));
-      loss += kl.value;
-      total += kl.estimate;
-      if (args_.d_logprobs != nullptr) {
-        Real* slope = static_cast<Real*>(args_.d_logprobs) + i;
-        store_some(slope, count, load_some(slope, count) + select(counts, scale * kl.slope, V{}));
+    for (int slot = kClipLow; slot < kLoss; ++slot) {
+      if (is_maximum(slot)) {
+        sums[slot] = larger(static_cast<double>(max_lanes(lanes[slot])), sums[slot]);
+      } else {
+        sums[slot] += static_cast<double>(sum_lanes(lanes[slot]));
       }
     }
-    add(sums, kLoss, loss, args_.kl_coef * chunk.weight);
-    add(sums, kKl, total);
-  }
-
-  void entropies(const Chunk& chunk, double* sums) const {
-    V total{};
-    const V slope = all<V>(-args_.entropy_coef * chunk.weight);
-    for (int64_t i = chunk.begin; i < chunk.end; i += kWidth<V>) {
-      const int64_t count = chunk.end - i;
-      const Flag<V> counts = flags_some<V>(args_.layout.mask + i, count);
-      total += at(args_.entropy, i, count, counts);
-      if (args_.d_entropy != nullptr) {
-        store_some(static_cast<Real*>(args_.d_entropy) + i, count, select(counts, slope, V{}));
-      }
-    }
-    add(sums, kLoss, total, -args_.entropy_coef * chunk.weight);
-    add(sums, kEntropy, total);
+    const double terms = static_cast<double>(sum_lanes(lanes[kLoss])) +
+                         args_.kl_coef * static_cast<double>(sum_lanes(kl_loss)) -
+                         args_.entropy_coef * static_cast<double>(sum_lanes(lanes[kEntropy]));
+    sums[kLoss] += piece.weight * terms;
   }
 
   const PolicyLossArgs& args_;
-  const Kernel<V> objective_;
+  const Inputs<V> in_;
+  const Kernel<V> kernel_;
 };
 
-template <class T>
-void policy_loss_dtype(const PolicyLossArgs& args) {
-  switch (args.objective) {
-    case Objective::reinforce: return Pass<T, ReinforceKernel>(args).run();
-    case Objective::ppo_clip: return Pass<T, PPOClipKernel>(args).run();
-  }
+template <class V>
+void policy_loss_lanes(const PolicyLossArgs& args) {
+  if (args.objective == Objective::ppo_clip) return Pass<V, PPOClipKernel>(args, nullptr).run();
+  if (by_row(args.objective)) return Pass<V, RowKernel>(args, nullptr).run();
+  if (!selects(args.objective)) return Pass<V, TokenKernel>(args, nullptr).run();
+  Buffer<uint8_t> selected(args.layout.tokens);
+  Selection<V>(args).run(selected.data);
+  Pass<V, TokenKernel>(args, selected.data).run();
 }
 
 void policy_loss(const PolicyLossArgs& args) {
-  switch (args.dtype) {
-    case DType::float32: return policy_loss_dtype<float>(args);
-    case DType::float64: return policy_loss_dtype<double>(args);
-    case DType::float16: return policy_loss_dtype<f16>(args);
-    case DType::bfloat16: return policy_loss_dtype<bf16>(args);
-    default: return;
-  }
+  if (args.dtype == DType::float64) return policy_loss_lanes<double>(args);
+  policy_loss_lanes<f32v>(args);
 }
 
 // ---- value loss --------------------------------------------------------------------------------------------
@@ -356,7 +251,7 @@ void value_loss(const ValueLossArgs& args) {
 }  // namespace
 
 extern const PolicyLoss policy_loss_table;
-const PolicyLoss policy_loss_table = {&policy_loss, &value_loss, &importance_weights};
+const PolicyLoss policy_loss_table = {&policy_loss, &value_loss, &importance_weights, &high_entropy_mask, &kl_rewards};
 
 }  // namespace RF_ISA
 }  // namespace rf

@@ -6,13 +6,23 @@
 
 namespace rf {
 
-// The tags and their order are part of the Python side (react_fast/ops/policy_loss.py).
-enum class Objective : int { reinforce = 0, ppo_clip = 1 };
+// The tags and their order are part of the Python side (react_fast/ops/_objectives.py and _policy_loss.py).
+enum class Objective : int {
+  reinforce = 0, ppo_clip = 1, cispo = 2, sapo = 3, dppo_tv = 4, dppo_kl = 5, dro = 6, kl_cov = 7, clip_cov = 8,
+  gspo = 9, gspo_token = 10, luspo = 11, gmpo = 12, vespo = 13
+};
+constexpr int kParameters = 6;  // of an objective, in the order of its attributes
+
+// Selected over the batch; and a loss that depends on the rest of the row.
+inline bool selects(Objective o) { return o == Objective::kl_cov || o == Objective::clip_cov; }
+inline bool by_row(Objective o) { return o >= Objective::gspo; }
+
 enum class Aggregation : int { token_mean = 0, seq_mean_token_mean = 1, seq_mean_token_sum = 2, token_sum_norm = 3 };
-enum class KlEstimator : int { k1 = 0, k2 = 1, k3 = 2 };
+enum class KlEstimator : int { k1 = 0, k2 = 1, k3 = 2, abs = 3 };
 enum class KlGradient : int { value = 0, k2 = 1, ratio = 2 };
 enum class Level : int { token = 0, sequence = 1, geometric = 2 };
 enum class Bound : int { truncate = 0, mask = 1 };
+enum class Normalize : int { none = 0, tokens = 1, sequences = 2 };
 
 // Which tokens count and to which row they belong: rows x row_length, or packed with cu_seqlens [rows + 1].
 struct Layout {
@@ -39,7 +49,7 @@ struct PolicyLossArgs {
   DType dtype;
   bool row_advantages;
   Objective objective;
-  double parameters[4];
+  double parameters[kParameters];
   Aggregation aggregation;
   double denominator;  // 0: count
   double kl_coef;
@@ -74,9 +84,36 @@ struct ImportanceArgs {
   Level level;
   Bound mode;
   double low, high;
-  bool normalize;
+  Level bound_level;  // whose weight the bounds hold; `level` for Bound::truncate
+  double veto;        // a row with a token ratio below it weighs 0; 0: none
+  Normalize normalize;
   void* weights;  // [tokens]
-  void* stats;    // [6]: raw mean, raw max, mean, max, effective fraction, out-of-bounds fraction
+  void* stats;    // [7]: raw mean, raw max, mean, max, effective fraction, out-of-bounds fraction, vetoed fraction
+  int threads;
+};
+
+struct EntropyMaskArgs {
+  const void* entropy;
+  const uint8_t* mask;
+  int64_t tokens;
+  DType dtype;
+  double fraction;
+  uint8_t* kept;  // [tokens]
+  int threads;
+};
+
+struct KlRewardsArgs {
+  const void* rewards;  // [tokens], or [rows] with row_rewards
+  const void* logprobs;
+  const void* ref_logprobs;
+  Layout layout;
+  DType dtype;
+  bool row_rewards;
+  double kl_coef;
+  KlEstimator estimator;
+  double clip;
+  void* shaped;  // [tokens]
+  void* stats;   // [1]: mean of the estimates
   int threads;
 };
 
@@ -84,6 +121,8 @@ struct PolicyLoss {
   void (*policy_loss)(const PolicyLossArgs&);
   void (*value_loss)(const ValueLossArgs&);
   void (*importance_weights)(const ImportanceArgs&);
+  void (*high_entropy_mask)(const EntropyMaskArgs&);
+  void (*kl_rewards)(const KlRewardsArgs&);
 };
 
 }  // namespace rf

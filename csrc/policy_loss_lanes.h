@@ -31,6 +31,14 @@ struct LaneOf<double> {
   using scalar = double;
 };
 template <class V>
+struct LaneScalar {
+  using type = float;
+};
+template <>
+struct LaneScalar<double> {
+  using type = double;
+};
+template <class V>
 constexpr int64_t kWidth = sizeof(V) == sizeof(double) ? 1 : kLanes;
 template <class V>
 using Flag = decltype(V{} < V{});
@@ -50,22 +58,16 @@ inline double abs(double x) { return x < 0 ? -x : x; }
 inline double sum_lanes(double x) { return x; }
 inline double max_lanes(double x) { return x; }
 
-// Written so that each is one minimum or maximum instruction. NaN in x stays.
-template <class V>
-inline V at_least(V x, V low) {
-  return select(low > x, low, x);
-}
-template <class V>
-inline V at_most(V x, V high) {
-  return select(high < x, high, x);
-}
+// One minimum or maximum instruction each (see simd.h). NaN in x stays.
+inline double at_least(double x, double low) { return low > x ? low : x; }
+inline double at_most(double x, double high) { return high < x ? high : x; }
+inline double larger(double x, double running) { return x > running ? x : running; }  // NaN in x is ignored
+inline f32v at_least(f32v x, f32v low) { return rf::RF_ISA::max(low, x); }
+inline f32v at_most(f32v x, f32v high) { return rf::RF_ISA::min(high, x); }
+inline f32v larger(f32v x, f32v running) { return rf::RF_ISA::max(x, running); }
 template <class V>
 inline V bounded(V x, V low, V high) {
   return at_most(at_least(x, low), high);
-}
-template <class V>
-inline V larger(V x, V running) {  // NaN in x is ignored
-  return select(x > running, x, running);
 }
 
 // exp(x) and exp(x) - 1 for |x| <= 20 or NaN: simd.h's polynomial without its guards. Where x needs no scaling
@@ -107,6 +109,52 @@ inline Flag<V> flags_some(const uint8_t* p, int64_t count) {
     return out;
   }
 }
+// float16 outside of the loops that inline everything else: without F16C it is a long function.
+#if defined(__F16C__)
+inline f32v load_half(const f16* p) { return load(p); }
+#else
+__attribute__((noinline)) f32v load_half(const f16* p) { return load(p); }
+#endif
+
+// kWidth<V> tokens of an input. float lanes look at its dtype for every vector: a branch that never changes costs less
+// than a copy of every loop for every dtype.
+template <class V>
+struct Input {
+  const void* data;  // null: absent
+  DType dtype;
+
+  explicit operator bool() const { return data != nullptr; }
+  Input from(int64_t i) const {
+    return data == nullptr ? *this : Input{static_cast<const char*>(data) + i * element_size(dtype), dtype};
+  }
+  V operator()(int64_t i) const {
+    if constexpr (sizeof(V) == sizeof(double)) {
+      return static_cast<const double*>(data)[i];
+    } else {
+      if (dtype == DType::float32) return load(static_cast<const float*>(data) + i);
+      if (dtype == DType::bfloat16) return load(static_cast<const bf16*>(data) + i);
+      return load_half(static_cast<const f16*>(data) + i);
+    }
+  }
+  double scalar(int64_t i) const {
+    if constexpr (sizeof(V) == sizeof(double)) {
+      return static_cast<const double*>(data)[i];
+    } else {
+      if (dtype == DType::float32) return static_cast<const float*>(data)[i];
+      if (dtype == DType::bfloat16) return to_float(static_cast<const bf16*>(data)[i]);
+      return to_float(static_cast<const f16*>(data)[i]);
+    }
+  }
+};
+template <class V>
+inline Flag<V> flags(const uint8_t* p) {
+  if constexpr (sizeof(V) == sizeof(double)) {
+    return *p != 0;
+  } else {
+    return load_flags(p);
+  }
+}
+
 inline double load_whole(const double* p) { return *p; }
 inline f32v load_whole(const float* p) { return load(p); }
 inline void store_whole(double* p, double x) { *p = x; }
@@ -118,6 +166,28 @@ inline void store_some(float* p, int64_t count, f32v x) {
   } else {
     store_tail(p, count, x);
   }
+}
+
+// exp(-|x|): full range, unlike exp20.
+inline double exp_minus_abs(double x) { return std::exp(-abs(x)); }
+inline f32v exp_minus_abs(f32v x) { return exp_nonpositive(-abs(x)); }
+
+// log(x) of a normal x > 0, relative error below 3e-7 near 1 too; NaN elsewhere. x = 2^e m with m in [1/sqrt 2, sqrt 2),
+// s = (m - 1) / (m + 1), log m = 2 s (1 + s^2 / 3 + ...), whose first term left out is below 2e-9 of it.
+inline double log_positive(double x) { return x > 0 ? std::log(x) : std::nan(""); }
+inline f32v log_positive(f32v x) {
+  const i32v bits = reinterpret_cast<i32v>(x);
+  const i32v exponent = (bits - 0x3f3504f3) >> 23;
+  const f32v m = reinterpret_cast<f32v>(bits - (exponent << 23));
+  const f32v s = (m - 1.0f) / (m + 1.0f), z = s * s;
+  f32v p = splat(1.0f / 9);
+  p = p * z + splat(1.0f / 7);
+  p = p * z + splat(1.0f / 5);
+  p = p * z + splat(1.0f / 3);
+  const f32v log_m = s * z * p + s;
+  const f32v e = __builtin_convertvector(exponent, f32v);
+  const f32v result = e * splat(0.693359375f) + (e * splat(-2.12194440e-4f) + (log_m + log_m));
+  return select(x > 0.0f, result, splat(__builtin_nanf("")));
 }
 
 // log p - log q clamped to +-20, and where it was clamped. A token the policy forbids (log p = -inf) counts as

@@ -215,8 +215,31 @@ def importance_weights(
     mode: int,
     low: float,
     high: float,
-    normalize: bool,
+    bound_level: int,
+    veto: float,
+    normalize: int,
     weights: int,
+    stats: int,
+    threads: int,
+) -> None: ...
+def high_entropy_mask(
+    entropy: int, mask: int, tokens: int, dtype: int, fraction: float, kept: int, threads: int
+) -> None: ...
+def kl_rewards(
+    rewards: int,
+    logprobs: int,
+    ref_logprobs: int,
+    mask: int,
+    cu_seqlens: int,
+    tokens: int,
+    rows: int,
+    row_length: int,
+    dtype: int,
+    row_rewards: bool,
+    kl_coef: float,
+    estimator: int,
+    clip: float,
+    shaped: int,
     stats: int,
     threads: int,
 ) -> None: ...

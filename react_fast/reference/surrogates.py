@@ -92,9 +92,14 @@ def _faded(
     return faded & (r < 1), faded & (r > 1) & positive, faded & (r > 1) & ~positive
 
 
+def _either(condition: torch.Tensor, yes: float, no: float, like: torch.Tensor) -> torch.Tensor:
+    """One of two numbers, in the dtype of `like` (torch.where of two numbers is float32)."""
+    return torch.where(condition, like.new_tensor(yes), like.new_tensor(no))
+
+
 def _sapo(o: SAPO, t: Tokens) -> Surrogate:
     r = t.log_ratio.exp()
-    tau = torch.where(t.A > 0, o.tau_pos, o.tau_neg).to(r.dtype)
+    tau = _either(t.A > 0, o.tau_pos, o.tau_neg, r)
     s = torch.sigmoid(tau * (r - 1))
     return Surrogate(-t.A * (4 / tau) * s, *_faded(4 * s * (1 - s), r, t, t.A > 0), r)
 
@@ -161,8 +166,7 @@ def _vespo(o: VESPO, t: Tokens) -> Surrogate:
     log_importance = t.importance.log().clamp(log(1e-8), 20.0)
     log_w = (t.log_ratio.detach() + log_importance).sum().clamp(log(1e-8), 20.0)
     positive = t.A >= 0
-    k = torch.where(positive, o.k_pos, o.k_neg).to(log_w.dtype)
-    lam = torch.where(positive, o.lambda_pos, o.lambda_neg).to(log_w.dtype)
+    k, lam = _either(positive, o.k_pos, o.k_neg, log_w), _either(positive, o.lambda_pos, o.lambda_neg, log_w)
     phi = (k * log_w - lam * torch.expm1(log_w)).exp()
     w = log_w.exp().expand_as(t.A)
     return Surrogate(_weighted_logp(t, phi), *_faded(phi, w, t, positive), w)

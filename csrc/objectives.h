@@ -1,0 +1,204 @@
+// What each objective says about one token: its loss, its derivative by log p, and the bounds that hold it. The
+// equations are those of react_fast/reference/surrogates.py. Included by policy_loss.cpp, once per instruction set.
+#pragma once
+
+#include "policy_loss_lanes.h"
+
+namespace rf {
+namespace RF_ISA {
+namespace {
+
+template <class V>
+struct Surrogate {
+  V value, slope;
+  Flag<V> low, high, dual;
+};
+
+template <class V>
+struct Token {
+  V logprob, old, advantage;
+  V log_ratio;        // clamped to +-20
+  V ratio;            // its exponential
+  V live;             // 1, or 0 where the log-ratio was clamped: what follows the ratio has no gradient there
+  Flag<V> selected;   // by kl_cov or clip_cov
+};
+
+template <class V>
+inline Flag<V> never() {
+  return V{} < V{};
+}
+
+// -weight A log p; the weight is a constant, and a token the policy forbids stays put.
+template <class V>
+inline Surrogate<V> weighted_logp(const Token<V>& t, V weight) {
+  const Flag<V> forbidden = t.logprob == all<V>(-HUGE_VAL);
+  const V slope = select(forbidden, V{}, -weight * t.advantage);
+  return {slope * select(forbidden, V{}, t.logprob), slope, never<V>(), never<V>(), never<V>()};
+}
+
+// L = -min(min(r, cap) A, clip(r, low, high) A), and at most -dual A where A < 0. The advantage's sign decides which
+// ratio binds, so L = -A bound, and the gradient passes where the bound is the ratio itself.
+template <class V>
+struct Clip {
+  V low, high, dual, cap;
+  explicit Clip(const double* p) : low(all<V>(p[0])), high(all<V>(p[1])), dual(all<V>(p[2])), cap(all<V>(p[3])) {}
+  Surrogate<V> operator()(V advantage, V ratio, V live_ratio) const {
+    const V capped = at_most(ratio, cap), clipped = bounded(ratio, low, high);
+    const Flag<V> negative = advantage < V{};
+    const V bound = select(negative, at_most(at_least(capped, clipped), dual), at_most(capped, clipped));
+    const Flag<V> raised = bound > ratio, lowered = bound < ratio;  // both false for NaN
+    const Flag<V> high_held = lowered & (advantage > V{}), dual_held = lowered & negative;
+    const V passing = select(raised | lowered, V{}, live_ratio);
+    return {-advantage * bound, -advantage * passing, raised, high_held, dual_held};
+  }
+};
+
+// A soft gate says that it holds a token where it is below one half: by the side of the ratio and of the advantage.
+template <class V>
+inline void faded(Surrogate<V>& s, V gate, V ratio, V advantage, Flag<V> positive) {
+  const Flag<V> closed = (gate < all<V>(0.5)) & (advantage != V{}), above = closed & (ratio > all<V>(1.0));
+  s.low = closed & (ratio < all<V>(1.0));
+  s.high = above & positive;
+  s.dual = above & !positive;
+}
+
+// The commonest objective has its own pass; its constants stay in registers.
+template <class V>
+struct PPOClipKernel {
+  const Clip<V> clip;
+  explicit PPOClipKernel(const PolicyLossArgs& args) : clip(args.parameters) {}
+  Surrogate<V> operator()(const Token<V>& t) const { return clip(t.advantage, t.ratio, t.live * t.ratio); }
+};
+
+// The others share one: a switch that never changes costs less than a copy of the pass for each.
+template <class V>
+struct TokenKernel {
+  const Objective objective;
+  const double* const p;
+  explicit TokenKernel(const PolicyLossArgs& args) : objective(args.objective), p(args.parameters) {}
+
+  V parameter(int i) const { return all<V>(p[i]); }
+
+  Surrogate<V> operator()(const Token<V>& t) const {
+    switch (objective) {
+      case Objective::cispo: return cispo(t);
+      case Objective::sapo: return sapo(t);
+      case Objective::dppo_tv: return dppo_tv(t);
+      case Objective::dppo_kl: return dppo_kl(t);
+      case Objective::dro: return dro(t);
+      case Objective::kl_cov: return kl_cov(t);
+      case Objective::clip_cov: return clip_cov(t);
+      default: return weighted_logp(t, all<V>(1.0));
+    }
+  }
+
+  Surrogate<V> cispo(const Token<V>& t) const {
+    Surrogate<V> s = weighted_logp(t, bounded(t.ratio, parameter(0), parameter(1)));
+    const Flag<V> above = t.ratio > parameter(1);
+    s.low = (t.ratio < parameter(0)) & (t.advantage != V{});
+    s.high = above & (t.advantage > V{});
+    s.dual = above & (t.advantage < V{});
+    return s;
+  }
+
+  // sigmoid(x) and its complement from exp(-|x|), which cannot overflow
+  Surrogate<V> sapo(const Token<V>& t) const {
+    const V tau = select(t.advantage > V{}, parameter(0), parameter(1));
+    const V x = tau * (t.ratio - all<V>(1.0)), e = exp_minus_abs(x), inverse = all<V>(1.0) / (all<V>(1.0) + e);
+    const V sigmoid = select(x < V{}, e, all<V>(1.0)) * inverse;
+    const V gate = all<V>(4.0) * e * inverse * inverse;
+    Surrogate<V> s{-t.advantage * (all<V>(4.0) / tau) * sigmoid, -t.advantage * gate * t.live * t.ratio,
+                   never<V>(), never<V>(), never<V>()};
+    faded(s, gate, t.ratio, t.advantage, t.advantage > V{});
+    return s;
+  }
+
+  Surrogate<V> dppo(const Token<V>& t, Flag<V> kept) const {
+    const V cap = parameter(2);
+    Surrogate<V> s = weighted_logp(t, select(kept, at_most(t.ratio, cap), V{}));
+    s.low = !kept & (t.advantage < V{});
+    s.high = !kept & (t.advantage > V{});
+    s.dual = kept & (t.ratio > cap);
+    return s;
+  }
+  static V within(V x) { return bounded(x, all<V>(-20.0), all<V>(20.0)); }
+
+  Surrogate<V> dppo_tv(const Token<V>& t) const {
+    const V move = exp20(within(t.logprob)).value - exp20(within(t.old)).value;
+    return dppo(t, select(t.advantage > V{}, move, -move) <= select(t.advantage > V{}, parameter(1), parameter(0)));
+  }
+
+  // The probability of every other token is 1 - p = -(exp(log p) - 1), without cancellation.
+  Surrogate<V> dppo_kl(const Token<V>& t) const {
+    const V floor = all<V>(1e-8);
+    const Exp<V> p_new = exp20(within(t.logprob)), p_old = exp20(within(t.old));
+    const V rest = log_positive((floor - p_old.minus_one) / (floor - p_new.minus_one));
+    const V kl = -p_old.minus_one * rest - p_old.value * t.log_ratio;
+    const Flag<V> up = t.advantage > V{};
+    const V away = select(up, p_new.value - p_old.value, p_old.value - p_new.value);
+    return dppo(t, (kl <= select(up, parameter(1), parameter(0))) | (away <= V{}));
+  }
+
+  Surrogate<V> dro(const Token<V>& t) const {
+    Surrogate<V> s = weighted_logp(t, all<V>(1.0));
+    const V pull = parameter(0) * t.log_ratio;
+    s.value += all<V>(0.5) * pull * t.log_ratio;
+    s.slope += pull * t.live;
+    return s;
+  }
+
+  Surrogate<V> kl_cov(const Token<V>& t) const {
+    const V pull = select(t.selected, parameter(1), V{});
+    const V side = select(t.log_ratio > V{}, all<V>(1.0), select(t.log_ratio < V{}, all<V>(-1.0), V{}));
+    return {pull * abs(t.log_ratio) - t.advantage * t.ratio, t.live * (pull * side - t.advantage * t.ratio),
+            t.selected & (t.advantage < V{}), t.selected & (t.advantage > V{}), never<V>()};
+  }
+
+  Surrogate<V> clip_cov(const Token<V>& t) const {
+    const double bounds[4] = {p[0], p[1], HUGE_VAL, HUGE_VAL};
+    Surrogate<V> s = Clip<V>(bounds)(t.advantage, t.ratio, t.live * t.ratio);
+    s.value = select(t.selected, V{}, s.value);
+    s.slope = select(t.selected, V{}, s.slope);
+    s.dual = t.selected;
+    return s;
+  }
+};
+
+// ---- KL to the reference policy ----------------------------------------------------------------------------
+
+template <class V>
+struct Penalty {
+  V estimate;      // k1, k2, k3 or |x| as it stands, for the statistics
+  V value, slope;  // what enters the loss
+};
+
+// KL(policy || reference) from x = log p - log ref clamped, without gradient where it was.
+template <class V>
+inline V estimate(KlEstimator estimator, V x, V inside, V& slope) {
+  switch (estimator) {
+    case KlEstimator::k1: slope = inside; return x;
+    case KlEstimator::k2: slope = x * inside; return all<V>(0.5) * x * x;
+    case KlEstimator::abs:
+      slope = select(x > V{}, inside, select(x < V{}, -inside, V{}));
+      return abs(x);
+    default: break;
+  }
+  const V m = exp20(-x).minus_one;
+  slope = -m * inside;
+  return m + x;
+}
+
+template <class V>
+inline Penalty<V> penalty(KlEstimator estimator, KlGradient gradient, V logprob, V ref, V ratio, V live) {
+  const LogRatio<V> x = log_ratio(logprob, ref);
+  const V inside = select(x.clamped, V{}, all<V>(1.0));
+  V slope{};
+  const V k = rf::RF_ISA::estimate(estimator, x.value, inside, slope);
+  if (gradient == KlGradient::value) return {k, k, slope};
+  if (gradient == KlGradient::k2) return {k, k, x.value * inside};
+  return {k, ratio * k, ratio * (live * k + slope)};
+}
+
+}  // namespace
+}  // namespace RF_ISA
+}  // namespace rf
