@@ -103,7 +103,7 @@ class ImportancePass {
       const V own = token_weight || token_bound ? exp20(token_log(i, end - i, counts)).value : V{};
       const V raw = select(counts, token_weight ? own : row_weight, V{});
       const V held = token_bound ? own : row_bound;
-      const Flag<V> outside = counts & ((held < low) | (held > high));
+      const Flag<V> outside = counts & (lt(held, low) | gt(held, high));
       const V kept = args_.mode == Bound::mask ? V{} : bounded(raw, low, high);
       const V applied = vetoed ? V{} : select(outside, kept, raw);
       store_some(static_cast<Real*>(args_.weights) + i, end - i, applied);

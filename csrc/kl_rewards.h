@@ -43,7 +43,7 @@ void kl_rewards_lanes(const KlRewardsArgs& args) {
         const V reward = args.row_rewards ? V{} : all<V>(rewards.scalar(i));
         V own{};
         const V value = step(all<V>(logprobs.scalar(i)), all<V>(ref.scalar(i)), reward,
-                             all<V>(layout.mask[i]) != V{}, own);
+                             ne(all<V>(layout.mask[i]), V{}), own);
         Real several[kWidth<V>];
         store_whole(several, value);
         shaped[i] = several[0];

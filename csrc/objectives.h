@@ -25,13 +25,13 @@ struct Token {
 
 template <class V>
 inline Flag<V> never() {
-  return V{} < V{};
+  return lt(V{}, V{});
 }
 
 // -weight A log p; the weight is a constant, and a token the policy forbids stays put.
 template <class V>
-inline Surrogate<V> weighted_logp(const Token<V>& t, V weight) {
-  const Flag<V> forbidden = t.logprob == all<V>(-HUGE_VAL);
+RF_INLINE Surrogate<V> weighted_logp(const Token<V>& t, V weight) {
+  const Flag<V> forbidden = eq(t.logprob, all<V>(-HUGE_VAL));
   const V slope = select(forbidden, V{}, -weight * t.advantage);
   return {slope * select(forbidden, V{}, t.logprob), slope, never<V>(), never<V>(), never<V>()};
 }
@@ -42,12 +42,12 @@ template <class V>
 struct Clip {
   V low, high, dual, cap;
   explicit Clip(const double* p) : low(all<V>(p[0])), high(all<V>(p[1])), dual(all<V>(p[2])), cap(all<V>(p[3])) {}
-  Surrogate<V> operator()(V advantage, V ratio, V live_ratio) const {
+  RF_INLINE Surrogate<V> operator()(V advantage, V ratio, V live_ratio) const {
     const V capped = at_most(ratio, cap), clipped = bounded(ratio, low, high);
-    const Flag<V> negative = advantage < V{};
+    const Flag<V> negative = lt(advantage, V{});
     const V bound = select(negative, at_most(at_least(capped, clipped), dual), at_most(capped, clipped));
-    const Flag<V> raised = bound > ratio, lowered = bound < ratio;  // both false for NaN
-    const Flag<V> high_held = lowered & (advantage > V{}), dual_held = lowered & negative;
+    const Flag<V> raised = gt(bound, ratio), lowered = lt(bound, ratio);  // both false for NaN
+    const Flag<V> high_held = lowered & gt(advantage, V{}), dual_held = lowered & negative;
     const V passing = select(raised | lowered, V{}, live_ratio);
     return {-advantage * bound, -advantage * passing, raised, high_held, dual_held};
   }
@@ -56,8 +56,9 @@ struct Clip {
 // A soft gate says that it holds a token where it is below one half: by the side of the ratio and of the advantage.
 template <class V>
 inline void faded(Surrogate<V>& s, V gate, V ratio, V advantage, Flag<V> positive) {
-  const Flag<V> closed = (gate < all<V>(0.5)) & (advantage != V{}), above = closed & (ratio > all<V>(1.0));
-  s.low = closed & (ratio < all<V>(1.0));
+  const Flag<V> closed = lt(gate, all<V>(0.5)) & ne(advantage, V{});
+  const Flag<V> above = closed & gt(ratio, all<V>(1.0));
+  s.low = closed & lt(ratio, all<V>(1.0));
   s.high = above & positive;
   s.dual = above & !positive;
 }
@@ -94,38 +95,39 @@ struct TokenKernel {
 
   Surrogate<V> cispo(const Token<V>& t) const {
     Surrogate<V> s = weighted_logp(t, bounded(t.ratio, parameter(0), parameter(1)));
-    const Flag<V> above = t.ratio > parameter(1);
-    s.low = (t.ratio < parameter(0)) & (t.advantage != V{});
-    s.high = above & (t.advantage > V{});
-    s.dual = above & (t.advantage < V{});
+    const Flag<V> above = gt(t.ratio, parameter(1));
+    s.low = lt(t.ratio, parameter(0)) & ne(t.advantage, V{});
+    s.high = above & gt(t.advantage, V{});
+    s.dual = above & lt(t.advantage, V{});
     return s;
   }
 
   // sigmoid(x) and its complement from exp(-|x|), which cannot overflow
   Surrogate<V> sapo(const Token<V>& t) const {
-    const V tau = select(t.advantage > V{}, parameter(0), parameter(1));
+    const V tau = select(gt(t.advantage, V{}), parameter(0), parameter(1));
     const V x = tau * (t.ratio - all<V>(1.0)), e = exp_minus_abs(x), inverse = all<V>(1.0) / (all<V>(1.0) + e);
-    const V sigmoid = select(x < V{}, e, all<V>(1.0)) * inverse;
+    const V sigmoid = select(lt(x, V{}), e, all<V>(1.0)) * inverse;
     const V gate = all<V>(4.0) * e * inverse * inverse;
     Surrogate<V> s{-t.advantage * (all<V>(4.0) / tau) * sigmoid, -t.advantage * gate * t.live * t.ratio,
                    never<V>(), never<V>(), never<V>()};
-    faded(s, gate, t.ratio, t.advantage, t.advantage > V{});
+    faded(s, gate, t.ratio, t.advantage, gt(t.advantage, V{}));
     return s;
   }
 
   Surrogate<V> dppo(const Token<V>& t, Flag<V> kept) const {
     const V cap = parameter(2);
     Surrogate<V> s = weighted_logp(t, select(kept, at_most(t.ratio, cap), V{}));
-    s.low = !kept & (t.advantage < V{});
-    s.high = !kept & (t.advantage > V{});
-    s.dual = kept & (t.ratio > cap);
+    s.low = !kept & lt(t.advantage, V{});
+    s.high = !kept & gt(t.advantage, V{});
+    s.dual = kept & gt(t.ratio, cap);
     return s;
   }
   static V within(V x) { return bounded(x, all<V>(-20.0), all<V>(20.0)); }
 
   Surrogate<V> dppo_tv(const Token<V>& t) const {
     const V move = exp20(within(t.logprob)).value - exp20(within(t.old)).value;
-    return dppo(t, select(t.advantage > V{}, move, -move) <= select(t.advantage > V{}, parameter(1), parameter(0)));
+    const Flag<V> up = gt(t.advantage, V{});
+    return dppo(t, le(select(up, move, -move), select(up, parameter(1), parameter(0))));
   }
 
   // The probability of every other token is 1 - p = -(exp(log p) - 1), without cancellation.
@@ -134,9 +136,9 @@ struct TokenKernel {
     const Exp<V> p_new = exp20(within(t.logprob)), p_old = exp20(within(t.old));
     const V rest = log_positive((floor - p_old.minus_one) / (floor - p_new.minus_one));
     const V kl = -p_old.minus_one * rest - p_old.value * t.log_ratio;
-    const Flag<V> up = t.advantage > V{};
+    const Flag<V> up = gt(t.advantage, V{});
     const V away = select(up, p_new.value - p_old.value, p_old.value - p_new.value);
-    return dppo(t, (kl <= select(up, parameter(1), parameter(0))) | (away <= V{}));
+    return dppo(t, le(kl, select(up, parameter(1), parameter(0))) | le(away, V{}));
   }
 
   Surrogate<V> dro(const Token<V>& t) const {
@@ -149,9 +151,9 @@ struct TokenKernel {
 
   Surrogate<V> kl_cov(const Token<V>& t) const {
     const V pull = select(t.selected, parameter(1), V{});
-    const V side = select(t.log_ratio > V{}, all<V>(1.0), select(t.log_ratio < V{}, all<V>(-1.0), V{}));
+    const V side = select(gt(t.log_ratio, V{}), all<V>(1.0), select(lt(t.log_ratio, V{}), all<V>(-1.0), V{}));
     return {pull * abs(t.log_ratio) - t.advantage * t.ratio, t.live * (pull * side - t.advantage * t.ratio),
-            t.selected & (t.advantage < V{}), t.selected & (t.advantage > V{}), never<V>()};
+            t.selected & lt(t.advantage, V{}), t.selected & gt(t.advantage, V{}), never<V>()};
   }
 
   Surrogate<V> clip_cov(const Token<V>& t) const {
@@ -174,12 +176,12 @@ struct Penalty {
 
 // KL(policy || reference) from x = log p - log ref clamped, without gradient where it was.
 template <class V>
-inline V estimate(KlEstimator estimator, V x, V inside, V& slope) {
+RF_INLINE V estimate(KlEstimator estimator, V x, V inside, V& slope) {
   switch (estimator) {
     case KlEstimator::k1: slope = inside; return x;
     case KlEstimator::k2: slope = x * inside; return all<V>(0.5) * x * x;
     case KlEstimator::abs:
-      slope = select(x > V{}, inside, select(x < V{}, -inside, V{}));
+      slope = select(gt(x, V{}), inside, select(lt(x, V{}), -inside, V{}));
       return abs(x);
     default: break;
   }
@@ -189,7 +191,7 @@ inline V estimate(KlEstimator estimator, V x, V inside, V& slope) {
 }
 
 template <class V>
-inline Penalty<V> penalty(KlEstimator estimator, KlGradient gradient, V logprob, V ref, V ratio, V live) {
+RF_INLINE Penalty<V> penalty(KlEstimator estimator, KlGradient gradient, V logprob, V ref, V ratio, V live) {
   const LogRatio<V> x = log_ratio(logprob, ref);
   const V inside = select(x.clamped, V{}, all<V>(1.0));
   V slope{};

@@ -93,82 +93,105 @@ class Pass {
     *static_cast<Real*>(args_.loss) = static_cast<Real>(total[kLoss]);
   }
 
-  static void count(V& lanes, Flag<V> flag) { lanes = select(flag, lanes + all<V>(1.0), lanes); }
-
-  static V ahead(const Input<V>& input, int64_t i, Flag<V> counts) { return select(counts, input(i), V{}); }
-
-  Surrogate<V> surrogate(const Token<V>& token, const Piece& piece) const {
+  static Surrogate<V> surrogate(const Kernel<V>& kernel, const Token<V>& token, const Piece& piece) {
     if constexpr (kByRow) {
-      return kernel_(token, piece.ratio, piece.a, piece.b);
+      return kernel(token, piece.ratio, piece.a, piece.b);
     } else {
-      return kernel_(token);
+      return kernel(token);
     }
   }
 
+  static void count(V& lanes, Flag<V> flag) { lanes = select(flag, lanes + all<V>(1.0), lanes); }
+
+  static V masked(const Input<V>& input, int64_t i, Flag<V> counts) { return select(counts, input(i), V{}); }
+
+  static void add(double* sums, int slot, V lanes) { sums[slot] += static_cast<double>(sum_lanes(lanes)); }
+  static void raise(double* sums, int slot, V lanes) {
+    sums[slot] = larger(static_cast<double>(max_lanes(lanes)), sums[slot]);
+  }
+
   // Up to kChunk tokens: sums in float lanes until the end of it. Steps that a call does without are branches that
-  // never change.
-  void chunk(const Inputs<V>& in, int64_t count_of, const Piece& piece, double* sums) const {
-    V lanes[kSums] = {};
-    V kl_loss{}, entropy_loss{};
+  // never change. What the loop reads of the call is copied first, since a store could change it for all the compiler
+  // knows, and every sum has a name, so that it stays in a register.
+  void chunk(const Inputs<V>& inputs, int64_t tokens, const Piece& given, double* sums) const {
+    const Inputs<V> in = inputs;
+    const Piece piece = given;
+    const Kernel<V> kernel = kernel_;
+    const KlEstimator estimator = args_.kl_estimator;
+    const KlGradient gradient = args_.kl_gradient;
+    const V kl_coef = all<V>(args_.kl_coef), entropy_slope = all<V>(-args_.entropy_coef) * piece.token_weight;
     const bool row_ratio = kByRow && args_.objective != Objective::gmpo;
-    for (int64_t i = 0; i < count_of; i += kWidth<V>) {
+    V loss{}, k1{}, k3{}, clamped{}, ratios{}, ratio_max{}, low{}, high{}, dual{};
+    V importances{}, squares{}, importance_max{}, kl_loss{}, kl_total{}, entropies{};
+    for (int64_t i = 0; i < tokens; i += kWidth<V>) {
       const Flag<V> counts = flags<V>(in.mask + i);
       Token<V> t;
-      t.logprob = ahead(in.logprobs, i, counts);
-      t.old = in.old_logprobs ? ahead(in.old_logprobs, i, counts) : t.logprob;
-      t.advantage = in.advantages ? ahead(in.advantages, i, counts) : select(counts, piece.advantage, V{});
+      t.logprob = masked(in.logprobs, i, counts);
+      t.old = in.old_logprobs ? masked(in.old_logprobs, i, counts) : t.logprob;
+      t.advantage = in.advantages ? masked(in.advantages, i, counts) : select(counts, piece.advantage, V{});
       t.selected = in.selected != nullptr ? counts & flags<V>(in.selected + i) : never<V>();
       const LogRatio<V> l = log_ratio(t.logprob, t.old);
       const Exp<V> e = exp20(l.value);
       t.log_ratio = l.value;
       t.ratio = e.value;
       t.live = select(l.clamped, V{}, all<V>(1.0));
-      lanes[kApproxK1] -= l.value;
-      lanes[kApproxK3] += e.minus_one - l.value;
-      count(lanes[kClamped], l.clamped);
+      k1 -= l.value;
+      k3 += e.minus_one - l.value;
+      count(clamped, l.clamped);
       const V ratio = select(counts, row_ratio ? piece.ratio : e.value, V{});
-      lanes[kRatio] += ratio;
-      lanes[kRatioMax] = larger(ratio, lanes[kRatioMax]);
-      Surrogate<V> s = surrogate(t, piece);
-      count(lanes[kClipLow], counts & s.low);
-      count(lanes[kClipHigh], counts & s.high);
-      count(lanes[kClipDual], counts & s.dual);
+      ratios += ratio;
+      ratio_max = larger(ratio, ratio_max);
+      Surrogate<V> s = surrogate(kernel, t, piece);
+      count(low, counts & s.low);
+      count(high, counts & s.high);
+      count(dual, counts & s.dual);
       if (in.importance) {
-        const V importance = ahead(in.importance, i, counts);
-        lanes[kImportance] += importance;
-        lanes[kImportanceSquare] += importance * importance;
-        lanes[kImportanceMax] = larger(importance, lanes[kImportanceMax]);
+        const V importance = masked(in.importance, i, counts);
+        importances += importance;
+        squares += importance * importance;
+        importance_max = larger(importance, importance_max);
         if (piece.weigh_value) s.value *= importance;
         if (piece.weigh_slope) s.slope *= importance;
       }
-      lanes[kLoss] += select(counts, s.value, V{});
+      loss += select(counts, s.value, V{});
       if (in.ref_logprobs) {
-        const Penalty<V> kl = penalty(args_.kl_estimator, args_.kl_gradient, t.logprob,
-                                      ahead(in.ref_logprobs, i, counts), t.ratio, t.live);
+        const Penalty<V> kl =
+            penalty(estimator, gradient, t.logprob, masked(in.ref_logprobs, i, counts), t.ratio, t.live);
         kl_loss += kl.value;
-        lanes[kKl] += kl.estimate;
-        s.slope += all<V>(args_.kl_coef) * kl.slope;
+        kl_total += kl.estimate;
+        s.slope += kl_coef * kl.slope;
       }
       if (in.d_logprobs != nullptr) {
         store_whole(in.d_logprobs + i, select(counts, piece.token_weight * s.slope, V{}));
       }
       if (in.entropy) {
-        lanes[kEntropy] += ahead(in.entropy, i, counts);
-        if (in.d_entropy != nullptr) {
-          store_whole(in.d_entropy + i, select(counts, all<V>(-args_.entropy_coef) * piece.token_weight, V{}));
-        }
+        entropies += masked(in.entropy, i, counts);
+        if (in.d_entropy != nullptr) store_whole(in.d_entropy + i, select(counts, entropy_slope, V{}));
       }
     }
-    for (int slot = kClipLow; slot < kLoss; ++slot) {
-      if (is_maximum(slot)) {
-        sums[slot] = larger(static_cast<double>(max_lanes(lanes[slot])), sums[slot]);
-      } else {
-        sums[slot] += static_cast<double>(sum_lanes(lanes[slot]));
-      }
+    add(sums, kClipLow, low);
+    add(sums, kClipHigh, high);
+    add(sums, kClipDual, dual);
+    add(sums, kApproxK1, k1);
+    add(sums, kApproxK3, k3);
+    add(sums, kRatio, ratios);
+    add(sums, kClamped, clamped);
+    raise(sums, kRatioMax, ratio_max);
+    double terms = static_cast<double>(sum_lanes(loss));
+    if (in.ref_logprobs) {
+      add(sums, kKl, kl_total);
+      terms += args_.kl_coef * static_cast<double>(sum_lanes(kl_loss));
     }
-    const double terms = static_cast<double>(sum_lanes(lanes[kLoss])) +
-                         args_.kl_coef * static_cast<double>(sum_lanes(kl_loss)) -
-                         args_.entropy_coef * static_cast<double>(sum_lanes(lanes[kEntropy]));
+    if (in.entropy) {
+      const double total = static_cast<double>(sum_lanes(entropies));
+      sums[kEntropy] += total;
+      terms -= args_.entropy_coef * total;
+    }
+    if (in.importance) {
+      add(sums, kImportance, importances);
+      add(sums, kImportanceSquare, squares);
+      raise(sums, kImportanceMax, importance_max);
+    }
     sums[kLoss] += piece.weight * terms;
   }
 
@@ -220,7 +243,7 @@ void value_loss_dtype(const ValueLossArgs& args) {
         if (args.old_values != nullptr) {
           const V old = at(args.old_values, i, stop - i, counts), clip = all<V>(args.clip);
           const V clipped = bounded(value, old - clip, old + clip) - target;
-          const Flag<V> held = abs(clipped) > abs(error);
+          const Flag<V> held = gt(abs(clipped), abs(error));
           larger_error = select(held, clipped, error);
           slope = select(held, V{}, error);
         }

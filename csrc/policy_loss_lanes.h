@@ -9,6 +9,9 @@
 #include "policy_loss.h"
 #include "simd.h"
 
+// The compiler finds the functions of a long loop too large to inline; each call would spill the running sums.
+#define RF_INLINE __attribute__((always_inline)) inline
+
 namespace rf {
 namespace RF_ISA {
 namespace {
@@ -40,8 +43,54 @@ struct LaneScalar<double> {
 };
 template <class V>
 constexpr int64_t kWidth = sizeof(V) == sizeof(double) ? 1 : kLanes;
+
+// Which lanes: a mask register where there are any, since GCC 12 turns the comparisons of the vector extension into
+// whole vectors and back (three times the time of the pass); else a vector of all or no bits.
+#if defined(__AVX512F__)
+struct LaneFlags {
+  __mmask16 bits;
+};
+inline LaneFlags operator&(LaneFlags a, LaneFlags b) { return {_kand_mask16(a.bits, b.bits)}; }
+inline LaneFlags operator|(LaneFlags a, LaneFlags b) { return {_kor_mask16(a.bits, b.bits)}; }
+inline LaneFlags operator!(LaneFlags a) { return {_knot_mask16(a.bits)}; }
+template <int Predicate>
+inline LaneFlags compare(f32v a, f32v b) {
+  return {_mm512_cmp_ps_mask(reinterpret_cast<__m512>(a), reinterpret_cast<__m512>(b), Predicate)};
+}
+inline LaneFlags lt(f32v a, f32v b) { return compare<_CMP_LT_OQ>(a, b); }
+inline LaneFlags le(f32v a, f32v b) { return compare<_CMP_LE_OQ>(a, b); }
+inline LaneFlags eq(f32v a, f32v b) { return compare<_CMP_EQ_OQ>(a, b); }
+inline LaneFlags ne(f32v a, f32v b) { return compare<_CMP_NEQ_UQ>(a, b); }
+inline f32v select(LaneFlags condition, f32v yes, f32v no) {
+  return reinterpret_cast<f32v>(
+      _mm512_mask_blend_ps(condition.bits, reinterpret_cast<__m512>(no), reinterpret_cast<__m512>(yes)));
+}
+inline LaneFlags lane_flags(const uint8_t* p) {
+  const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+  return {_mm_test_epi8_mask(bytes, bytes)};
+}
+#else
+using LaneFlags = i32v;
+inline i32v lt(f32v a, f32v b) { return a < b; }
+inline i32v le(f32v a, f32v b) { return a <= b; }
+inline i32v eq(f32v a, f32v b) { return a == b; }
+inline i32v ne(f32v a, f32v b) { return a != b; }
+inline i32v lane_flags(const uint8_t* p) { return load_flags(p); }
+#endif
+inline bool lt(double a, double b) { return a < b; }
+inline bool le(double a, double b) { return a <= b; }
+inline bool eq(double a, double b) { return a == b; }
+inline bool ne(double a, double b) { return a != b; }
 template <class V>
-using Flag = decltype(V{} < V{});
+inline auto gt(V a, V b) {
+  return lt(b, a);
+}
+template <class V>
+inline auto ge(V a, V b) {
+  return le(b, a);
+}
+template <class V>
+using Flag = decltype(lt(V{}, V{}));
 
 template <class V>
 inline V all(double x) {
@@ -77,7 +126,7 @@ struct Exp {
   V value, minus_one;
 };
 inline Exp<double> exp20(double x) { return {std::exp(x), std::expm1(x)}; }
-inline Exp<f32v> exp20(f32v x) {
+RF_INLINE Exp<f32v> exp20(f32v x) {
   const f32v shifter = splat(12582912.0f);  // 1.5 * 2^23: adding it leaves the rounded integer in the low bits
   const f32v shifted = x * splat(1.44269504f) + shifter;
   const f32v n = shifted - shifter;
@@ -90,7 +139,7 @@ inline Exp<f32v> exp20(f32v x) {
   const f32v q = p * (r * r) + r;
   const f32v scale = reinterpret_cast<f32v>((reinterpret_cast<i32v>(shifted) - (0x4b400000 - 127)) << 23);
   const f32v value = (q + 1.0f) * scale;
-  return {value, select(n == 0.0f, q, value - 1.0f)};
+  return {value, select(eq(n, f32v{}), q, value - 1.0f)};
 }
 
 inline double load_some(const double* p, int64_t) { return *p; }
@@ -103,10 +152,10 @@ inline Flag<V> flags_some(const uint8_t* p, int64_t count) {
   if constexpr (sizeof(V) == sizeof(double)) {
     return *p != 0;
   } else {
-    if (count >= kLanes) return load_flags(p);
-    i32v out{};
-    for (int64_t i = 0; i < count; ++i) out[i] = -static_cast<int32_t>(p[i]);
-    return out;
+    if (count >= kLanes) return lane_flags(p);
+    uint8_t padded[kLanes] = {};
+    std::memcpy(padded, p, static_cast<size_t>(count));
+    return lane_flags(padded);
   }
 }
 // float16 outside of the loops that inline everything else: without F16C it is a long function.
@@ -127,7 +176,7 @@ struct Input {
   Input from(int64_t i) const {
     return data == nullptr ? *this : Input{static_cast<const char*>(data) + i * element_size(dtype), dtype};
   }
-  V operator()(int64_t i) const {
+  RF_INLINE V operator()(int64_t i) const {
     if constexpr (sizeof(V) == sizeof(double)) {
       return static_cast<const double*>(data)[i];
     } else {
@@ -151,7 +200,7 @@ inline Flag<V> flags(const uint8_t* p) {
   if constexpr (sizeof(V) == sizeof(double)) {
     return *p != 0;
   } else {
-    return load_flags(p);
+    return lane_flags(p);
   }
 }
 
@@ -187,7 +236,7 @@ inline f32v log_positive(f32v x) {
   const f32v log_m = s * z * p + s;
   const f32v e = __builtin_convertvector(exponent, f32v);
   const f32v result = e * splat(0.693359375f) + (e * splat(-2.12194440e-4f) + (log_m + log_m));
-  return select(x > 0.0f, result, splat(__builtin_nanf("")));
+  return select(gt(x, f32v{}), result, splat(__builtin_nanf("")));
 }
 
 // log p - log q clamped to +-20, and where it was clamped. A token the policy forbids (log p = -inf) counts as
@@ -200,8 +249,8 @@ struct LogRatio {
 template <class V>
 inline LogRatio<V> log_ratio(V logprob, V other) {
   const V low = all<V>(-20.0), high = all<V>(20.0), minus_inf = all<V>(-HUGE_VAL);
-  const V raw = select(logprob == minus_inf, minus_inf, logprob - other);
-  const Flag<V> clamped = (raw < low) | (raw > high);
+  const V raw = select(eq(logprob, minus_inf), minus_inf, logprob - other);
+  const Flag<V> clamped = gt(abs(raw), high);
   return {bounded(raw, low, high), clamped};
 }
 
@@ -249,19 +298,20 @@ inline void for_each_piece(const Layout& layout, bool by_row, int64_t block, con
 
 // ---- the weight of a token ---------------------------------------------------------------------------------
 
-// Bytes that are 0 or 1, eight at a time; 255 additions cannot overflow a byte.
+// Bytes that are 0 or 1, a vector at a time; 255 additions cannot overflow a byte.
 inline int64_t count_set(const uint8_t* p, int64_t count) {
+  typedef uint8_t u8v __attribute__((vector_size(RF_VECTOR_BYTES)));
+  constexpr int64_t width = RF_VECTOR_BYTES;
   int64_t total = 0, i = 0;
-  while (i + 8 <= count) {
-    const int64_t stop = smaller(count, i + 255 * 8);
-    uint64_t bytes = 0;
-    for (; i + 8 <= stop; i += 8) {
-      uint64_t word;
-      std::memcpy(&word, p + i, 8);
-      bytes += word;
+  while (i + width <= count) {
+    const int64_t stop = smaller(count, i + 255 * width);
+    u8v bytes{};
+    for (; i + width <= stop; i += width) {
+      u8v some;
+      std::memcpy(&some, p + i, sizeof(some));
+      bytes += some;
     }
-    const uint64_t pairs = (bytes & 0x00ff00ff00ff00ffull) + ((bytes >> 8) & 0x00ff00ff00ff00ffull);
-    total += static_cast<int64_t>((pairs * 0x0001000100010001ull) >> 48);
+    for (int lane = 0; lane < width; ++lane) total += bytes[lane];
   }
   for (; i < count; ++i) total += p[i];
   return total;

@@ -71,7 +71,7 @@ class Selection {
       for (int64_t i = 0; i < count; i += kWidth<V>) {
         const Flag<V> counts = flags<V>(in.mask + i);
         const V logprob = in.logprobs(i), one = all<V>(1.0);
-        const Flag<V> possible = counts & (logprob != all<V>(-HUGE_VAL));
+        const Flag<V> possible = counts & ne(logprob, all<V>(-HUGE_VAL));
         lanes[kCount] += select(counts, one, V{});
         lanes[kPossible] += select(possible, one, V{});
         lanes[kAdvantage] += select(counts, in.advantages ? in.advantages(i) : row, V{});
@@ -89,7 +89,7 @@ class Selection {
     for_blocks([&](int64_t, const Inputs<V>& in, int64_t count, V row) {
       for (int64_t i = 0; i < count; i += kWidth<V>) {
         const V x = in.logprobs(i), A = in.advantages ? in.advantages(i) : row;
-        const Flag<V> possible = flags<V>(in.mask + i) & (x != all<V>(-HUGE_VAL));
+        const Flag<V> possible = flags<V>(in.mask + i) & ne(x, all<V>(-HUGE_VAL));
         store_whole(in.d_logprobs + i, select(possible, (A - advantage) * (x - logprob), all<V>(-HUGE_VAL)));
       }
     });

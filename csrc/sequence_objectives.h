@@ -174,7 +174,7 @@ class RowStates {
     const V low = all<V>(std::log(args_.parameters[0])), high = all<V>(std::log(args_.parameters[1]));
     const double held = sum(begin, end, [&](const Inputs<V>& in, int64_t i, Flag<V> counts) {
       const V A = advantage_at(in, i, counts, row), l = log_ratio_at(in, i, counts);
-      return select(A > V{}, at_most(l, high), select(A < V{}, at_least(l, low), V{}));
+      return select(gt(A, V{}), at_most(l, high), select(lt(A, V{}), at_least(l, low), V{}));
     });
     const double gain = sum(begin, end, [&](const Inputs<V>& in, int64_t i, Flag<V> counts) {
       return importance_at(in, i, counts) * advantage_at(in, i, counts, row);
@@ -218,13 +218,13 @@ struct RowKernel {
 
   Surrogate<V> operator()(const Token<V>& t, V ratio, V a, V b) const {
     if (objective == Objective::gmpo) {
-      const Flag<V> low = (t.advantage < V{}) & (t.log_ratio < log_low);
-      const Flag<V> high = (t.advantage > V{}) & (t.log_ratio > log_high);
-      const V slope = select(low | high | (t.advantage == V{}), V{}, a * t.live);
+      const Flag<V> low = lt(t.advantage, V{}) & lt(t.log_ratio, log_low);
+      const Flag<V> high = gt(t.advantage, V{}) & gt(t.log_ratio, log_high);
+      const V slope = select(low | high | eq(t.advantage, V{}), V{}, a * t.live);
       return {-t.advantage * ratio, slope, low, high, never<V>()};
     }
     if (objective == Objective::vespo) {
-      const Flag<V> positive = t.advantage >= V{};
+      const Flag<V> positive = ge(t.advantage, V{});
       const V phi = select(positive, a, b);
       Surrogate<V> s = weighted_logp(t, phi);
       faded(s, phi, ratio, t.advantage, positive);

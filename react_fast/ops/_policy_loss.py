@@ -1,12 +1,14 @@
 """The operators behind react_fast.ops.policy_loss: tags of the core, memory layout, registration, autograd."""
 
+from collections.abc import Iterator, Mapping
+from itertools import product
 from typing import Any, NamedTuple
 
 import torch
 
 from .. import _core
 from . import _check
-from .backend import DTYPE, accumulation_dtype, address, register
+from .backend import DTYPE, accumulation_dtype, address, is_eager, register
 
 # The tags of csrc/policy_loss.h are the positions.
 AGGREGATIONS = ("token_mean", "seq_mean_token_mean", "seq_mean_token_sum", "token_sum_norm")
@@ -18,7 +20,6 @@ METRICS = (
     "tokens", "clip_ratio/low", "clip_ratio/high", "clip_ratio/dual", "approx_kl/k1", "approx_kl/k3", "ratio/mean",
     "clamped", "ratio/max", "kl", "entropy", "importance/mean", "importance/ess", "importance/max",
 )  # fmt: skip
-ALWAYS = METRICS.index("kl")
 
 
 class Terms(NamedTuple):
@@ -34,20 +35,44 @@ class Terms(NamedTuple):
     entropy_coef: float
 
 
+class Metrics(Mapping[str, torch.Tensor]):
+    """Names for the elements of the `stats` output; a metric becomes a tensor of its own when it is asked for."""
+
+    __slots__ = ("_slots", "_stats")
+
+    def __init__(self, slots: dict[str, int], stats: torch.Tensor) -> None:
+        self._slots, self._stats = slots, stats
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        return self._stats[self._slots[name]]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._slots)
+
+    def __len__(self) -> int:
+        return len(self._slots)
+
+    def __repr__(self) -> str:
+        return repr(dict(self))
+
+
+def _slots(with_ref: bool, with_entropy: bool, with_importance: bool) -> dict[str, int]:
+    """The elements of `stats` that a call with these inputs has."""
+    absent = {"kl": not with_ref, "entropy": not with_entropy, "importance": not with_importance}
+    return {name: i for i, name in enumerate(METRICS) if not absent.get(name.split("/")[0], False)}
+
+
+_SLOTS = {given: _slots(*given) for given in product((False, True), repeat=3)}
+
+
 def named_metrics(
     stats: torch.Tensor, ref_logprobs: Any, entropy: Any, importance: Any
-) -> dict[str, torch.Tensor]:
+) -> Mapping[str, torch.Tensor]:
     """The `stats` output by name; those of an input that is None are left out."""
-    optional = ref_logprobs is not None or entropy is not None or importance is not None
-    values = (stats if optional else stats[:ALWAYS]).unbind()
-    metrics = dict(zip(METRICS[:ALWAYS], values, strict=False))
-    if ref_logprobs is not None:
-        metrics["kl"] = values[ALWAYS]
-    if entropy is not None:
-        metrics["entropy"] = values[ALWAYS + 1]
-    if importance is not None:
-        metrics.update(zip(METRICS[ALWAYS + 2 :], values[ALWAYS + 2 :], strict=True))
-    return metrics
+    slots = _SLOTS[ref_logprobs is not None, entropy is not None, importance is not None]
+    if torch.compiler.is_compiling():  # a graph returns what it knows
+        return {name: stats[i] for name, i in slots.items()}
+    return Metrics(slots, stats)
 
 
 def per_row(advantages: torch.Tensor, logprobs: torch.Tensor) -> bool:
@@ -93,7 +118,17 @@ def _denominator_triton(number: float, tensor: torch.Tensor | None) -> tuple[flo
 
 
 def _scaled(saved: torch.Tensor, upstream: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """Saved gradients stay wide until here: in float16, 1 / n would vanish before the loss scale reaches it."""
+    """Saved gradients stay wide until here: in float16, 1 / n would vanish before the loss scale reaches it. On a CPU,
+    where looking costs nothing, a plain loss.backward() copies no gradient."""
+    once = not torch.is_grad_enabled()  # not when the gradient is to be differentiated by `upstream`
+    if (
+        once
+        and saved.dtype == dtype
+        and upstream.device.type == "cpu"
+        and is_eager(upstream)
+        and upstream.item() == 1
+    ):
+        return saved
     return (saved * upstream).to(dtype)
 
 

@@ -1,6 +1,6 @@
 """Policy loss and value loss as the equations say them; see react_fast.ops.policy_loss."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -15,7 +15,7 @@ class PolicyLoss(NamedTuple):
     """What `policy_loss` returns: the scalar to differentiate, and 0-d tensors to log."""
 
     loss: torch.Tensor
-    metrics: dict[str, torch.Tensor]
+    metrics: Mapping[str, torch.Tensor]
 
 
 # From x = log p - log p_ref of a token drawn from p.
