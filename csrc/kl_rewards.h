@@ -23,7 +23,7 @@ void kl_rewards_lanes(const KlRewardsArgs& args) {
   const auto step = [&](V logprob, V reference, V reward, Flag<V> counts, V& estimates) {
     const LogRatio<V> x = log_ratio(select(counts, logprob, V{}), select(counts, reference, V{}));
     V slope;
-    const V k = bounded(estimate(args.estimator, x.value, all<V>(1.0), slope), -clip, clip);
+    const V k = bounded(estimate(args.estimator, x.value, slope), -clip, clip);
     estimates += k;
     return select(counts, reward - coefficient * k, V{});
   };

@@ -19,8 +19,10 @@ struct Token {
   V logprob, old, advantage;
   V log_ratio;        // clamped to +-20
   V ratio;            // its exponential
-  V live;             // 1, or 0 where the log-ratio was clamped: what follows the ratio has no gradient there
+  Flag<V> clamped;    // what follows the ratio has no gradient there
   Flag<V> selected;   // by kl_cov or clip_cov
+
+  RF_INLINE V live(V slope) const { return select(clamped, V{}, slope); }
 };
 
 template <class V>
@@ -36,20 +38,20 @@ RF_INLINE Surrogate<V> weighted_logp(const Token<V>& t, V weight) {
   return {slope * select(forbidden, V{}, t.logprob), slope, never<V>(), never<V>(), never<V>()};
 }
 
-// L = -min(min(r, cap) A, clip(r, low, high) A), and at most -dual A where A < 0. The advantage's sign decides which
-// ratio binds, so L = -A bound, and the gradient passes where the bound is the ratio itself.
+// L = -min(min(r, cap) A, clip(r, low, high) A), and at most -dual A where A < 0. The sign of A decides which bounds
+// the ratio has: above min(high, cap) where A >= 0; below low, above min(max(high, cap), dual) where A < 0. So
+// L = -A bound, and the gradient passes where the bound is the ratio itself.
 template <class V>
 struct Clip {
-  V low, high, dual, cap;
-  explicit Clip(const double* p) : low(all<V>(p[0])), high(all<V>(p[1])), dual(all<V>(p[2])), cap(all<V>(p[3])) {}
+  V low, high, over;
+  explicit Clip(const double* p)
+      : low(all<V>(p[0])), high(all<V>(at_most(p[1], p[3]))), over(all<V>(at_most(larger(p[1], p[3]), p[2]))) {}
   RF_INLINE Surrogate<V> operator()(V advantage, V ratio, V live_ratio) const {
-    const V capped = at_most(ratio, cap), clipped = bounded(ratio, low, high);
     const Flag<V> negative = lt(advantage, V{});
-    const V bound = select(negative, at_most(at_least(capped, clipped), dual), at_most(capped, clipped));
+    const V bound = at_most(at_least(ratio, select(negative, low, V{})), select(negative, over, high));
     const Flag<V> raised = gt(bound, ratio), lowered = lt(bound, ratio);  // both false for NaN
-    const Flag<V> high_held = lowered & gt(advantage, V{}), dual_held = lowered & negative;
     const V passing = select(raised | lowered, V{}, live_ratio);
-    return {-advantage * bound, -advantage * passing, raised, high_held, dual_held};
+    return {-advantage * bound, -advantage * passing, raised, lowered & gt(advantage, V{}), lowered & negative};
   }
 };
 
@@ -68,7 +70,7 @@ template <class V>
 struct PPOClipKernel {
   const Clip<V> clip;
   explicit PPOClipKernel(const PolicyLossArgs& args) : clip(args.parameters) {}
-  Surrogate<V> operator()(const Token<V>& t) const { return clip(t.advantage, t.ratio, t.live * t.ratio); }
+  Surrogate<V> operator()(const Token<V>& t) const { return clip(t.advantage, t.ratio, t.live(t.ratio)); }
 };
 
 // The others share one: a switch that never changes costs less than a copy of the pass for each.
@@ -108,7 +110,7 @@ struct TokenKernel {
     const V x = tau * (t.ratio - all<V>(1.0)), e = exp_minus_abs(x), inverse = all<V>(1.0) / (all<V>(1.0) + e);
     const V sigmoid = select(lt(x, V{}), e, all<V>(1.0)) * inverse;
     const V gate = all<V>(4.0) * e * inverse * inverse;
-    Surrogate<V> s{-t.advantage * (all<V>(4.0) / tau) * sigmoid, -t.advantage * gate * t.live * t.ratio,
+    Surrogate<V> s{-t.advantage * (all<V>(4.0) / tau) * sigmoid, -t.advantage * gate * t.live(t.ratio),
                    never<V>(), never<V>(), never<V>()};
     faded(s, gate, t.ratio, t.advantage, gt(t.advantage, V{}));
     return s;
@@ -145,20 +147,20 @@ struct TokenKernel {
     Surrogate<V> s = weighted_logp(t, all<V>(1.0));
     const V pull = parameter(0) * t.log_ratio;
     s.value += all<V>(0.5) * pull * t.log_ratio;
-    s.slope += pull * t.live;
+    s.slope += t.live(pull);
     return s;
   }
 
   Surrogate<V> kl_cov(const Token<V>& t) const {
     const V pull = select(t.selected, parameter(1), V{});
     const V side = select(gt(t.log_ratio, V{}), all<V>(1.0), select(lt(t.log_ratio, V{}), all<V>(-1.0), V{}));
-    return {pull * abs(t.log_ratio) - t.advantage * t.ratio, t.live * (pull * side - t.advantage * t.ratio),
+    return {pull * abs(t.log_ratio) - t.advantage * t.ratio, t.live(pull * side - t.advantage * t.ratio),
             t.selected & lt(t.advantage, V{}), t.selected & gt(t.advantage, V{}), never<V>()};
   }
 
   Surrogate<V> clip_cov(const Token<V>& t) const {
     const double bounds[4] = {p[0], p[1], HUGE_VAL, HUGE_VAL};
-    Surrogate<V> s = Clip<V>(bounds)(t.advantage, t.ratio, t.live * t.ratio);
+    Surrogate<V> s = Clip<V>(bounds)(t.advantage, t.ratio, t.live(t.ratio));
     s.value = select(t.selected, V{}, s.value);
     s.slope = select(t.selected, V{}, s.slope);
     s.dual = t.selected;
@@ -174,31 +176,31 @@ struct Penalty {
   V value, slope;  // what enters the loss
 };
 
-// KL(policy || reference) from x = log p - log ref clamped, without gradient where it was.
+// An estimate of KL(policy || reference) from x = log p - log ref, and its derivative by x.
 template <class V>
-RF_INLINE V estimate(KlEstimator estimator, V x, V inside, V& slope) {
+RF_INLINE V estimate(KlEstimator estimator, V x, V& slope) {
   switch (estimator) {
-    case KlEstimator::k1: slope = inside; return x;
-    case KlEstimator::k2: slope = x * inside; return all<V>(0.5) * x * x;
+    case KlEstimator::k1: slope = all<V>(1.0); return x;
+    case KlEstimator::k2: slope = x; return all<V>(0.5) * x * x;
     case KlEstimator::abs:
-      slope = select(gt(x, V{}), inside, select(lt(x, V{}), -inside, V{}));
+      slope = select(gt(x, V{}), all<V>(1.0), select(lt(x, V{}), all<V>(-1.0), V{}));
       return abs(x);
     default: break;
   }
   const V m = exp20(-x).minus_one;
-  slope = -m * inside;
+  slope = -m;
   return m + x;
 }
 
 template <class V>
-RF_INLINE Penalty<V> penalty(KlEstimator estimator, KlGradient gradient, V logprob, V ref, V ratio, V live) {
-  const LogRatio<V> x = log_ratio(logprob, ref);
-  const V inside = select(x.clamped, V{}, all<V>(1.0));
+RF_INLINE Penalty<V> penalty(KlEstimator estimator, KlGradient gradient, const Token<V>& t, V ref) {
+  const LogRatio<V> x = log_ratio(t.logprob, ref);
   V slope{};
-  const V k = rf::RF_ISA::estimate(estimator, x.value, inside, slope);
-  if (gradient == KlGradient::value) return {k, k, slope};
-  if (gradient == KlGradient::k2) return {k, k, x.value * inside};
-  return {k, ratio * k, ratio * (live * k + slope)};
+  const V k = rf::RF_ISA::estimate(estimator, x.value, slope);
+  if (gradient == KlGradient::k2) slope = x.value;
+  slope = select(x.clamped, V{}, slope);
+  if (gradient != KlGradient::ratio) return {k, k, slope};
+  return {k, t.ratio * k, t.ratio * (t.live(k) + slope)};
 }
 
 }  // namespace

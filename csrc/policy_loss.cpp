@@ -103,8 +103,6 @@ class Pass {
 
   static void count(V& lanes, Flag<V> flag) { lanes = select(flag, lanes + all<V>(1.0), lanes); }
 
-  static V masked(const Input<V>& input, int64_t i, Flag<V> counts) { return select(counts, input(i), V{}); }
-
   static void add(double* sums, int slot, V lanes) { sums[slot] += static_cast<double>(sum_lanes(lanes)); }
   static void raise(double* sums, int slot, V lanes) {
     sums[slot] = larger(static_cast<double>(max_lanes(lanes)), sums[slot]);
@@ -126,15 +124,15 @@ class Pass {
     for (int64_t i = 0; i < tokens; i += kWidth<V>) {
       const Flag<V> counts = flags<V>(in.mask + i);
       Token<V> t;
-      t.logprob = masked(in.logprobs, i, counts);
-      t.old = in.old_logprobs ? masked(in.old_logprobs, i, counts) : t.logprob;
-      t.advantage = in.advantages ? masked(in.advantages, i, counts) : select(counts, piece.advantage, V{});
+      t.logprob = in.logprobs(i, counts);
+      t.old = in.old_logprobs ? in.old_logprobs(i, counts) : t.logprob;
+      t.advantage = in.advantages ? in.advantages(i, counts) : select(counts, piece.advantage, V{});
       t.selected = in.selected != nullptr ? counts & flags<V>(in.selected + i) : never<V>();
       const LogRatio<V> l = log_ratio(t.logprob, t.old);
       const Exp<V> e = exp20(l.value);
       t.log_ratio = l.value;
       t.ratio = e.value;
-      t.live = select(l.clamped, V{}, all<V>(1.0));
+      t.clamped = l.clamped;
       k1 -= l.value;
       k3 += e.minus_one - l.value;
       count(clamped, l.clamped);
@@ -142,21 +140,21 @@ class Pass {
       ratios += ratio;
       ratio_max = larger(ratio, ratio_max);
       Surrogate<V> s = surrogate(kernel, t, piece);
-      count(low, counts & s.low);
-      count(high, counts & s.high);
+      count(low, s.low);  // the masked have A = 0, so nothing holds them but a cap
+      count(high, s.high);
       count(dual, counts & s.dual);
       if (in.importance) {
-        const V importance = masked(in.importance, i, counts);
+        const V importance = in.importance(i, counts);
         importances += importance;
         squares += importance * importance;
         importance_max = larger(importance, importance_max);
         if (piece.weigh_value) s.value *= importance;
         if (piece.weigh_slope) s.slope *= importance;
       }
-      loss += select(counts, s.value, V{});
+      loss += kByRow ? select(counts, s.value, V{}) : s.value;  // 0 where masked, but for a row's NaN
       if (in.ref_logprobs) {
         const Penalty<V> kl =
-            penalty(estimator, gradient, t.logprob, masked(in.ref_logprobs, i, counts), t.ratio, t.live);
+            penalty(estimator, gradient, t, in.ref_logprobs(i, counts));
         kl_loss += kl.value;
         kl_total += kl.estimate;
         s.slope += kl_coef * kl.slope;
@@ -165,7 +163,7 @@ class Pass {
         store_whole(in.d_logprobs + i, select(counts, piece.token_weight * s.slope, V{}));
       }
       if (in.entropy) {
-        entropies += masked(in.entropy, i, counts);
+        entropies += in.entropy(i, counts);
         if (in.d_entropy != nullptr) store_whole(in.d_entropy + i, select(counts, entropy_slope, V{}));
       }
     }

@@ -185,6 +185,17 @@ struct Input {
       return load_half(static_cast<const f16*>(data) + i);
     }
   }
+  // 0 where the flag is not set.
+  RF_INLINE V operator()(int64_t i, Flag<V> counts) const {
+#if defined(__AVX512F__)
+    if constexpr (sizeof(V) != sizeof(double)) {
+      if (dtype == DType::float32) {
+        return reinterpret_cast<f32v>(_mm512_maskz_loadu_ps(counts.bits, static_cast<const float*>(data) + i));
+      }
+    }
+#endif
+    return select(counts, (*this)(i), V{});
+  }
   double scalar(int64_t i) const {
     if constexpr (sizeof(V) == sizeof(double)) {
       return static_cast<const double*>(data)[i];

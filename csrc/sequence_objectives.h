@@ -142,17 +142,17 @@ class RowStates {
   }
 
   static V log_ratio_at(const Inputs<V>& in, int64_t i, Flag<V> counts, Flag<V>* clamped = nullptr) {
-    const V logprob = select(counts, in.logprobs(i), V{});
-    const V old = in.old_logprobs ? select(counts, in.old_logprobs(i), V{}) : logprob;
+    const V logprob = in.logprobs(i, counts);
+    const V old = in.old_logprobs ? in.old_logprobs(i, counts) : logprob;
     const LogRatio<V> l = log_ratio(logprob, old);
     if (clamped != nullptr) *clamped = l.clamped;
     return l.value;
   }
   static V advantage_at(const Inputs<V>& in, int64_t i, Flag<V> counts, V row) {
-    return select(counts, in.advantages ? in.advantages(i) : row, V{});
+    return in.advantages ? in.advantages(i, counts) : select(counts, row, V{});
   }
   static V importance_at(const Inputs<V>& in, int64_t i, Flag<V> counts) {
-    return in.importance ? select(counts, in.importance(i), V{}) : all<V>(1.0);
+    return in.importance ? in.importance(i, counts) : all<V>(1.0);
   }
 
   RowState gspo(int64_t begin, int64_t end, int64_t count, V row) const {
@@ -220,7 +220,7 @@ struct RowKernel {
     if (objective == Objective::gmpo) {
       const Flag<V> low = lt(t.advantage, V{}) & lt(t.log_ratio, log_low);
       const Flag<V> high = gt(t.advantage, V{}) & gt(t.log_ratio, log_high);
-      const V slope = select(low | high | eq(t.advantage, V{}), V{}, a * t.live);
+      const V slope = select(low | high | eq(t.advantage, V{}), V{}, t.live(a));
       return {-t.advantage * ratio, slope, low, high, never<V>()};
     }
     if (objective == Objective::vespo) {
@@ -230,8 +230,8 @@ struct RowKernel {
       faded(s, phi, ratio, t.advantage, positive);
       return s;
     }
-    Surrogate<V> s = clip(t.advantage, ratio, t.live * ratio);
-    if (objective != Objective::gspo_token) s.slope = a * t.live;
+    Surrogate<V> s = clip(t.advantage, ratio, t.live(ratio));
+    if (objective != Objective::gspo_token) s.slope = t.live(a);
     s.value *= b;
     return s;
   }
