@@ -204,9 +204,12 @@ def _policy_loss_setup(ctx: Any, inputs: tuple, output: tuple) -> None:
 def _policy_loss_grad(ctx: Any, upstream: torch.Tensor | None, *_: Any) -> tuple:
     grads: list[torch.Tensor | None] = [None] * 19
     if upstream is not None:
-        for position, saved in zip((0, 5), ctx.saved_tensors, strict=True):
-            if ctx.needs_input_grad[position]:
-                grads[position] = _scaled(saved, upstream, ctx.dtype)
+        d_logprobs, d_entropy = ctx.saved_tensors
+        needed = ctx.needs_input_grad
+        if needed[0]:
+            grads[0] = _scaled(d_logprobs, upstream, ctx.dtype)
+        if needed[5]:
+            grads[5] = _scaled(d_entropy, upstream, ctx.dtype)
     return tuple(grads)
 
 
