@@ -14,15 +14,23 @@ struct Surrogate {
   Flag<V> low, high, dual;
 };
 
-template <class V>
+// kRare: some log-ratio of the vector is outside of +-20, or NaN, or some log p is -inf.
+template <class V, bool kRare>
 struct Token {
   V logprob, old, advantage;
-  V log_ratio;        // clamped to +-20
-  V ratio;            // its exponential
-  Flag<V> clamped;    // what follows the ratio has no gradient there
-  Flag<V> selected;   // by kl_cov or clip_cov
+  V raw;             // log p - log p_old
+  V ratio;           // of log-ratios clamped to +-20
+  Flag<V> clamped;   // what follows the ratio has no gradient there
+  Flag<V> selected;  // by kl_cov or clip_cov
 
-  RF_INLINE V live(V slope) const { return select(clamped, V{}, slope); }
+  RF_INLINE V live(V slope) const {
+    if constexpr (kRare) return select(clamped, V{}, slope);
+    return slope;
+  }
+  RF_INLINE V log_ratio() const {
+    if constexpr (kRare) return rf::RF_ISA::log_ratio(logprob, old).value;
+    return raw;
+  }
 };
 
 template <class V>
@@ -31,11 +39,15 @@ inline Flag<V> never() {
 }
 
 // -weight A log p; the weight is a constant, and a token the policy forbids stays put.
-template <class V>
-RF_INLINE Surrogate<V> weighted_logp(const Token<V>& t, V weight) {
-  const Flag<V> forbidden = eq(t.logprob, all<V>(-HUGE_VAL));
-  const V slope = select(forbidden, V{}, -weight * t.advantage);
-  return {slope * select(forbidden, V{}, t.logprob), slope, never<V>(), never<V>(), never<V>()};
+template <class V, bool kRare>
+RF_INLINE Surrogate<V> weighted_logp(const Token<V, kRare>& t, V weight) {
+  V slope = -weight * t.advantage, logprob = t.logprob;
+  if constexpr (kRare) {
+    const Flag<V> forbidden = eq(logprob, all<V>(-HUGE_VAL));
+    slope = select(forbidden, V{}, slope);
+    logprob = select(forbidden, V{}, logprob);
+  }
+  return {slope * logprob, slope, never<V>(), never<V>(), never<V>()};
 }
 
 // L = -min(min(r, cap) A, clip(r, low, high) A), and at most -dual A where A < 0. The sign of A decides which bounds
@@ -70,7 +82,8 @@ template <class V>
 struct PPOClipKernel {
   const Clip<V> clip;
   explicit PPOClipKernel(const PolicyLossArgs& args) : clip(args.parameters) {}
-  Surrogate<V> operator()(const Token<V>& t) const { return clip(t.advantage, t.ratio, t.live(t.ratio)); }
+  template <bool kRare>
+  RF_INLINE Surrogate<V> operator()(const Token<V, kRare>& t) const { return clip(t.advantage, t.ratio, t.live(t.ratio)); }
 };
 
 // The others share one: a switch that never changes costs less than a copy of the pass for each.
@@ -82,7 +95,8 @@ struct TokenKernel {
 
   V parameter(int i) const { return all<V>(p[i]); }
 
-  Surrogate<V> operator()(const Token<V>& t) const {
+  template <bool kRare>
+  RF_INLINE Surrogate<V> operator()(const Token<V, kRare>& t) const {
     switch (objective) {
       case Objective::cispo: return cispo(t);
       case Objective::sapo: return sapo(t);
@@ -95,7 +109,8 @@ struct TokenKernel {
     }
   }
 
-  Surrogate<V> cispo(const Token<V>& t) const {
+  template <bool kRare>
+  RF_INLINE Surrogate<V> cispo(const Token<V, kRare>& t) const {
     Surrogate<V> s = weighted_logp(t, bounded(t.ratio, parameter(0), parameter(1)));
     const Flag<V> above = gt(t.ratio, parameter(1));
     s.low = lt(t.ratio, parameter(0)) & ne(t.advantage, V{});
@@ -105,7 +120,8 @@ struct TokenKernel {
   }
 
   // sigmoid(x) and its complement from exp(-|x|), which cannot overflow
-  Surrogate<V> sapo(const Token<V>& t) const {
+  template <bool kRare>
+  RF_INLINE Surrogate<V> sapo(const Token<V, kRare>& t) const {
     const V tau = select(gt(t.advantage, V{}), parameter(0), parameter(1));
     const V x = tau * (t.ratio - all<V>(1.0)), e = exp_minus_abs(x), inverse = all<V>(1.0) / (all<V>(1.0) + e);
     const V sigmoid = select(lt(x, V{}), e, all<V>(1.0)) * inverse;
@@ -116,7 +132,8 @@ struct TokenKernel {
     return s;
   }
 
-  Surrogate<V> dppo(const Token<V>& t, Flag<V> kept) const {
+  template <bool kRare>
+  RF_INLINE Surrogate<V> dppo(const Token<V, kRare>& t, Flag<V> kept) const {
     const V cap = parameter(2);
     Surrogate<V> s = weighted_logp(t, select(kept, at_most(t.ratio, cap), V{}));
     s.low = !kept & lt(t.advantage, V{});
@@ -126,39 +143,44 @@ struct TokenKernel {
   }
   static V within(V x) { return bounded(x, all<V>(-20.0), all<V>(20.0)); }
 
-  Surrogate<V> dppo_tv(const Token<V>& t) const {
+  template <bool kRare>
+  RF_INLINE Surrogate<V> dppo_tv(const Token<V, kRare>& t) const {
     const V move = exp20(within(t.logprob)).value - exp20(within(t.old)).value;
     const Flag<V> up = gt(t.advantage, V{});
     return dppo(t, le(select(up, move, -move), select(up, parameter(1), parameter(0))));
   }
 
   // The probability of every other token is 1 - p = -(exp(log p) - 1), without cancellation.
-  Surrogate<V> dppo_kl(const Token<V>& t) const {
+  template <bool kRare>
+  RF_INLINE Surrogate<V> dppo_kl(const Token<V, kRare>& t) const {
     const V floor = all<V>(1e-8);
     const Exp<V> p_new = exp20(within(t.logprob)), p_old = exp20(within(t.old));
     const V rest = log_positive((floor - p_old.minus_one) / (floor - p_new.minus_one));
-    const V kl = -p_old.minus_one * rest - p_old.value * t.log_ratio;
+    const V kl = -p_old.minus_one * rest - p_old.value * t.log_ratio();
     const Flag<V> up = gt(t.advantage, V{});
     const V away = select(up, p_new.value - p_old.value, p_old.value - p_new.value);
     return dppo(t, le(kl, select(up, parameter(1), parameter(0))) | le(away, V{}));
   }
 
-  Surrogate<V> dro(const Token<V>& t) const {
+  template <bool kRare>
+  RF_INLINE Surrogate<V> dro(const Token<V, kRare>& t) const {
     Surrogate<V> s = weighted_logp(t, all<V>(1.0));
-    const V pull = parameter(0) * t.log_ratio;
-    s.value += all<V>(0.5) * pull * t.log_ratio;
+    const V l = t.log_ratio(), pull = parameter(0) * l;
+    s.value += all<V>(0.5) * pull * l;
     s.slope += t.live(pull);
     return s;
   }
 
-  Surrogate<V> kl_cov(const Token<V>& t) const {
-    const V pull = select(t.selected, parameter(1), V{});
-    const V side = select(gt(t.log_ratio, V{}), all<V>(1.0), select(lt(t.log_ratio, V{}), all<V>(-1.0), V{}));
-    return {pull * abs(t.log_ratio) - t.advantage * t.ratio, t.live(pull * side - t.advantage * t.ratio),
+  template <bool kRare>
+  RF_INLINE Surrogate<V> kl_cov(const Token<V, kRare>& t) const {
+    const V l = t.log_ratio(), pull = select(t.selected, parameter(1), V{});
+    const V side = select(gt(l, V{}), all<V>(1.0), select(lt(l, V{}), all<V>(-1.0), V{}));
+    return {pull * abs(l) - t.advantage * t.ratio, t.live(pull * side - t.advantage * t.ratio),
             t.selected & lt(t.advantage, V{}), t.selected & gt(t.advantage, V{}), never<V>()};
   }
 
-  Surrogate<V> clip_cov(const Token<V>& t) const {
+  template <bool kRare>
+  RF_INLINE Surrogate<V> clip_cov(const Token<V, kRare>& t) const {
     const double bounds[4] = {p[0], p[1], HUGE_VAL, HUGE_VAL};
     Surrogate<V> s = Clip<V>(bounds)(t.advantage, t.ratio, t.live(t.ratio));
     s.value = select(t.selected, V{}, s.value);
@@ -192,13 +214,13 @@ RF_INLINE V estimate(KlEstimator estimator, V x, V& slope) {
   return m + x;
 }
 
-template <class V>
-RF_INLINE Penalty<V> penalty(KlEstimator estimator, KlGradient gradient, const Token<V>& t, V ref) {
-  const LogRatio<V> x = log_ratio(t.logprob, ref);
+template <class V, bool kRare>
+RF_INLINE Penalty<V> penalty(KlEstimator estimator, KlGradient gradient, const Token<V, kRare>& t, V ref, V raw) {
+  const LogRatio<V> x = kRare ? log_ratio(t.logprob, ref) : LogRatio<V>{raw, never<V>()};
   V slope{};
   const V k = rf::RF_ISA::estimate(estimator, x.value, slope);
   if (gradient == KlGradient::k2) slope = x.value;
-  slope = select(x.clamped, V{}, slope);
+  if constexpr (kRare) slope = select(x.clamped, V{}, slope);
   if (gradient != KlGradient::ratio) return {k, k, slope};
   return {k, t.ratio * k, t.ratio * (t.live(k) + slope)};
 }

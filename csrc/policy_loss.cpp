@@ -6,6 +6,8 @@
 // of bandwidth and arithmetic on AVX-512, arithmetic below. The mask is read once more to count tokens.
 #include "policy_loss.h"
 
+#include "memory.h"
+
 #include "importance_weights.h"
 #include "kl_rewards.h"
 #include "selection.h"
@@ -93,7 +95,8 @@ class Pass {
     *static_cast<Real*>(args_.loss) = static_cast<Real>(total[kLoss]);
   }
 
-  static Surrogate<V> surrogate(const Kernel<V>& kernel, const Token<V>& token, const Piece& piece) {
+  template <bool kRare>
+  RF_INLINE static Surrogate<V> surrogate(const Kernel<V>& kernel, const Token<V, kRare>& token, const Piece& piece) {
     if constexpr (kByRow) {
       return kernel(token, piece.ratio, piece.a, piece.b);
     } else {
@@ -101,94 +104,123 @@ class Pass {
     }
   }
 
-  static void count(V& lanes, Flag<V> flag) { lanes = select(flag, lanes + all<V>(1.0), lanes); }
-
+  RF_INLINE static void count(V& lanes, Flag<V> flag) { lanes = select(flag, lanes + all<V>(1.0), lanes); }
   static void add(double* sums, int slot, V lanes) { sums[slot] += static_cast<double>(sum_lanes(lanes)); }
   static void raise(double* sums, int slot, V lanes) {
     sums[slot] = larger(static_cast<double>(max_lanes(lanes)), sums[slot]);
   }
 
-  // Up to kChunk tokens: sums in float lanes until the end of it. Steps that a call does without are branches that
-  // never change. What the loop reads of the call is copied first, since a store could change it for all the compiler
-  // knows, and every sum has a name, so that it stays in a register.
-  void chunk(const Inputs<V>& inputs, int64_t tokens, const Piece& given, double* sums) const {
-    const Inputs<V> in = inputs;
-    const Piece piece = given;
-    const Kernel<V> kernel = kernel_;
-    const KlEstimator estimator = args_.kl_estimator;
-    const KlGradient gradient = args_.kl_gradient;
-    const V kl_coef = all<V>(args_.kl_coef), entropy_slope = all<V>(-args_.entropy_coef) * piece.token_weight;
+  // The running sums of a chunk in float lanes; each has a name, so that it stays in a register.
+  struct Lanes {
+    V loss{}, k1{}, k3{}, clamped{}, ratio{}, ratio_max{}, low{}, high{}, dual{};
+    V importance{}, squares{}, importance_max{}, kl_loss{}, kl{}, entropy{};
+  };
+
+  // What the loop over a chunk reads of the call, copied: for all the compiler knows a store could change the call.
+  struct Given {
+    const Inputs<V> in;
+    const Piece piece;
+    const Kernel<V> kernel;
+    const KlEstimator estimator;
+    const KlGradient gradient;
+    const V kl_coef, entropy_slope;
+    const bool row_ratio;
+  };
+
+  // One vector of tokens. Steps that a call does without are branches that never change.
+  template <bool kRare>
+  RF_INLINE static void step(const Given& g, int64_t i, Flag<V> counts, Token<V, kRare>& t, V ref, V raw_ref, Lanes& sums) {
+    const Inputs<V>& in = g.in;
+    const LogRatio<V> l = kRare ? log_ratio(t.logprob, t.old) : LogRatio<V>{t.raw, never<V>()};
+    const Exp<V> e = exp20(l.value);
+    t.ratio = e.value;
+    if constexpr (kRare) {
+      t.clamped = l.clamped;
+      count(sums.clamped, l.clamped);
+    }
+    t.advantage = in.advantages ? in.advantages(i, counts) : select(counts, g.piece.advantage, V{});
+    t.selected = in.selected != nullptr ? counts & flags<V>(in.selected + i) : never<V>();
+    sums.k1 -= l.value;
+    sums.k3 += e.minus_one - l.value;
+    const V ratio = g.row_ratio ? g.piece.ratio : e.value;
+    sums.ratio = select(counts, sums.ratio + ratio, sums.ratio);
+    sums.ratio_max = larger(select(counts, ratio, V{}), sums.ratio_max);
+    Surrogate<V> s = surrogate(g.kernel, t, g.piece);
+    count(sums.low, s.low);  // the masked have A = 0, so nothing holds them but a cap
+    count(sums.high, s.high);
+    count(sums.dual, counts & s.dual);
+    if (in.importance) {
+      const V importance = in.importance(i, counts);
+      sums.importance += importance;
+      sums.squares += importance * importance;
+      sums.importance_max = larger(importance, sums.importance_max);
+      if (g.piece.weigh_value) s.value *= importance;
+      if (g.piece.weigh_slope) s.slope *= importance;
+    }
+    sums.loss += kByRow ? select(counts, s.value, V{}) : s.value;  // 0 where masked, but for a row's NaN
+    if (in.ref_logprobs) {
+      const Penalty<V> kl = penalty(g.estimator, g.gradient, t, ref, raw_ref);
+      sums.kl += kl.estimate;
+      if (g.gradient == KlGradient::ratio) sums.kl_loss += kl.value;
+      s.slope += g.kl_coef * kl.slope;
+    }
+    if (in.d_logprobs != nullptr) store_whole(in.d_logprobs + i, select(counts, g.piece.token_weight * s.slope, V{}));
+    if (in.entropy) {
+      sums.entropy += in.entropy(i, counts);
+      if (in.d_entropy != nullptr) store_whole(in.d_entropy + i, select(counts, g.entropy_slope, V{}));
+    }
+  }
+
+  // Up to kChunk tokens. A vector without a log-ratio outside of +-20, or NaN, or a forbidden token has an eighth of
+  // the work less; the sum of squares finds all of them.
+  void chunk(const Inputs<V>& inputs, int64_t tokens, const Piece& piece, double* sums) const {
     const bool row_ratio = kByRow && args_.objective != Objective::gmpo;
-    V loss{}, k1{}, k3{}, clamped{}, ratios{}, ratio_max{}, low{}, high{}, dual{};
-    V importances{}, squares{}, importance_max{}, kl_loss{}, kl_total{}, entropies{};
+    const Given g{inputs, piece, kernel_, args_.kl_estimator, args_.kl_gradient, all<V>(args_.kl_coef),
+                  all<V>(-args_.entropy_coef) * piece.token_weight, row_ratio};
+    const Inputs<V>& in = g.in;
+    Lanes lanes;
     for (int64_t i = 0; i < tokens; i += kWidth<V>) {
       const Flag<V> counts = flags<V>(in.mask + i);
-      Token<V> t;
+      Token<V, false> t;
       t.logprob = in.logprobs(i, counts);
       t.old = in.old_logprobs ? in.old_logprobs(i, counts) : t.logprob;
-      t.advantage = in.advantages ? in.advantages(i, counts) : select(counts, piece.advantage, V{});
-      t.selected = in.selected != nullptr ? counts & flags<V>(in.selected + i) : never<V>();
-      const LogRatio<V> l = log_ratio(t.logprob, t.old);
-      const Exp<V> e = exp20(l.value);
-      t.log_ratio = l.value;
-      t.ratio = e.value;
-      t.clamped = l.clamped;
-      k1 -= l.value;
-      k3 += e.minus_one - l.value;
-      count(clamped, l.clamped);
-      const V ratio = select(counts, row_ratio ? piece.ratio : e.value, V{});
-      ratios += ratio;
-      ratio_max = larger(ratio, ratio_max);
-      Surrogate<V> s = surrogate(kernel, t, piece);
-      count(low, s.low);  // the masked have A = 0, so nothing holds them but a cap
-      count(high, s.high);
-      count(dual, counts & s.dual);
-      if (in.importance) {
-        const V importance = in.importance(i, counts);
-        importances += importance;
-        squares += importance * importance;
-        importance_max = larger(importance, importance_max);
-        if (piece.weigh_value) s.value *= importance;
-        if (piece.weigh_slope) s.slope *= importance;
-      }
-      loss += kByRow ? select(counts, s.value, V{}) : s.value;  // 0 where masked, but for a row's NaN
+      t.raw = t.logprob - t.old;
+      V ref{}, raw_ref{}, reach = t.raw * t.raw;
       if (in.ref_logprobs) {
-        const Penalty<V> kl =
-            penalty(estimator, gradient, t, in.ref_logprobs(i, counts));
-        kl_loss += kl.value;
-        kl_total += kl.estimate;
-        s.slope += kl_coef * kl.slope;
+        ref = in.ref_logprobs(i, counts);
+        raw_ref = t.logprob - ref;
+        reach += raw_ref * raw_ref;
       }
-      if (in.d_logprobs != nullptr) {
-        store_whole(in.d_logprobs + i, select(counts, piece.token_weight * s.slope, V{}));
-      }
-      if (in.entropy) {
-        entropies += in.entropy(i, counts);
-        if (in.d_entropy != nullptr) store_whole(in.d_entropy + i, select(counts, entropy_slope, V{}));
+      if (__builtin_expect(every(le(reach, all<V>(400.0))), true)) {
+        step<false>(g, i, counts, t, ref, raw_ref, lanes);
+      } else {
+        Token<V, true> rare;
+        rare.logprob = t.logprob;
+        rare.old = t.old;
+        step<true>(g, i, counts, rare, ref, raw_ref, lanes);
       }
     }
-    add(sums, kClipLow, low);
-    add(sums, kClipHigh, high);
-    add(sums, kClipDual, dual);
-    add(sums, kApproxK1, k1);
-    add(sums, kApproxK3, k3);
-    add(sums, kRatio, ratios);
-    add(sums, kClamped, clamped);
-    raise(sums, kRatioMax, ratio_max);
-    double terms = static_cast<double>(sum_lanes(loss));
+    add(sums, kClipLow, lanes.low);
+    add(sums, kClipHigh, lanes.high);
+    add(sums, kClipDual, lanes.dual);
+    add(sums, kApproxK1, lanes.k1);
+    add(sums, kApproxK3, lanes.k3);
+    add(sums, kRatio, lanes.ratio);
+    add(sums, kClamped, lanes.clamped);
+    raise(sums, kRatioMax, lanes.ratio_max);
+    double terms = static_cast<double>(sum_lanes(lanes.loss));
     if (in.ref_logprobs) {
-      add(sums, kKl, kl_total);
-      terms += args_.kl_coef * static_cast<double>(sum_lanes(kl_loss));
+      add(sums, kKl, lanes.kl);
+      terms += args_.kl_coef * static_cast<double>(sum_lanes(g.gradient == KlGradient::ratio ? lanes.kl_loss : lanes.kl));
     }
     if (in.entropy) {
-      const double total = static_cast<double>(sum_lanes(entropies));
-      sums[kEntropy] += total;
-      terms -= args_.entropy_coef * total;
+      add(sums, kEntropy, lanes.entropy);
+      terms -= args_.entropy_coef * static_cast<double>(sum_lanes(lanes.entropy));
     }
     if (in.importance) {
-      add(sums, kImportance, importances);
-      add(sums, kImportanceSquare, squares);
-      raise(sums, kImportanceMax, importance_max);
+      add(sums, kImportance, lanes.importance);
+      add(sums, kImportanceSquare, lanes.squares);
+      raise(sums, kImportanceMax, lanes.importance_max);
     }
     sums[kLoss] += piece.weight * terms;
   }
@@ -209,6 +241,10 @@ void policy_loss_lanes(const PolicyLossArgs& args) {
 }
 
 void policy_loss(const PolicyLossArgs& args) {
+  // Smaller ones come back from the allocator with their pages.
+  constexpr int64_t kFresh = int64_t{1} << 24;
+  const int64_t bytes = args.layout.tokens * (args.dtype == DType::float64 ? 8 : 4);
+  if (bytes >= kFresh) prefer_large_pages(args.d_logprobs, static_cast<size_t>(bytes));
   if (args.dtype == DType::float64) return policy_loss_lanes<double>(args);
   policy_loss_lanes<f32v>(args);
 }

@@ -92,6 +92,19 @@ inline auto ge(V a, V b) {
 template <class V>
 using Flag = decltype(lt(V{}, V{}));
 
+inline bool every(bool flag) { return flag; }
+inline bool every(LaneFlags flags) {
+#if defined(__AVX512F__)
+  return flags.bits == 0xffff;
+#elif defined(__AVX2__)
+  return _mm256_movemask_ps(reinterpret_cast<__m256>(flags)) == 0xff;
+#else
+  int64_t halves[2];
+  std::memcpy(halves, &flags, sizeof(halves));
+  return (halves[0] & halves[1]) == -1;
+#endif
+}
+
 template <class V>
 inline V all(double x) {
   return V{} + static_cast<typename std::conditional<sizeof(V) == sizeof(double), double, float>::type>(x);
@@ -119,27 +132,31 @@ inline V bounded(V x, V low, V high) {
   return at_most(at_least(x, low), high);
 }
 
-// exp(x) and exp(x) - 1 for |x| <= 20 or NaN: simd.h's polynomial without its guards. Where x needs no scaling
-// the second is the polynomial before 1 is added, so nothing cancels.
+// exp(x) and exp(x) - 1 for |x| <= 20 or NaN: simd.h's polynomial without its guards. exp(x) = (1 + q) 2^n; 2^n - 1 is
+// exact or as good as, so nothing cancels.
 template <class V>
 struct Exp {
   V value, minus_one;
 };
 inline Exp<double> exp20(double x) { return {std::exp(x), std::expm1(x)}; }
 RF_INLINE Exp<f32v> exp20(f32v x) {
-  const f32v shifter = splat(12582912.0f);  // 1.5 * 2^23: adding it leaves the rounded integer in the low bits
+  // 1.5 * 2^23 + 127: adding it leaves the rounded integer, biased like an exponent, in the low bits.
+  const f32v shifter = splat(12583039.0f);
   const f32v shifted = x * splat(1.44269504f) + shifter;
   const f32v n = shifted - shifter;
+#if defined(__FMA__) || defined(__aarch64__)
+  const f32v r = fused(n, splat(-0.693147182f), x);  // |n| < 30, so ln2's rounding is below half an eps
+#else
   const f32v r = (x - n * splat(0.693359375f)) + n * splat(2.12194440e-4f);
+#endif
   f32v p = splat(0.00138146f);
   p = p * r + splat(0.00836872f);
   p = p * r + splat(0.04166839f);
   p = p * r + splat(0.16666521f);
   p = p * r + splat(0.49999993f);
   const f32v q = p * (r * r) + r;
-  const f32v scale = reinterpret_cast<f32v>((reinterpret_cast<i32v>(shifted) - (0x4b400000 - 127)) << 23);
-  const f32v value = (q + 1.0f) * scale;
-  return {value, select(eq(n, f32v{}), q, value - 1.0f)};
+  const f32v scale = reinterpret_cast<f32v>(reinterpret_cast<i32v>(shifted) << 23);
+  return {q * scale + scale, q * scale + (scale - 1.0f)};
 }
 
 inline double load_some(const double* p, int64_t) { return *p; }

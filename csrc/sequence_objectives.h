@@ -216,10 +216,11 @@ struct RowKernel {
         log_high(all<V>(gmpo(args) ? std::log(args.parameters[1]) : 0.0)) {}
   static bool gmpo(const PolicyLossArgs& args) { return args.objective == Objective::gmpo; }
 
-  Surrogate<V> operator()(const Token<V>& t, V ratio, V a, V b) const {
+  template <bool kRare>
+  RF_INLINE Surrogate<V> operator()(const Token<V, kRare>& t, V ratio, V a, V b) const {
     if (objective == Objective::gmpo) {
-      const Flag<V> low = lt(t.advantage, V{}) & lt(t.log_ratio, log_low);
-      const Flag<V> high = gt(t.advantage, V{}) & gt(t.log_ratio, log_high);
+      const V l = t.log_ratio();
+      const Flag<V> low = lt(t.advantage, V{}) & lt(l, log_low), high = gt(t.advantage, V{}) & gt(l, log_high);
       const V slope = select(low | high | eq(t.advantage, V{}), V{}, t.live(a));
       return {-t.advantage * ratio, slope, low, high, never<V>()};
     }
