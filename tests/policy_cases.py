@@ -88,7 +88,7 @@ def surrogate(objective, logp, ratio, A) -> torch.Tensor:
     return loss
 
 
-KL = {"k1": lambda x: x, "k2": lambda x: x**2 / 2, "k3": lambda x: torch.exp(-x) - 1 + x}
+KL = {"k1": lambda x: x, "k2": lambda x: x**2 / 2, "k3": lambda x: torch.exp(-x) - 1 + x, "abs": torch.abs}
 
 
 def formula(b: Batch, objective, *, aggregation="token_mean", denominator=None, kl_coef=0.0, kl_estimator="k3",

@@ -172,7 +172,7 @@ def test_kl_gradients_in_closed_form(backend, estimator, on_policy):
     if on_policy:
         b, r = replace(b, old_logprobs=None), torch.ones_like(r)
     k = KL[estimator](x)
-    slope = {"k1": torch.ones_like(x), "k2": x, "k3": 1 - torch.exp(-x)}[estimator]
+    slope = {"k1": torch.ones_like(x), "k2": x, "k3": 1 - torch.exp(-x), "abs": x.sign()}[estimator]
     weights = token_weights(b.mask, "token_mean", None)
     wanted = {"value": (k, slope), "k2": (k, x), "ratio": (r * k, r * (k + slope))}
     for gradient, (value, derivative) in wanted.items():
