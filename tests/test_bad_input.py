@@ -148,6 +148,42 @@ OPS: dict[str, tuple[Callable[..., Any], Arguments, Arguments]] = {
         {"logprobs": _floats(5), "behavior_logprobs": _floats(5), "mask": _flags(5), "cu_seqlens": _edges()},
         {"low": 0.5, "high": 2.0, "level": "sequence"},
     ),
+    "off_policy_mask": (
+        rf.off_policy_mask,
+        {
+            "logprobs": _floats(2, 3),
+            "behavior_logprobs": _floats(2, 3),
+            "advantages": _floats(2, 3),
+            "mask": _flags(2, 3),
+        },
+        {"threshold": 0.1},
+    ),
+    "high_entropy_mask": (
+        rf.high_entropy_mask,
+        {"entropy": _floats(2, 3), "mask": _flags(2, 3)},
+        {"fraction": 0.5},
+    ),
+    "kl_rewards": (
+        rf.kl_rewards,
+        {
+            "logprobs": _floats(2, 3),
+            "rewards": _floats(2, 3),
+            "ref_logprobs": _floats(2, 3),
+            "mask": _flags(2, 3),
+        },
+        {"kl_coef": 0.1},
+    ),
+    "kl_rewards packed": (
+        rf.kl_rewards,
+        {
+            "logprobs": _floats(5),
+            "rewards": _floats(5),
+            "ref_logprobs": _floats(5),
+            "mask": _flags(5),
+            "cu_seqlens": _edges(),
+        },
+        {"kl_coef": 0.1},
+    ),
     "attribution_scores": (
         rf.attribution_scores,
         {"grad": _floats(2, 3), "activation": _floats(2, 3)},
@@ -228,7 +264,10 @@ NUMBERS: dict[str, dict[str, tuple[Any, ...]]] = {
     "whiten": {"eps": (-1.0, NAN), "ddof": (2, -1)},
     "policy_loss": {"kl_coef": (NAN, INF), "entropy_coef": (NAN, INF), "denominator": (0, -1.0, NAN, INF)},
     "value_loss": {"clip": (0, -1.0, NAN), "denominator": (0, -1.0, NAN, INF)},
-    "importance_weights": {"low": (-0.1, NAN, INF, 3.0), "high": (-1.0, NAN, 0.4)},
+    "importance_weights": {"low": (-0.1, NAN, INF, 3.0), "high": (-1.0, NAN, 0.4), "veto": (-1.0, NAN, INF)},
+    "off_policy_mask": {"threshold": (-1.0, NAN, INF)},
+    "high_entropy_mask": {"fraction": (0, -0.1, 1.5, NAN)},
+    "kl_rewards": {"kl_coef": (NAN, INF), "clip": (0, -1.0, NAN, INF)},
 }
 
 

@@ -118,16 +118,11 @@ def _denominator_triton(number: float, tensor: torch.Tensor | None) -> tuple[flo
 
 
 def _scaled(saved: torch.Tensor, upstream: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """Saved gradients stay wide until here: in float16, 1 / n would vanish before the loss scale reaches it. On a CPU,
-    where looking costs nothing, a plain loss.backward() copies no gradient."""
-    once = not torch.is_grad_enabled()  # not when the gradient is to be differentiated by `upstream`
-    if (
-        once
-        and saved.dtype == dtype
-        and upstream.device.type == "cpu"
-        and is_eager(upstream)
-        and upstream.item() == 1
-    ):
+    """Saved gradients stay wide until here: in float16, 1 / n would vanish before the loss scale reaches it. On a
+    CPU, where looking costs nothing, a plain loss.backward() copies no gradient."""
+    looks = saved.dtype == dtype and upstream.device.type == "cpu" and is_eager(upstream)
+    # With gradients enabled somebody differentiates by `upstream`.
+    if looks and not torch.is_grad_enabled() and upstream.item() == 1:
         return saved
     return (saved * upstream).to(dtype)
 

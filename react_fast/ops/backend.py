@@ -174,14 +174,19 @@ def register(
     if backward is None:  # called by autograd, which may batch the gradients it passes
         return overload
 
+    assert setup_context is not None
+    setup: Implementation = setup_context
+    differentiate = backward
+
     class Eager(torch.autograd.Function):
         @staticmethod
         def forward(ctx: Any, *args: Any) -> Any:  # a setup_context of its own costs torch 10 us
             outputs = run(*args)
-            setup_context(ctx, args, outputs)
+            setup(ctx, args, outputs)
             return outputs
 
-    Eager.backward = staticmethod(backward)
+        backward = staticmethod(differentiate)
+
     # Function.apply without its look at every argument for wrappers that torch.func has left behind, 4 us.
     apply = super(torch.autograd.Function, Eager).apply
 

@@ -84,6 +84,9 @@ def _cispo(o: CISPO, t: Tokens) -> Surrogate:
     return Surrogate(loss, low, above & (t.A > 0), above & (t.A < 0), r)
 
 
+_Held = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+
+
 def _faded(
     gate: torch.Tensor, r: torch.Tensor, t: Tokens, positive: torch.Tensor
 ) -> tuple[torch.Tensor, ...]:
@@ -101,7 +104,8 @@ def _sapo(o: SAPO, t: Tokens) -> Surrogate:
     r = t.log_ratio.exp()
     tau = _either(t.A > 0, o.tau_pos, o.tau_neg, r)
     s = torch.sigmoid(tau * (r - 1))
-    return Surrogate(-t.A * (4 / tau) * s, *_faded(4 * s * (1 - s), r, t, t.A > 0), r)
+    low, high, dual = _faded(4 * s * (1 - s), r, t, t.A > 0)
+    return Surrogate(-t.A * (4 / tau) * s, low, high, dual, r)
 
 
 def _dppo(o: Any, t: Tokens, kept: torch.Tensor) -> Surrogate:
@@ -169,7 +173,8 @@ def _vespo(o: VESPO, t: Tokens) -> Surrogate:
     k, lam = _either(positive, o.k_pos, o.k_neg, log_w), _either(positive, o.lambda_pos, o.lambda_neg, log_w)
     phi = (k * log_w - lam * torch.expm1(log_w)).exp()
     w = log_w.exp().expand_as(t.A)
-    return Surrogate(_weighted_logp(t, phi), *_faded(phi, w, t, positive), w)
+    low, high, dual = _faded(phi, w, t, positive)
+    return Surrogate(_weighted_logp(t, phi), low, high, dual, w)
 
 
 class Rule(NamedTuple):

@@ -6,7 +6,7 @@ reads the fields of the same algorithm and configuration objects and nothing els
 
 import copy
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -329,7 +329,7 @@ _ADVANTAGES: dict[str, Callable[[Any, list[Scored]], list[torch.Tensor]]] = {
 
 def _sft_loss(
     trainer: Trainer, one: Scored, logp: torch.Tensor, entropy: torch.Tensor, denominator: int
-) -> tuple[torch.Tensor, dict[str, Any]]:
+) -> tuple[torch.Tensor, Mapping[str, Any]]:
     return -logp.sum() / denominator, {
         "tokens": one.mask.sum(),
         "entropy": entropy.detach().sum() / max(int(one.mask.sum()), 1),
@@ -338,7 +338,7 @@ def _sft_loss(
 
 def _grpo_loss(
     trainer: Trainer, one: Scored, logp: torch.Tensor, entropy: torch.Tensor, denominator: int
-) -> tuple[torch.Tensor, dict[str, Any]]:
+) -> tuple[torch.Tensor, Mapping[str, Any]]:
     algorithm = trainer.algorithm
     objective = PPOClip(ratio_min=algorithm.ratio_min, ratio_max=algorithm.ratio_max)
     return _policy_gradient(trainer, one, logp, entropy, denominator, objective)
@@ -346,13 +346,13 @@ def _grpo_loss(
 
 def _reinforce_loss(
     trainer: Trainer, one: Scored, logp: torch.Tensor, entropy: torch.Tensor, denominator: int
-) -> tuple[torch.Tensor, dict[str, Any]]:
+) -> tuple[torch.Tensor, Mapping[str, Any]]:
     return _policy_gradient(trainer, one, logp, entropy, denominator, Reinforce())
 
 
 def _policy_gradient(
     trainer: Trainer, one: Scored, logp: torch.Tensor, entropy: torch.Tensor, denominator: int, objective: Any
-) -> tuple[torch.Tensor, dict[str, Any]]:
+) -> tuple[torch.Tensor, Mapping[str, Any]]:
     algorithm, config = trainer.algorithm, trainer.config
 
     def row(x: torch.Tensor | None) -> torch.Tensor | None:

@@ -1,5 +1,6 @@
 """Group-relative policy optimisation."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -67,7 +68,7 @@ class GRPO:
         logprobs: torch.Tensor,
         entropy: torch.Tensor,
         denominator: torch.Tensor,
-    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    ) -> tuple[torch.Tensor, Mapping[str, torch.Tensor]]:
         assert part.advantages is not None, "credit comes before update"
         return policy_loss(
             logprobs,

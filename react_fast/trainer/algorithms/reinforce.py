@@ -1,5 +1,6 @@
 """REINFORCE with a baseline."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -69,7 +70,7 @@ class REINFORCE:
         logprobs: torch.Tensor,
         entropy: torch.Tensor,
         denominator: torch.Tensor,
-    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    ) -> tuple[torch.Tensor, Mapping[str, torch.Tensor]]:
         assert part.advantages is not None, "credit comes before update"
         return policy_loss(
             logprobs,
