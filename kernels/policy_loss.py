@@ -292,7 +292,7 @@ def policy_loss(
             logprobs, given(old), advantages, given(ref), given(entropy), given(importance), layout.mask,
             layout.row_arguments()[0], weights.flat, given(weights.counts), given(d_logprobs),
             given(d_entropy), partial, layout.tokens, *layout.row_arguments()[1:], steps, row_stride,
-            token_stride, *parameters, kl_coef, entropy_coef,
+            token_stride, *parameters[:4], kl_coef, entropy_coef,
             OBJECTIVE=objective, ESTIMATOR=kl_estimator, GRADIENT=kl_gradient,
             OLD=old is not None, REF=ref is not None, HAS_ENTROPY=entropy is not None,
             HAS_IMPORTANCE=importance is not None, PACKED=layout.cu_seqlens is not None,
