@@ -2,7 +2,7 @@
 // policy_loss.cpp, once per instruction set. The equations are `selection` of react_fast/reference/surrogates.py and
 // `high_entropy_mask` of importance_weights.py there.
 //
-// Roofline: two or three streams of the inputs and of one number a token; the selection itself is linear on average.
+// Roofline: two streams of the inputs and three of one number a token; what is sorted through is a small part of them.
 #pragma once
 
 #include <algorithm>
@@ -96,37 +96,86 @@ class Selection {
     return static_cast<int64_t>(total[kCount]);
   }
 
-  void largest(int64_t wanted, uint8_t* selected) {
-    std::vector<Real> found;
-    for (int64_t i = 0; i < args_.layout.tokens; ++i) {
-      if (covariance_[i] > kNever) found.push_back(covariance_[i]);
+  // hit(i) for every token whose covariance `among` accepts, in order: whole vectors without one are passed over.
+  template <class Among, class Hit>
+  void scan(const Among& among, const Hit& hit) {
+    const int64_t tokens = args_.layout.tokens, whole = tokens / kWidth<V> * kWidth<V>;
+    for (int64_t i = 0; i < whole; i += kWidth<V>) {
+      if (every(!among(load_whole(covariance_.data + i)))) continue;
+      for (int64_t lane = i; lane < i + kWidth<V>; ++lane) test(lane, among, hit);
     }
-    wanted = smaller(wanted, static_cast<int64_t>(found.size()));
-    if (wanted == 0) return;
-    std::nth_element(found.begin(), found.begin() + (wanted - 1), found.end(), std::greater<Real>());
-    const Real bound = found[static_cast<size_t>(wanted - 1)];
-    int64_t above = 0;
-    for (int64_t i = 0; i < args_.layout.tokens; ++i) above += selected[i] = covariance_[i] > bound;
-    for (int64_t i = 0; i < args_.layout.tokens && above < wanted; ++i) {
-      if (covariance_[i] == bound) above += selected[i] = 1;
-    }
+    for (int64_t i = whole; i < tokens; ++i) test(i, among, hit);
+  }
+  template <class Among, class Hit>
+  void test(int64_t i, const Among& among, const Hit& hit) {
+    if (every(among(all<V>(static_cast<double>(covariance_[i]))))) hit(i);
   }
 
-  // Those whose rank among the counting tokens has the smallest hash.
+  // The `wanted` largest, the earlier first among equals. A bound that a sample suggests leaves few to sort through;
+  // should it leave too few, all are.
+  void largest(int64_t wanted, uint8_t* selected) {
+    std::vector<std::pair<Real, int64_t>> found;
+    for (const Real bound : {sampled_bound(wanted), std::numeric_limits<Real>::lowest()}) {
+      found.clear();
+      const V least = all<V>(static_cast<double>(bound));
+      scan([&](V c) { return le(least, c); }, [&](int64_t i) { found.emplace_back(-covariance_[i], i); });
+      if (static_cast<int64_t>(found.size()) >= wanted) break;
+    }
+    choose(found, wanted, selected);
+  }
+
+  // Below the wanted-th largest with near certainty: the sample's share of it, and five standard deviations more.
+  Real sampled_bound(int64_t wanted) {
+    constexpr int64_t step = 61;
+    std::vector<Real> sample;
+    for (int64_t i = 0; i < args_.layout.tokens; i += step) {
+      if (covariance_[i] > kNever) sample.push_back(covariance_[i]);
+    }
+    const double share = static_cast<double>(wanted) / static_cast<double>(step);
+    const int64_t position = static_cast<int64_t>(share + 5 * std::sqrt(share) + 5);
+    if (position >= static_cast<int64_t>(sample.size())) return std::numeric_limits<Real>::lowest();
+    std::nth_element(sample.begin(), sample.begin() + position, sample.end(), std::greater<Real>());
+    return sample[static_cast<size_t>(position)];
+  }
+
+  // Those whose rank among the counting tokens has the smallest hash. Few hashes can be among them: the others are passed
+  // over before the clip is looked at; should that leave too few, none is.
   void draw(int64_t wanted, uint8_t* selected) {
     const double* p = args_.parameters;
     const uint32_t seed = static_cast<uint32_t>(p[5]);
+    const V low = all<V>(p[3]), high = all<V>(p[4]);
     std::vector<std::pair<uint32_t, int64_t>> found;
-    uint32_t rank = 0;
-    for (int64_t row = 0; row < args_.layout.rows; ++row) {
-      for (int64_t i = row_begin(args_.layout, row); i < row_begin(args_.layout, row + 1); ++i) {
-        if (!args_.layout.mask[i]) continue;
-        const uint32_t own = rank++;
-        if (covariance_[i] > p[3] && covariance_[i] < p[4] && !held(i, args_.row_advantages ? row : i)) {
-          found.emplace_back(mixed(own * 0x9e3779b9u + seed), i);
-        }
-      }
+    for (const uint32_t bound : {likely_hash(wanted), ~uint32_t{0}}) {
+      found.clear();
+      int64_t rank = 0, seen = 0;
+      scan([&](V c) { return lt(low, c) & lt(c, high); },
+           [&](int64_t i) {
+             rank += count_set(args_.layout.mask + seen, i - seen);
+             seen = i;
+             const uint32_t hash = mixed(static_cast<uint32_t>(rank) * 0x9e3779b9u + seed);
+             if (hash > bound || held(i, args_.row_advantages ? row_of(args_.layout, i) : i)) return;
+             found.emplace_back(hash, i);
+           });
+      if (static_cast<int64_t>(found.size()) >= wanted) break;
     }
+    choose(found, wanted, selected);
+  }
+
+  // A hash above those of the wanted, if the clip holds less than half: hashes are uniform over the candidates, whose
+  // number a sample tells.
+  uint32_t likely_hash(int64_t wanted) {
+    constexpr int64_t step = 61;
+    double candidates = 0;
+    for (int64_t i = 0; i < args_.layout.tokens; i += step) {
+      candidates += covariance_[i] > args_.parameters[3] && covariance_[i] < args_.parameters[4] ? step : 0;
+    }
+    const double share = 2 * (static_cast<double>(wanted) + 5 * std::sqrt(static_cast<double>(wanted)) + 5);
+    return share < candidates ? static_cast<uint32_t>(4294967295.0 * share / candidates) : ~uint32_t{0};
+  }
+
+  // The `wanted` smallest keys, or all.
+  template <class Key>
+  static void choose(std::vector<std::pair<Key, int64_t>>& found, int64_t wanted, uint8_t* selected) {
     wanted = smaller(wanted, static_cast<int64_t>(found.size()));
     if (wanted == 0) return;
     std::nth_element(found.begin(), found.begin() + (wanted - 1), found.end());
