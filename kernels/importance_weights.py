@@ -147,9 +147,13 @@ def finish_kernel(partial, stats, scale_out, programs, NORMALIZE: tl.constexpr, 
 
 def importance_weights(
     logprobs: torch.Tensor, behavior_logprobs: torch.Tensor, layout: Layout, level: int, mode: int,
-    low: float, high: float, normalize: bool, weights: torch.Tensor, stats: torch.Tensor,
+    low: float, high: float, bound_level: int, veto: float, normalize: int, weights: torch.Tensor,
+    stats: torch.Tensor,
 ) -> None:  # fmt: skip
     """Fill weights and stats from contiguous inputs; `level`, `mode` as csrc/policy_loss.h numbers them."""
+    if bound_level != level or veto > 0 or normalize == 2:
+        raise NotImplementedError("bound_level, veto and normalize='sequences' have no Triton kernel")
+    stats.zero_()  # nothing is vetoed
     programs, steps = programs_of(layout.tokens)
     packed, kind = layout.cu_seqlens is not None, wide(logprobs.dtype)
     bounds, rows, row_length, search_steps = layout.row_arguments()
@@ -167,7 +171,7 @@ def importance_weights(
             WIDE=kind, BLOCK=BLOCK, num_warps=warps(logprobs.dtype),
         )  # fmt: skip
     scale = weights.new_empty(1)
-    finish_kernel[(1,)](partial, stats, scale, programs, NORMALIZE=normalize, FOLD=FOLD)
+    finish_kernel[(1,)](partial, stats, scale, programs, NORMALIZE=normalize > 0, FOLD=FOLD)
     if normalize:
         weights.mul_(scale)
 

@@ -10,6 +10,7 @@ from ..reference.policy_loss import PolicyLoss
 from . import _check
 from ._dtensor import plain
 from ._linear_policy_loss import Eager, Tokens, compiled
+from ._objectives import OBJECTIVES
 from ._policy_loss import denominator_value, named_metrics
 from .backend import accumulation_dtype, use_reference
 from .linear_logprob import Maybe, checked, is_eager
@@ -104,6 +105,8 @@ def linear_policy_loss(
         raise ValueError(
             f"cu_seqlens must be given for packed tokens and aggregation {aggregation!r}, got None"
         )
+    if OBJECTIVES[type(objective)].whole_rows and not use_reference():
+        raise NotImplementedError(f"linear_policy_loss takes objectives of single tokens, got {objective!r}")
     if use_reference():
         if tp_group is not None:
             raise ValueError("tp_group must be None on the reference backend, got a process group")
