@@ -62,8 +62,9 @@ struct Clip {
     const Flag<V> negative = lt(advantage, V{});
     const V bound = at_most(at_least(ratio, select(negative, low, V{})), select(negative, over, high));
     const Flag<V> raised = gt(bound, ratio), lowered = lt(bound, ratio);  // both false for NaN
+    const Flag<V> held = lowered & gt(advantage, V{}), dual = lowered & negative;
     const V passing = select(raised | lowered, V{}, live_ratio);
-    return {-advantage * bound, -advantage * passing, raised, lowered & gt(advantage, V{}), lowered & negative};
+    return {-advantage * bound, -advantage * passing, raised, held, dual};
   }
 };
 
@@ -136,8 +137,9 @@ struct TokenKernel {
   RF_INLINE Surrogate<V> dppo(const Token<V, kRare>& t, Flag<V> kept) const {
     const V cap = parameter(2);
     Surrogate<V> s = weighted_logp(t, select(kept, at_most(t.ratio, cap), V{}));
-    s.low = !kept & lt(t.advantage, V{});
-    s.high = !kept & gt(t.advantage, V{});
+    const Flag<V> stopped = !kept;
+    s.low = stopped & lt(t.advantage, V{});
+    s.high = stopped & gt(t.advantage, V{});
     s.dual = kept & gt(t.ratio, cap);
     return s;
   }
@@ -173,10 +175,10 @@ struct TokenKernel {
 
   template <bool kRare>
   RF_INLINE Surrogate<V> kl_cov(const Token<V, kRare>& t) const {
+    const Flag<V> down = t.selected & lt(t.advantage, V{}), up = t.selected & gt(t.advantage, V{});
     const V l = t.log_ratio(), pull = select(t.selected, parameter(1), V{});
     const V side = select(gt(l, V{}), all<V>(1.0), select(lt(l, V{}), all<V>(-1.0), V{}));
-    return {pull * abs(l) - t.advantage * t.ratio, t.live(pull * side - t.advantage * t.ratio),
-            t.selected & lt(t.advantage, V{}), t.selected & gt(t.advantage, V{}), never<V>()};
+    return {pull * abs(l) - t.advantage * t.ratio, t.live(pull * side - t.advantage * t.ratio), down, up, never<V>()};
   }
 
   template <bool kRare>
