@@ -253,9 +253,9 @@ inline f32v exp_minus_abs(f32v x) { return exp_nonpositive(-abs(x)); }
 // s = (m - 1) / (m + 1), log m = 2 s (1 + s^2 / 3 + ...), whose first term left out is below 2e-9 of it.
 inline double log_positive(double x) { return x > 0 ? std::log(x) : std::nan(""); }
 inline f32v log_positive(f32v x) {
-  const i32v bits = reinterpret_cast<i32v>(x);
-  const i32v exponent = (bits - 0x3f3504f3) >> 23;
-  const f32v m = reinterpret_cast<f32v>(bits - (exponent << 23));
+  const u32v bits = reinterpret_cast<u32v>(x);  // unsigned: a negative x may wrap around
+  const i32v exponent = reinterpret_cast<i32v>(bits - 0x3f3504f3u) >> 23;
+  const f32v m = reinterpret_cast<f32v>(bits - (reinterpret_cast<u32v>(exponent) << 23));
   const f32v s = (m - 1.0f) / (m + 1.0f), z = s * s;
   f32v p = splat(1.0f / 9);
   p = p * z + splat(1.0f / 7);
