@@ -6,10 +6,26 @@ loops over sequences, so the two share no code.
 
 from dataclasses import dataclass, replace
 
+import pytest
 import torch
 
 import react_fast as rf
-from react_fast import PPOClip, Reinforce
+from react_fast import (
+    CISPO,
+    DRO,
+    GMPO,
+    GSPO,
+    LUSPO,
+    SAPO,
+    VESPO,
+    ClipCov,
+    DPPOBinaryKL,
+    DPPOBinaryTV,
+    GSPOToken,
+    KLCov,
+    PPOClip,
+    Reinforce,
+)
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 AGGREGATIONS = ("token_mean", "seq_mean_token_mean", "seq_mean_token_sum", "token_sum_norm")
@@ -124,3 +140,39 @@ def magnitude(b: Batch, *, aggregation="token_mean", denominator=None, kl_coef=0
     if b.entropy is not None:
         size = size + abs(entropy_coef) * b.entropy.abs()
     return token_weights(b.mask, aggregation, denominator), size * (4 + x.abs())
+
+
+# ---- every objective of the table -------------------------------------------------------------------------
+
+# Bounds narrow enough that a batch meets each; soft gates steep enough to close; covariances on both sides.
+TOKEN = (
+    CISPO(0.8, 1.2),
+    SAPO(3.0, 4.0),
+    DPPOBinaryTV(0.05, 0.04, 1.3),
+    DPPOBinaryKL(0.01, 0.02, 1.3),
+    DRO(0.7),
+)
+BATCH = (KLCov(0.1, 0.5), ClipCov(0.7, 1.3, 0.1, 0.02, 2.0, seed=3))
+ROW = (
+    GSPO(0.95, 1.05),
+    GSPO(0.9, 1.1, dual_clip=1.02, ratio_cap=1.05),
+    GSPOToken(0.95, 1.05),
+    LUSPO(0.95, 1.05),
+    GMPO(0.8, 1.3),
+    VESPO(0.5, 0.3, 0.4, 0.2),
+)
+ALL = TOKEN + BATCH + ROW
+SMALL = {"kl_coef": 0.1, "entropy_coef": 0.01, "aggregation": "seq_mean_token_mean"}
+
+
+def named(values):
+    return [pytest.param(v, id=str(v)) for v in values]
+
+
+def everything(b, **options):
+    loss, metrics = b.loss(**options)
+    return [loss.detach(), torch.stack(list(metrics.values())), *b.gradients(**options)[1:]]
+
+
+def row_advantages(b):
+    return replace(b, advantages=b.advantages[:, 0].contiguous())

@@ -24,6 +24,7 @@ from .policy_cases import (
 # One token; below, at and above a vector; a ragged multiple; above a summation chunk of 1024.
 SHAPES = [(1, 1), (3, 7), (5, 16), (4, 33), (2, 1300)]
 FULL = {"kl_coef": 0.1, "entropy_coef": 0.01}
+DUAL = {**FULL, "objective": PPOClip(dual_clip=1.5)}
 # Float sums take at most 1024 / 4 additions a lane before they turn into float64, each half an eps of the sum
 # of magnitudes; the terms' own errors are in `magnitude`.
 ADDITIONS = 256
@@ -269,3 +270,45 @@ def test_reinforce_and_ppo_agree_on_policy(backend):
     """At r = 1 both have the policy gradient -A w."""
     b = replace(batch((3, 40), full=False), old_logprobs=None)
     contract.assert_bitwise(b.gradients(objective=PPOClip())[1], b.gradients(objective=Reinforce())[1])
+
+
+def test_backward_twice_adds_up(backend):
+    """A plain backward hands out the saved gradient itself; nothing else may write to it."""
+    b = batch((3, 20))
+    expected = b.gradients(**DUAL)[1]
+    leaf = b.logprobs.clone().requires_grad_()
+    loss = replace(b, logprobs=leaf).loss(**DUAL).loss
+    loss.backward(retain_graph=True)
+    contract.assert_bitwise(leaf.grad, expected)
+    loss.backward(retain_graph=True)
+    contract.assert_bitwise(leaf.grad, 2 * expected)
+    loss.backward()
+    contract.assert_bitwise(leaf.grad, 3 * expected)
+
+
+def test_gradient_is_differentiable_in_the_upstream_one(backend):
+    b = batch((3, 20), torch.float64)
+    leaf, upstream = (
+        b.logprobs.clone().requires_grad_(),
+        torch.ones((), dtype=torch.float64, requires_grad=True),
+    )
+    loss = replace(b, logprobs=leaf).loss(**DUAL).loss
+    (gradient,) = torch.autograd.grad(loss, leaf, upstream, create_graph=True)
+    (slope,) = torch.autograd.grad(gradient.sum(), upstream)
+    torch.testing.assert_close(slope, b.gradients(**DUAL)[1].sum(), rtol=1e-14, atol=1e-15)
+
+
+def test_metrics_are_a_mapping(backend):
+    b = batch((3, 20))
+    metrics = b.loss(**DUAL).metrics
+    assert list(metrics) == list(metrics.keys())
+    assert len(metrics) == 14
+    assert "kl" in metrics
+    assert "loss" not in metrics
+    assert dict(metrics).keys() == metrics.keys()
+    assert set(replace(b, ref_logprobs=None, importance=None, entropy=None).loss().metrics) == {
+        name for name in metrics if name.split("/")[0] not in ("kl", "importance", "entropy")
+    }
+    with pytest.raises(KeyError):
+        metrics["loss"]
+    assert "clip_ratio/low" in repr(metrics)

@@ -232,48 +232,6 @@ def test_upstream_gradient_and_partial_gradients(backend):
             torch.testing.assert_close(gradient, expected, rtol=1e-15, atol=0)
 
 
-def test_backward_twice_adds_up(backend):
-    """A plain backward hands out the saved gradient itself; nothing else may write to it."""
-    b = batch((3, 20))
-    expected = b.gradients(**FULL)[1]
-    leaf = b.logprobs.clone().requires_grad_()
-    loss = replace(b, logprobs=leaf).loss(**FULL).loss
-    loss.backward(retain_graph=True)
-    contract.assert_bitwise(leaf.grad, expected)
-    loss.backward(retain_graph=True)
-    contract.assert_bitwise(leaf.grad, 2 * expected)
-    loss.backward()
-    contract.assert_bitwise(leaf.grad, 3 * expected)
-
-
-def test_gradient_is_differentiable_in_the_upstream_one(backend):
-    b = batch((3, 20), torch.float64)
-    leaf, upstream = (
-        b.logprobs.clone().requires_grad_(),
-        torch.ones((), dtype=torch.float64, requires_grad=True),
-    )
-    loss = replace(b, logprobs=leaf).loss(**FULL).loss
-    (gradient,) = torch.autograd.grad(loss, leaf, upstream, create_graph=True)
-    (slope,) = torch.autograd.grad(gradient.sum(), upstream)
-    torch.testing.assert_close(slope, b.gradients(**FULL)[1].sum(), rtol=1e-14, atol=1e-15)
-
-
-def test_metrics_are_a_mapping(backend):
-    b = batch((3, 20))
-    metrics = b.loss(**FULL).metrics
-    assert list(metrics) == list(metrics.keys())
-    assert len(metrics) == 14
-    assert "kl" in metrics
-    assert "loss" not in metrics
-    assert dict(metrics).keys() == metrics.keys()
-    assert set(replace(b, ref_logprobs=None, importance=None, entropy=None).loss().metrics) == {
-        name for name in metrics if name.split("/")[0] not in ("kl", "importance", "entropy")
-    }
-    with pytest.raises(KeyError):
-        metrics["loss"]
-    assert "clip_ratio/low" in repr(metrics)
-
-
 def test_everything_else_is_a_constant(backend):
     b = batch((3, 20))
     leaves = {name: getattr(b, name).clone().requires_grad_() for name in NAMES}
