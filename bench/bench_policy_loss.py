@@ -81,11 +81,11 @@ def test_policy_loss_forward_backward(benchmark, shape):
 
 @pytest.mark.parametrize("objective", OBJECTIVES, ids=lambda o: type(o).__name__)
 def test_objectives(benchmark, objective):
-    given = _given((256, 4096))
+    given = logp, old, A, mask, ref = _given((256, 4096))
     race(
         benchmark,
         {
-            "react_fast": lambda: torch.autograd.grad(_ours(*given, objective=objective).loss, given[0]),
+            "react_fast": lambda: torch.autograd.grad(_ours(logp, old, A, mask, ref, objective).loss, logp),
             "limit": _limit(given),
         },
         case=f"policy_loss {type(objective).__name__} [256, 4096] float32 forward + backward",

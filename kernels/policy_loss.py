@@ -104,6 +104,9 @@ def _penalty(
         _, m = exp20(-x, WIDE)
         k = m + x
         slope = -m * inside
+    if ESTIMATOR == 3:
+        k = tl.abs(x)
+        slope = tl.where(x > 0.0, inside, tl.where(x < 0.0, -inside, x * 0.0))
     if GRADIENT == 1:
         slope = x * inside
     value = k
