@@ -250,7 +250,8 @@ class LUSPO(GSPO):
     weight.
 
     With "seq_mean_token_mean" that is the paper's, TRL's and Liger's sequence-level luspo, and the same as
-    `GSPO` with "seq_mean_token_sum". Liger's token-level luspo also divides by the padded length.
+    `GSPO` with "seq_mean_token_sum". With token-level ratios TRL's luspo is `PPOClip` with "seq_mean_token_sum",
+    Liger's that times n_s over the padded length.
 
     Source: Liu et al. 2026 (arXiv:2602.05261).
     """
