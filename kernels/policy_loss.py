@@ -277,10 +277,8 @@ def policy_loss(
     `inputs`: logprobs, old_logprobs, ref_logprobs, entropy, importance, contiguous or None. `advantages`: one
     per token or one per row, any strides.
     """
-    if objective > 1 or kl_estimator > 2:
-        raise NotImplementedError(
-            "of the objectives only Reinforce and PPOClip have a Triton kernel, of KL k1 to k3"
-        )
+    if objective > 1:
+        raise NotImplementedError("of the objectives only Reinforce and PPOClip have a Triton kernel")
     logprobs, old, ref, entropy, importance = inputs
     assert logprobs is not None
     row_stride, token_stride = 0, advantages.stride(-1)

@@ -1,8 +1,9 @@
 """The objectives of `policy_loss` as the papers print them; surrogates.py computes them.
 
-l = log p - log p_old clamped to +-20, r = exp(l), A the advantage; sg(x) is x without gradient. A token's
-loss may depend on its whole sequence (GSPO, GSPOToken, LUSPO, GMPO, VESPO) or on a selection made over the
-whole batch (KLCov, ClipCov).
+l = log p - log p_old clamped to +-20, r = exp(l), A the advantage; sg(x) is x without gradient. Outside of
++-20 what follows l has no gradient; a weight sg(..) in front of log p is bounded by the clamp, and log p keeps
+its gradient. A token's loss may depend on its whole sequence (GSPO, GSPOToken, LUSPO, GMPO, VESPO) or on a
+selection made over the whole batch (KLCov, ClipCov).
 """
 
 from dataclasses import dataclass
@@ -253,7 +254,7 @@ class LUSPO(GSPO):
     `GSPO` with "seq_mean_token_sum". With token-level ratios TRL's luspo is `PPOClip` with "seq_mean_token_sum",
     Liger's that times n_s over the padded length.
 
-    Source: Liu et al. 2026 (arXiv:2602.05261).
+    Source: "Length-Unbiased Sequence Policy Optimization" 2026 (arXiv:2602.05261).
     """
 
 
