@@ -286,7 +286,7 @@ def test_bad_input_is_refused(call, error, text):
 def test_opcheck(backend):
     x = torch.randn(6, requires_grad=True)
     contract.assert_opcheck(
-        "group_advantages", x, torch.tensor([1, 1, 2, 2, 2, 3]), None, None, 0, True, False, 1e-4, 1, 0.0
+        "group_advantages", x, torch.tensor([1, 1, 2, 2, 2, 3]), None, None, None, 0, 1, False, 1e-4, 1, 0.0
     )
     contract.assert_opcheck("moments", x.detach(), torch.rand(6) > 0.3)
     stats = torch.tensor([6.0, 0.1, 5.0], dtype=torch.float64)

@@ -6,14 +6,16 @@ Written for reading and for checking the fast paths; same names and signatures, 
 from .advantage import (
     discounted_returns,
     gae,
-    group_advantages,
     merge_moments,
     moments,
     reverse_linear_scan,
+    td_lambda_returns,
     whiten,
 )
 from .attribution import RunningMoments, accumulate_by_id, attribution_scores, segment_sum
+from .group_advantages import group_advantages
 from .logprob import linear_token_logprobs, token_logprobs
+from .off_policy import retrace, vtrace
 from .policy_loss import (
     PolicyLoss,
     PPOClip,
@@ -44,9 +46,12 @@ __all__ = [
     "merge_moments",
     "moments",
     "policy_loss",
+    "retrace",
     "reverse_linear_scan",
     "segment_sum",
+    "td_lambda_returns",
     "token_logprobs",
     "value_loss",
+    "vtrace",
     "whiten",
 ]
