@@ -49,6 +49,9 @@ def gae_kernel(
     MASKED: tl.constexpr, PACKED: tl.constexpr, PER_ROW: tl.constexpr, WIDE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     begin, n = _bounds(offsets, length, total, PACKED)
+    rewards, values, bootstrap_values = rewards + begin, values + begin, bootstrap_values + begin
+    terminated, truncated, mask, places = terminated + begin, truncated + begin, mask + begin, places + begin
+    advantages, returns = advantages + begin, returns + begin
     i = tl.arange(0, BLOCK)
     discount = tl.full([], gamma, tl.float64).to(WIDE)
     lam_row = _lam_of(lams, lam, PER_ROW, WIDE)
@@ -56,14 +59,12 @@ def gae_kernel(
     m = tl.zeros([], WIDE)
     if LAST:
         m = tl.load(last_values + tl.program_id(0)).to(WIDE)
-    count, low, listed = _counting_steps(
-        mask, places, returns, advantages, begin, n, MASKED, ADVANTAGES, BLOCK
-    )
+    count, low, listed = _counting_steps(mask, places, returns, advantages, n, MASKED, ADVANTAGES, BLOCK)
     blocks = tl.cdiv(count, BLOCK)
     for k in range(blocks):
         rank = (blocks - 1 - k) * BLOCK + i
         inside = rank < count
-        at = _places(places, begin, low, listed, rank, MASKED)
+        at = _places(places, low, listed, rank, MASKED)
         ends = _flag(terminated, at, inside, ENDS, False)
         cut = _flag(truncated, at, inside, CUTS, False) & (ends == 0)
         r = _number(rewards, at, inside, True, WIDE)

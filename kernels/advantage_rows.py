@@ -70,59 +70,53 @@ def _flags_of(
 
 @triton.jit
 def _counting_steps(
-    mask,
-    places,
-    first_out,
-    second_out,
-    begin,
-    n,
-    MASKED: tl.constexpr,
-    SECOND: tl.constexpr,
-    BLOCK: tl.constexpr,
+    mask, places, first_out, second_out, n, MASKED: tl.constexpr, SECOND: tl.constexpr, BLOCK: tl.constexpr
 ):
-    """(number of counting steps, the first one, how many of them are listed: all or none); zeros where masked.
+    """(number of counting steps, the first one, how many are listed: all or none); zeros where masked.
 
-    In a row with gaps `places` gets where the counting steps stand, so that blocks are blocks of counting steps:
-    neither gaps nor padding on either side change what is joined with what.
+    All pointers are at the row's first step; a row has fewer than 2^31 steps. In a row with gaps `places` gets
+    where the counting steps stand, so that blocks are blocks of counting steps: neither gaps nor padding on either
+    side change what is joined with what.
     """
-    count = tl.full([], 0, tl.int64) + n
-    low = tl.full([], 0, tl.int64)
-    listed = tl.full([], 0, tl.int64)
+    steps = n.to(tl.int32)
+    count = steps
+    low = tl.full([], 0, tl.int32)
+    listed = tl.full([], 0, tl.int32)
     if MASKED:
         i = tl.arange(0, BLOCK)
-        count = tl.full([], 0, tl.int64)
-        low = tl.full([], 0, tl.int64) + n
-        high = tl.full([], -1, tl.int64)
-        for k in range(tl.cdiv(n, BLOCK)):
+        count = tl.full([], 0, tl.int32)
+        low = steps
+        high = tl.full([], -1, tl.int32)
+        for k in range(tl.cdiv(steps, BLOCK)):
             step = k * BLOCK + i
-            inside = step < n
-            counts = (tl.load(mask + begin + step, inside, 0) != 0) & inside
-            tl.store(first_out + begin + step, tl.where(inside, 0.0, 0.0), inside & (counts == 0))
+            inside = step < steps
+            counts = (tl.load(mask + step, inside, 0) != 0) & inside
+            tl.store(first_out + step, tl.where(inside, 0.0, 0.0), inside & (counts == 0))
             if SECOND:
-                tl.store(second_out + begin + step, tl.where(inside, 0.0, 0.0), inside & (counts == 0))
-            count += tl.sum(counts.to(tl.int64), 0)
-            low = tl.minimum(low, tl.min(tl.where(counts, step, n), 0))
+                tl.store(second_out + step, tl.where(inside, 0.0, 0.0), inside & (counts == 0))
+            count += tl.sum(counts.to(tl.int32), 0)
+            low = tl.minimum(low, tl.min(tl.where(counts, step, steps), 0))
             high = tl.maximum(high, tl.max(tl.where(counts, step, -1), 0))
         listed = tl.where(high - low + 1 > count, count, 0)
         if listed > 0:
-            seen = tl.full([], 0, tl.int64)
-            for k in range(tl.cdiv(n, BLOCK)):
+            seen = tl.full([], 0, tl.int32)
+            for k in range(tl.cdiv(steps, BLOCK)):
                 step = k * BLOCK + i
-                inside = step < n
-                counts = (tl.load(mask + begin + step, inside, 0) != 0) & inside
-                rank = seen + tl.cumsum(counts.to(tl.int64), 0) - 1
-                tl.store(places + begin + rank, step.to(tl.int32), counts)
-                seen += tl.sum(counts.to(tl.int64), 0)
+                inside = step < steps
+                counts = (tl.load(mask + step, inside, 0) != 0) & inside
+                rank = seen + tl.cumsum(counts.to(tl.int32), 0) - 1
+                tl.store(places + rank, step, counts)
+                seen += tl.sum(counts.to(tl.int32), 0)
             tl.debug_barrier()  # other threads of this program read what these wrote
     return count, low, listed
 
 
 @triton.jit
-def _places(places, begin, low, listed, rank, MASKED: tl.constexpr):
-    """Where the counting steps of these ranks stand."""
+def _places(places, low, listed, rank, MASKED: tl.constexpr):
+    """Where in the row the counting steps of these ranks stand."""
     if not MASKED:
-        return begin + rank
-    return begin + tl.where(rank < listed, tl.load(places + begin + rank, rank < listed, 0), low + rank)
+        return rank
+    return tl.where(rank < listed, tl.load(places + rank, rank < listed, 0), low + rank)
 
 
 VARIANTS: list[Variant] = []

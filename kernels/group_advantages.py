@@ -106,9 +106,10 @@ def group_advantages_kernel(
                 r = tl.load(rewards + at, same, 0.0).to(tl.float64)
                 g = tl.load(upstream + at, same, 0.0).to(tl.float64)
                 plain += tl.sum(g, 0)
+                gap = r - centre
                 if BASELINE == 4:
-                    centre = tl.load(aside + at, same, 0.0).to(tl.float64)
-                along += tl.sum(tl.where(same, g * (others * (r - centre)) / (divisor * divisor), 0.0), 0)
+                    gap = r - tl.load(aside + at, same, 0.0).to(tl.float64)
+                along += tl.sum(tl.where(same, g * (others * gap) / (divisor * divisor), 0.0), 0)
             if SCALE == 2:
                 tl.store(along_out + first, tl.where((relative == 0) | alone, 0.0, along))
             through = (SCALE == 1) & (std > floor) & (std > 0.0) & (freedom > 0)
@@ -130,9 +131,10 @@ def group_advantages_kernel(
             for start in range(first, first + count, BLOCK):
                 at, same = _members(group_ids, order, start, group, good, BLOCK)
                 r = tl.load(rewards + at, same, 0.0).to(tl.float64)
+                gap = r - centre
                 if BASELINE == 4:
-                    centre = tl.load(aside + at, same, 0.0).to(tl.float64)
-                value = others * (r - centre) / divisor
+                    gap = r - tl.load(aside + at, same, 0.0).to(tl.float64)
+                value = others * gap / divisor
                 value = tl.where(alone, r, tl.where(relative, value, 0.0))
                 tl.store(out + at, value.to(out.dtype.element_ty), same)
 

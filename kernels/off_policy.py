@@ -18,7 +18,6 @@ from .advantage_rows import (
     _bounds,
     _counting_steps,
     _flag,
-    _join_cut,
     _lam_of,
     _number,
     _pick,
@@ -31,6 +30,13 @@ from .aot import Variant
 def _next(x, behind, i, BLOCK: tl.constexpr):
     """x one step later in the block; `behind` after the last one."""
     return tl.where(i + 1 < BLOCK, tl.gather(x, tl.where(i + 1 < BLOCK, i + 1, 0), 0), behind)
+
+
+@triton.jit
+def _join_stop(a_near, b_near, a_far, b_far):
+    """Compose y -> b + a y; a = 0 is a cut that neither NaN nor inf crosses, as slope (a ratio) or as offset."""
+    cut = a_far == 0.0
+    return tl.where(cut, 0.0, a_near * a_far), tl.where(cut, b_far, b_far + a_far * b_near)
 
 
 @triton.jit
@@ -48,6 +54,10 @@ def vtrace_kernel(
     PER_ROW: tl.constexpr, WIDE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     begin, n = _bounds(offsets, length, total, PACKED)
+    rewards, values, log_rhos = rewards + begin, values + begin, log_rhos + begin
+    bootstrap_values, mask, places = bootstrap_values + begin, mask + begin, places + begin
+    terminated, truncated = terminated + begin, truncated + begin
+    targets, advantages = targets + begin, advantages + begin
     i = tl.arange(0, BLOCK)
     discount = tl.full([], gamma, tl.float64).to(WIDE)
     lam_row = _lam_of(lams, lam, PER_ROW, WIDE)
@@ -56,12 +66,12 @@ def vtrace_kernel(
         next_value = tl.load(last_values + tl.program_id(0)).to(WIDE)
     last = next_value
     x_behind = tl.zeros([], WIDE)
-    count, low, listed = _counting_steps(mask, places, targets, advantages, begin, n, MASKED, True, BLOCK)
+    count, low, listed = _counting_steps(mask, places, targets, advantages, n, MASKED, True, BLOCK)
     blocks = tl.cdiv(count, BLOCK)
     for k in range(blocks):
         rank = (blocks - 1 - k) * BLOCK + i
         inside = rank < count
-        at = _places(places, begin, low, listed, rank, MASKED)
+        at = _places(places, low, listed, rank, MASKED)
         ends = _flag(terminated, at, inside, ENDS, False)
         cut = _flag(truncated, at, inside, CUTS, False) & (ends == 0)
         stops = ends | cut
@@ -74,7 +84,7 @@ def vtrace_kernel(
         a = tl.where(stops, 0.0, discount * lam_row * _clipped(rho, c_clip, WIDE))
         a = tl.where(inside, a, 1.0)
         b = tl.where(inside, _clipped(rho, rho_clip, WIDE) * step, 0.0)
-        a, b = tl.associative_scan((a, b), 0, _join_cut, reverse=True)
+        a, b = tl.associative_scan((a, b), 0, _join_stop, reverse=True)
         x = tl.where(a == 0.0, b, b + a * x_behind)
         following = tl.where(stops, 0.0, _next(x, x_behind, i, BLOCK))
         advantage = _clipped(rho, advantage_rho_clip, WIDE) * ((r - v) + discount * (value + following))
@@ -92,16 +102,19 @@ def retrace_kernel(
     WIDE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     begin, n = _bounds(offsets, length, total, PACKED)
+    rewards, q_values, next_values = rewards + begin, q_values + begin, next_values + begin
+    log_rhos, mask, places = log_rhos + begin, mask + begin, places + begin
+    terminated, truncated, targets = terminated + begin, truncated + begin, targets + begin
     i = tl.arange(0, BLOCK)
     discount = tl.full([], gamma, tl.float64).to(WIDE)
     lam_row = _lam_of(lams, lam, PER_ROW, WIDE)
     m_behind = tl.zeros([], WIDE)
-    count, low, listed = _counting_steps(mask, places, targets, targets, begin, n, MASKED, False, BLOCK)
+    count, low, listed = _counting_steps(mask, places, targets, targets, n, MASKED, False, BLOCK)
     blocks = tl.cdiv(count, BLOCK)
     for k in range(blocks):
         rank = (blocks - 1 - k) * BLOCK + i
         inside = rank < count
-        at = _places(places, begin, low, listed, rank, MASKED)
+        at = _places(places, low, listed, rank, MASKED)
         ends = _flag(terminated, at, inside, ENDS, False)
         stops = ends | _flag(truncated, at, inside, CUTS, False)
         r = _number(rewards, at, inside, True, WIDE)
@@ -112,7 +125,7 @@ def retrace_kernel(
         one_step = r + discount * value
         a = tl.where(inside, tl.where(stops, 0.0, discount * c), 1.0)
         b = tl.where(inside, c * (one_step - q), 0.0)
-        a, b = tl.associative_scan((a, b), 0, _join_cut, reverse=True)
+        a, b = tl.associative_scan((a, b), 0, _join_stop, reverse=True)
         m = tl.where(a == 0.0, b, b + a * m_behind)
         target = one_step + discount * tl.where(stops, 0.0, _next(m, m_behind, i, BLOCK))
         tl.store(targets + at, target, inside)

@@ -109,8 +109,9 @@ def reinforce_pp_baseline(
 ) -> Tensor:  # fmt: skip
     """r_i - mean of the group for every token of response i, whitened over the batch's counting tokens.
 
-    `mask` [N, T], or [tokens] with `cu_seqlens` [N + 1]; the result is like it. Source: Hu 2025
-        (arXiv:2501.03262), section on group sampling; verl, OpenRLHF, slime and NeMo-RL alike, but for `whiten`'s ddof.
+    `mask` [N, T], or [tokens] with `cu_seqlens` [N + 1]; the result is like it.
+    Source: Hu 2025 (arXiv:2501.03262), group sampling; verl, OpenRLHF, slime and NeMo-RL alike, but for `whiten`'s
+        ddof.
     """
     relative = group_advantages(rewards, group_ids, scale="none", valid=valid)
     if cu_seqlens is None:
