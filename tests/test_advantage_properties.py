@@ -119,7 +119,7 @@ def test_equals_float64_reference(op, drawn):
         with rf.use_backend(backend):
             found = _run(op, batch, gamma)
         for x, y in zip(found, expected, strict=True):
-            # At most 70 terms of size 5 times a few clipped ratios: 70 roundings of a sum below 70 * 5, for gamma 1.
+            # At most 70 terms of size 5, weighed by clipped ratios: 70 roundings of a sum below 350.
             assert float((x.double() - y).abs().max()) <= 70 * 350 * contract.EPS[x.dtype]
 
 

@@ -89,7 +89,7 @@ def test_max_at_k_is_the_sum_over_subsets(backend, k, binary):
 
 
 def test_max_at_k_is_unbiased():
-    """Its gradient estimate has the expectation d/dp of E max_k, exactly, for two rewards and every sample of 3."""
+    """Its gradient estimate has the expectation d/dp of E max_k, exactly: two rewards, every sample of three."""
     p, k, n = 0.3, 2, 3
     total = 0.0
     for sample in itertools.product((0.0, 1.0), repeat=n):

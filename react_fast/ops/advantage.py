@@ -220,11 +220,15 @@ def whiten(
         moments: what `moments` or `merge_moments` returned, to whiten with (no gradient through them); None: of x.
         shift_mean: false keeps the mean.
         eps: not negative, beside the variance. ddof: 0 or 1.
-        group: a torch.distributed process group over whose ranks the moments are merged (no gradient through
-            them); None: this process alone.
+        group: a torch.distributed process group over whose ranks the moments are merged, in one collective (no
+            gradient through them); a rank without counting elements takes part. None: this process alone.
     Returns: like `x`, float32 (float64 for float64). Fewer than two counting elements, no more than `ddof`, or
         no spread with eps 0: centred only. Differentiable in `x`.
     Raises: TypeError for a wrong dtype; ValueError for a wrong shape, device or number, or moments with a group.
+    Elsewhere: ddof 1, eps 1e-8 beside the variance, in verl (raises for a count of 1), TRL (NaN there) and NeMo-RL's
+        GAE; ddof 0 in OpenRLHF and NeMo-RL's REINFORCE++, where 1e-8 is the least variance and is not added; eps
+        beside the standard deviation in Stable-Baselines3 and torchrl. verl and OpenRLHF leave -mean / std on the
+        masked elements; trlx whitens without a mask.
     """
     mask = _counting(x, mask)
     eps = _check.number("eps", eps, low=0.0)
