@@ -128,9 +128,11 @@ struct GroupArgs {
   const int64_t* groups;   // [count]
   const uint8_t* valid;    // null: all
   const double* upstream;  // null: forward
+  const double* aside;     // [count]: weights of length_weighted, or the given baselines
   int64_t count;
-  int baseline;  // 0 mean, 1 leave_one_out, 2 none
-  bool scale, raw_singleton;
+  int baseline;  // 0 mean, 1 leave_one_out, 2 none, 3 length_weighted, 4 given
+  int scale;     // 0 none, 1 std of the group, 2 std of the batch
+  bool raw_singleton;
   double eps, ddof, min_std;
   double* out;  // [count]: advantages, or the gradient of the rewards
 };

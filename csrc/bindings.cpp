@@ -153,11 +153,13 @@ void reverse_linear_scan_backward(Address a, Address y, Address init, Address up
                                           rf::DType(dtype), at(d_a), at(d_b), at(d_init), threads});
 }
 
-void group_advantages(Address rewards, Address groups, Address valid, Address upstream, int64_t count, int baseline,
-                      bool scale, bool raw_singleton, double eps, double ddof, double min_std, Address out) {
+void group_advantages(Address rewards, Address groups, Address valid, Address upstream, Address aside, int64_t count,
+                      int baseline, int scale, bool raw_singleton, double eps, double ddof, double min_std,
+                      Address out) {
   py::gil_scoped_release release;
-  rf::group_advantages({at<double>(rewards), at<int64_t>(groups), at<uint8_t>(valid), at<double>(upstream), count,
-                        baseline, scale, raw_singleton, eps, ddof, min_std, at<double>(out)});
+  rf::group_advantages({at<double>(rewards), at<int64_t>(groups), at<uint8_t>(valid), at<double>(upstream),
+                        at<double>(aside), count, baseline, scale, raw_singleton, eps, ddof, min_std,
+                        at<double>(out)});
 }
 
 std::array<double, 3> moments(Address x, Address mask, int dtype, int64_t count, int threads) {
@@ -207,7 +209,7 @@ void bind_advantage(py::module_& m) {
         "dtype"_a, "out"_a, "threads"_a);
   m.def("reverse_linear_scan_backward", &reverse_linear_scan_backward, "a"_a, "y"_a, "init"_a, "upstream"_a,
         "offsets"_a, "rows"_a, "length"_a, "dtype"_a, "d_a"_a, "d_b"_a, "d_init"_a, "threads"_a);
-  m.def("group_advantages", &group_advantages, "rewards"_a, "groups"_a, "valid"_a, "upstream"_a, "count"_a,
+  m.def("group_advantages", &group_advantages, "rewards"_a, "groups"_a, "valid"_a, "upstream"_a, "aside"_a, "count"_a,
         "baseline"_a, "scale"_a, "raw_singleton"_a, "eps"_a, "ddof"_a, "min_std"_a, "out"_a);
   m.def("moments", &moments, "x"_a, "mask"_a, "dtype"_a, "count"_a, "threads"_a);
   m.def("merge_moments", &merge_moments, "a"_a, "b"_a);
@@ -216,6 +218,45 @@ void bind_advantage(py::module_& m) {
   m.def("whiten_sums", &whiten_sums, "x"_a, "mask"_a, "upstream"_a, "dtype"_a, "count"_a, "mean"_a, "threads"_a);
   m.def("whiten_backward", &whiten_backward, "x"_a, "mask"_a, "upstream"_a, "dtype"_a, "count"_a, "mean"_a,
         "slope"_a, "constant"_a, "linear"_a, "d_x"_a, "threads"_a);
+}
+
+// ---- off_policy --------------------------------------------------------------------------------------------
+
+rf::OffPolicyInput off_policy_input(Address rewards, Address values, Address log_rhos, Address aside,
+                                    Address last_values, Address terminated, Address truncated, Address mask,
+                                    Address lams, Address offsets, int64_t rows, int64_t length, int dtype,
+                                    double gamma, double lam, int threads) {
+  return {at(rewards), at(values), at(log_rhos), at(aside), at(last_values), at<uint8_t>(terminated),
+          at<uint8_t>(truncated), at<uint8_t>(mask), at<double>(lams), {at<int64_t>(offsets), rows, length},
+          rf::DType(dtype), gamma, lam, threads};
+}
+
+void vtrace(Address rewards, Address values, Address log_rhos, Address bootstrap_values, Address last_values,
+            Address terminated, Address truncated, Address mask, Address lams, Address offsets, int64_t rows,
+            int64_t length, int dtype, double gamma, double lam, double rho_clip, double c_clip,
+            double advantage_rho_clip, Address targets, Address advantages, int threads) {
+  py::gil_scoped_release release;
+  const auto in = off_policy_input(rewards, values, log_rhos, bootstrap_values, last_values, terminated, truncated,
+                                   mask, lams, offsets, rows, length, dtype, gamma, lam, threads);
+  rf::kernels().off_policy->vtrace({in, rho_clip, c_clip, advantage_rho_clip, at(targets), at(advantages)});
+}
+
+void retrace(Address rewards, Address q_values, Address log_rhos, Address next_values, Address terminated,
+             Address truncated, Address mask, Address lams, Address offsets, int64_t rows, int64_t length, int dtype,
+             double gamma, double lam, Address targets, int threads) {
+  py::gil_scoped_release release;
+  const auto in = off_policy_input(rewards, q_values, log_rhos, next_values, 0, terminated, truncated, mask, lams,
+                                   offsets, rows, length, dtype, gamma, lam, threads);
+  rf::kernels().off_policy->retrace({in, at(targets)});
+}
+
+void bind_off_policy(py::module_& m) {
+  m.def("vtrace", &vtrace, "rewards"_a, "values"_a, "log_rhos"_a, "bootstrap_values"_a, "last_values"_a,
+        "terminated"_a, "truncated"_a, "mask"_a, "lams"_a, "offsets"_a, "rows"_a, "length"_a, "dtype"_a, "gamma"_a,
+        "lam"_a, "rho_clip"_a, "c_clip"_a, "advantage_rho_clip"_a, "targets"_a, "advantages"_a, "threads"_a);
+  m.def("retrace", &retrace, "rewards"_a, "q_values"_a, "log_rhos"_a, "next_values"_a, "terminated"_a,
+        "truncated"_a, "mask"_a, "lams"_a, "offsets"_a, "rows"_a, "length"_a, "dtype"_a, "gamma"_a, "lam"_a,
+        "targets"_a, "threads"_a);
 }
 
 // ---- policy_loss -------------------------------------------------------------------------------------------
@@ -387,6 +428,7 @@ PYBIND11_MODULE(_core, m) {
   bind_logprob(m);
   bind_linear_logprob(m);
   bind_advantage(m);
+  bind_off_policy(m);
   bind_policy_loss(m);
   bind_attribution(m);
   bind_stream(m);

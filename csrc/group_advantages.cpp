@@ -1,7 +1,7 @@
 // Rewards relative to their group: a few thousand numbers in any order, so in double and on one thread. Built
 // once, for every instruction set.
 //
-//   c_i = r_i - mean | r_i - mean of the others | r_i      A_i = c_i / (max(std, min_std) + eps), or c_i
+//   c_i = r_i - b_i      A_i = c_i / (max(std, min_std) + eps), or c_i
 #include "advantage.h"
 
 #include <algorithm>
@@ -20,53 +20,87 @@ Moments merge(const Moments& a, const Moments& b) {
 
 namespace {
 
-struct Group {
+// Centred two-pass statistics; rewards that are all equal have no spread at all.
+struct Spread {
   double count = 0, mean = 0, std = 0;
-  bool flat = false, floored = false;
+  bool flat = false;
 };
 
-// Centred two-pass statistics of the members [first, last) of `order`.
-Group describe(const GroupArgs& args, const int64_t* first, const int64_t* last) {
-  Group group;
-  group.count = static_cast<double>(last - first);
+Spread describe(const GroupArgs& args, const int64_t* first, const int64_t* last) {
+  Spread found;
+  if (first == last) return found;
+  found.count = static_cast<double>(last - first);
   double low = args.rewards[*first], high = low, sum = 0, m2 = 0;
   for (const int64_t* i = first; i != last; ++i) {
     low = std::min(low, args.rewards[*i]);
     high = std::max(high, args.rewards[*i]);
     sum += args.rewards[*i];
   }
-  group.flat = low == high;
-  group.mean = sum / group.count;
+  found.flat = low == high;
+  found.mean = sum / found.count;
   for (const int64_t* i = first; i != last; ++i) {
-    const double d = args.rewards[*i] - group.mean;
+    const double d = args.rewards[*i] - found.mean;
     m2 += d * d;
   }
-  group.std = group.count > args.ddof && !group.flat ? std::sqrt(m2 / (group.count - args.ddof)) : 0.0;
-  group.floored = group.std <= args.min_std;
-  return group;
+  found.std = found.count > args.ddof && !found.flat ? std::sqrt(m2 / (found.count - args.ddof)) : 0.0;
+  return found;
 }
 
-void write(const GroupArgs& args, const int64_t* first, const int64_t* last, const Group& group) {
-  const double spread = std::max(group.std, args.min_std) + args.eps;
-  const double divisor = args.scale ? spread : 1.0;
-  const double others = args.baseline == 1 ? group.count / (group.count - 1) : 1.0;
-  const double centre = args.baseline == 2 ? 0.0 : group.mean;
-  if (args.upstream == nullptr) {
-    for (const int64_t* i = first; i != last; ++i) args.out[*i] = others * (args.rewards[*i] - centre) / divisor;
-    return;
-  }
-  double sum = 0, along = 0;  // of the upstream; along = -dL/dstd
-  for (const int64_t* i = first; i != last; ++i) {
-    sum += args.upstream[*i];
-    along += args.upstream[*i] * others * (args.rewards[*i] - centre) / (divisor * divisor);
-  }
-  const double mean = args.baseline == 2 ? 0.0 : sum / group.count;
-  const bool through_std = args.scale && !group.floored && group.std > 0;
-  const double slope = through_std ? along / ((group.count - args.ddof) * group.std) : 0.0;
-  for (const int64_t* i = first; i != last; ++i) {
-    args.out[*i] = others * (args.upstream[*i] - mean) / divisor - slope * (args.rewards[*i] - group.mean);
-  }
+// A baseline from the group's own rewards: equal rewards then mean nothing.
+bool relative(const GroupArgs& args) { return args.baseline != 2 && args.baseline != 4; }
+
+// dstd/dr_i = slope (r_i - mean) / d; 0 where the floor or the convention decides.
+double slope(const GroupArgs& args, const Spread& spread, double d) {
+  const bool through = spread.std > args.min_std && spread.std > 0;
+  return through ? d / ((spread.count - args.ddof) * spread.std) : 0.0;
 }
+
+// One group: A_i = others (r_i - centre_i) / divisor.
+struct Group {
+  const GroupArgs& args;
+  const int64_t *first, *last;
+  Spread spread;
+  double divisor = 1, others = 1, centre = 0, weight = 0;
+
+  Group(const GroupArgs& args, const int64_t* first, const int64_t* last, const Spread& batch)
+      : args(args), first(first), last(last), spread(describe(args, first, last)) {
+    if (args.scale != 0) divisor = std::max((args.scale == 1 ? spread : batch).std, args.min_std) + args.eps;
+    if (relative(args)) centre = spread.mean;
+    if (args.baseline == 1) others = spread.count / (spread.count - 1);
+    if (args.baseline != 3) return;
+    double sum = 0;
+    for (const int64_t* i = first; i != last; ++i) weight += args.aside[*i], sum += args.aside[*i] * args.rewards[*i];
+    if (weight > 0) centre = sum / weight;
+  }
+
+  double centred(int64_t i) const {
+    return others * (args.rewards[i] - (args.baseline == 4 ? args.aside[i] : centre));
+  }
+  // dcentre/dr_i
+  double share(int64_t i) const {
+    if (!relative(args)) return 0.0;
+    return weight > 0 ? args.aside[i] / weight : 1 / spread.count;
+  }
+
+  void write() const {
+    for (const int64_t* i = first; i != last; ++i) args.out[*i] = centred(*i) / divisor;
+  }
+
+  // Writes the gradient but for the batch's std, and returns -dL/ddivisor.
+  double write_gradient() const {
+    double sum = 0, along = 0;
+    for (const int64_t* i = first; i != last; ++i) {
+      sum += args.upstream[*i];
+      along += args.upstream[*i] * centred(*i) / (divisor * divisor);
+    }
+    const double own = args.scale == 1 ? slope(args, spread, along) : 0.0;
+    for (const int64_t* i = first; i != last; ++i) {
+      args.out[*i] = others * (args.upstream[*i] - sum * share(*i)) / divisor -
+                     own * (args.rewards[*i] - spread.mean);
+    }
+    return along;
+  }
+};
 
 }  // namespace
 
@@ -76,20 +110,28 @@ void group_advantages(const GroupArgs& args) {
     args.out[i] = 0;
     if ((args.valid == nullptr || args.valid[i]) && !std::isnan(args.rewards[i])) order.push_back(i);
   }
-  std::stable_sort(order.begin(), order.end(), [&](int64_t a, int64_t b) { return args.groups[a] < args.groups[b]; });
   const int64_t* const end = order.data() + order.size();
+  const Spread batch = args.scale == 2 ? describe(args, order.data(), end) : Spread{};
+  std::stable_sort(order.begin(), order.end(), [&](int64_t a, int64_t b) { return args.groups[a] < args.groups[b]; });
+  double along = 0;
   for (const int64_t* first = order.data(); first != end;) {
     const int64_t* last = first;
     while (last != end && args.groups[*last] == args.groups[*first]) ++last;
-    const Group group = describe(args, first, last);
-    const bool raw = last - first == 1 && args.raw_singleton;
-    if (raw) {
+    const Group group(args, first, last, batch);
+    if (last - first == 1 && args.raw_singleton) {
       args.out[*first] = args.upstream != nullptr ? args.upstream[*first] : args.rewards[*first];
-    } else if (args.baseline == 2 || !group.flat) {
-      write(args, first, last, group);
+    } else if (!relative(args) || !group.spread.flat) {
+      if (args.upstream == nullptr) {
+        group.write();
+      } else {
+        along += group.write_gradient();
+      }
     }
     first = last;
   }
+  if (args.upstream == nullptr || args.scale != 2) return;
+  const double shared = slope(args, batch, along);
+  for (const int64_t i : order) args.out[i] -= shared * (args.rewards[i] - batch.mean);
 }
 
 }  // namespace rf

@@ -9,6 +9,7 @@
   extern const Logprob logprob_table;         \
   extern const LinearLogprob linear_logprob_table; \
   extern const Advantage advantage_table;     \
+  extern const OffPolicy off_policy_table;    \
   extern const PolicyLoss policy_loss_table;  \
   extern const Attribution attribution_table; \
   extern const Stream stream_table;           \
@@ -18,7 +19,7 @@
 #define RF_ENTRY(isa)                                                          \
   {                                                                            \
     #isa, &isa::logprob_table, &isa::linear_logprob_table, &isa::advantage_table, \
-        &isa::policy_loss_table, &isa::attribution_table, &isa::stream_table      \
+        &isa::off_policy_table, &isa::policy_loss_table, &isa::attribution_table, &isa::stream_table      \
   }
 
 RF_TABLES(baseline)

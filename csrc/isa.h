@@ -14,6 +14,7 @@
 #include "attribution.h"
 #include "linear_logprob.h"
 #include "logprob.h"
+#include "off_policy.h"
 #include "policy_loss.h"
 #include "stream.h"
 
@@ -24,6 +25,7 @@ struct Kernels {
   const Logprob* logprob;
   const LinearLogprob* linear_logprob;
   const Advantage* advantage;
+  const OffPolicy* off_policy;
   const PolicyLoss* policy_loss;
   const Attribution* attribution;
   const Stream* stream;

@@ -8,15 +8,28 @@ Roofline, per step in float32: r, V, mask read, A, G written, 17 bytes (5.7 ns a
 further flag 1 byte, for 6 flops and 3 log2(BLOCK) of the scan: bandwidth-bound. Backward: dA, dG, mask read, dr,
 dV written, 17 bytes. The scan: 12 bytes forward, 20 backward.
 
-A program walks one row in blocks of BLOCK steps and hands one carry from block to block. Blocks are counted from
-the row's first step, and the row's length and strides are not specialised on, so that every row is laid out
-over the threads in the same way: neither padding nor packing nor the other rows change a bit.
+A program walks one row in blocks of BLOCK counting steps and hands one carry from block to block. Blocks are
+counted from the row's first counting step, and the row's length and strides are not specialised on, so that every
+row is laid out over the threads in the same way: neither padding, gaps, packing nor the other rows change a bit.
+For that a row with gaps lists its counting steps first, 8 bytes a step more, most of them in the L2 cache.
 """
 
 import torch
 import triton
 import triton.language as tl
 
+from .advantage_rows import (
+    _bounds,
+    _counting_steps,
+    _flag,
+    _flags_of,
+    _join,
+    _join_cut,
+    _lam_of,
+    _number,
+    _pick,
+    _places,
+)
 from .aot import Variant
 
 # 8 steps a thread at 4 warps: three floats a step stay in registers, and rows of a few hundred tokens, the common
@@ -28,76 +41,17 @@ INTERPRETED_BLOCK = 16
 FREE = ["length", "total"]
 
 
-@triton.jit
-def _bounds(offsets, length, total, PACKED: tl.constexpr):
-    """(first step, number of steps) of this program's row; offsets that leave the pack are cut at its ends."""
-    row = tl.program_id(0).to(tl.int64)
-    if not PACKED:
-        return row * length, tl.full([], length, tl.int64)
-    size = tl.full([], total, tl.int64)
-    begin = tl.minimum(tl.maximum(tl.load(offsets + row), 0), size)
-    end = tl.minimum(tl.maximum(tl.load(offsets + row + 1), begin), size)
-    return begin, end - begin
-
-
-@triton.jit
-def _flag(flags, at, inside, HAS: tl.constexpr, DEFAULT: tl.constexpr):
-    if HAS:
-        return (tl.load(flags + at, inside, 0) != 0) & inside
-    return inside & DEFAULT
-
-
-@triton.jit
-def _number(numbers, at, wanted, HAS: tl.constexpr, WIDE: tl.constexpr):
-    """0 where not wanted: what stands there is not read."""
-    if HAS:
-        return tl.load(numbers + at, wanted, 0.0).to(WIDE)
-    return tl.where(wanted, 0.0, 0.0).to(WIDE)
-
-
-@triton.jit
-def _join(a_near, b_near, a_far, b_far):
-    """Compose y -> b + a y: the far map, later in the scan's direction, is applied to the near one's result."""
-    return a_near * a_far, b_far + a_far * b_near
-
-
-@triton.jit
-def _join_cut(a_near, b_near, a_far, b_far):
-    """As `_join`, but a = 0 is a cut that not even NaN crosses."""
-    return a_near * a_far, tl.where(a_far == 0.0, b_far, b_far + a_far * b_near)
-
-
-@triton.jit
-def _pick(x, i, k):
-    """x[k] of a block: a sum over a single term, so exact."""
-    return tl.sum(tl.where(i == k, x, 0.0), 0)
-
-
-@triton.jit
-def _lam_of(lams, lam, PER_ROW: tl.constexpr, WIDE: tl.constexpr):
-    if PER_ROW:
-        return tl.load(lams + tl.program_id(0)).to(WIDE)
-    return tl.full([], lam, tl.float64).to(WIDE)
-
-
-@triton.jit
-def _flags_of(
-    terminated, truncated, mask, at, inside, ENDS: tl.constexpr, CUTS: tl.constexpr, MASKED: tl.constexpr
-):
-    counts = _flag(mask, at, inside, MASKED, True)
-    ends = _flag(terminated, at, counts, ENDS, False)
-    cut = _flag(truncated, at, counts, CUTS, False) & (ends == 0)
-    return counts, ends, cut
-
-
 @triton.jit(do_not_specialize=FREE)
 def gae_kernel(
-    rewards, values, last_values, bootstrap_values, terminated, truncated, mask, offsets, lams,
+    rewards, values, last_values, bootstrap_values, terminated, truncated, mask, places, offsets, lams,
     gamma: tl.float64, lam: tl.float64, advantages, returns, length, total,
-    VALUES: tl.constexpr, LAST: tl.constexpr, ENDS: tl.constexpr, CUTS: tl.constexpr, MASKED: tl.constexpr,
-    PACKED: tl.constexpr, PER_ROW: tl.constexpr, WIDE: tl.constexpr, BLOCK: tl.constexpr,
+    VALUES: tl.constexpr, ADVANTAGES: tl.constexpr, LAST: tl.constexpr, ENDS: tl.constexpr, CUTS: tl.constexpr,
+    MASKED: tl.constexpr, PACKED: tl.constexpr, PER_ROW: tl.constexpr, WIDE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     begin, n = _bounds(offsets, length, total, PACKED)
+    rewards, values, bootstrap_values = rewards + begin, values + begin, bootstrap_values + begin
+    terminated, truncated, mask, places = terminated + begin, truncated + begin, mask + begin, places + begin
+    advantages, returns = advantages + begin, returns + begin
     i = tl.arange(0, BLOCK)
     discount = tl.full([], gamma, tl.float64).to(WIDE)
     lam_row = _lam_of(lams, lam, PER_ROW, WIDE)
@@ -105,26 +59,28 @@ def gae_kernel(
     m = tl.zeros([], WIDE)
     if LAST:
         m = tl.load(last_values + tl.program_id(0)).to(WIDE)
-    blocks = tl.cdiv(n, BLOCK)
+    count, low, listed = _counting_steps(mask, places, returns, advantages, n, MASKED, ADVANTAGES, BLOCK)
+    blocks = tl.cdiv(count, BLOCK)
     for k in range(blocks):
-        step = (blocks - 1 - k) * BLOCK + i
-        at = begin + step
-        inside = step < n
-        counts, ends, cut = _flags_of(terminated, truncated, mask, at, inside, ENDS, CUTS, MASKED)
-        r = _number(rewards, at, counts, True, WIDE)
-        v = _number(values, at, counts, VALUES, WIDE)
+        rank = (blocks - 1 - k) * BLOCK + i
+        inside = rank < count
+        at = _places(places, low, listed, rank, MASKED)
+        ends = _flag(terminated, at, inside, ENDS, False)
+        cut = _flag(truncated, at, inside, CUTS, False) & (ends == 0)
+        r = _number(rewards, at, inside, True, WIDE)
+        v = _number(values, at, inside, VALUES, WIDE)
         boot = _number(bootstrap_values, at, cut, CUTS, WIDE)
         stops = ends | cut
-        a = tl.where(counts, tl.where(stops, 0.0, discount * lam_row), 1.0)
-        b = tl.where(counts, keep * v + lam_row * (r + discount * boot), 0.0)
+        a = tl.where(inside, tl.where(stops, 0.0, discount * lam_row), 1.0)
+        b = tl.where(inside, keep * v + lam_row * (r + discount * boot), 0.0)
         a, b = tl.associative_scan((a, b), 0, _join_cut, reverse=True)
         message = tl.where(a == 0.0, b, b + a * m)
         behind = tl.gather(message, tl.where(i + 1 < BLOCK, i + 1, 0), 0)
         behind = tl.where(i + 1 < BLOCK, behind, m)
         target = r + discount * tl.where(stops, boot, behind)
-        tl.store(returns + at, tl.where(counts, target, 0.0), inside)
-        if VALUES:
-            tl.store(advantages + at, tl.where(counts, target - v, 0.0), inside)
+        tl.store(returns + at, target, inside)
+        if ADVANTAGES:
+            tl.store(advantages + at, target - v, inside)
         m = _pick(message, i, 0)
 
 
@@ -245,6 +201,11 @@ def _or(x: Maybe, unread: Tensor) -> Tensor:
     return unread if x is None else x.contiguous()
 
 
+def places_for(mask: Maybe, like: Tensor) -> Tensor:
+    """Room for where the counting steps of rows with gaps stand."""
+    return like if mask is None else torch.empty(mask.shape, dtype=torch.int32, device=mask.device)
+
+
 def _nothing(like: Tensor) -> Tensor:
     return like.new_empty(0)
 
@@ -252,20 +213,23 @@ def _nothing(like: Tensor) -> Tensor:
 def gae(
     rewards: Tensor, values: Maybe, last_values: Maybe, bootstrap_values: Maybe, terminated: Maybe,
     truncated: Maybe, mask: Maybe, cu_seqlens: Maybe, lams: Maybe, gamma: float, lam: float,
+    want_advantages: bool = True,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """(advantages, returns) [B, T] or [N]; without values the advantages are empty."""
+    """(advantages, returns) [B, T] or [N]; without values, or not wanted, the advantages are empty."""
     rewards = rewards.contiguous()
+    want_advantages = want_advantages and values is not None
     returns = rewards.new_empty(rewards.shape, dtype=_wide(rewards)[0])
-    advantages = torch.empty_like(returns) if values is not None else _nothing(returns)
+    advantages = torch.empty_like(returns) if want_advantages else _nothing(returns)
     rows, shared = _rows(rewards, cu_seqlens)
     if rewards.numel() == 0:
         return advantages, returns
     gae_kernel[(rows,)](
         rewards, _or(values, rewards), _or(last_values, rewards), _or(bootstrap_values, rewards),
-        _or(terminated, rewards), _or(truncated, rewards), _or(mask, rewards), lams=_or(lams, rewards),
-        gamma=gamma, lam=lam, advantages=advantages, returns=returns, VALUES=values is not None,
-        LAST=last_values is not None, ENDS=terminated is not None, CUTS=truncated is not None,
-        MASKED=mask is not None, PER_ROW=lams is not None, **shared,
+        _or(terminated, rewards), _or(truncated, rewards), _or(mask, rewards), places_for(mask, rewards),
+        lams=_or(lams, rewards), gamma=gamma, lam=lam, advantages=advantages, returns=returns,
+        VALUES=values is not None, ADVANTAGES=want_advantages, LAST=last_values is not None,
+        ENDS=terminated is not None, CUTS=truncated is not None, MASKED=mask is not None,
+        PER_ROW=lams is not None, **shared,
     )  # fmt: skip
     return advantages, returns
 
@@ -323,7 +287,10 @@ def reverse_linear_scan_backward(
 def _variants() -> list[Variant]:
     found = []
     sizes = {"length": "i32", "total": "i64"}
-    flags = {"terminated": "*i1", "truncated": "*i1", "mask": "*i1", "offsets": "*i64", "lams": "*fp64"}
+    flags = {
+        "terminated": "*i1", "truncated": "*i1", "mask": "*i1", "places": "*i32", "offsets": "*i64",
+        "lams": "*fp64",
+    }  # fmt: skip
     scalars = {"gamma": "fp64", "lam": "fp64"}
     for pointer, WIDE in (("*fp32", tl.float32), ("*bf16", tl.float32), ("*fp64", tl.float64)):
         wide = "*fp64" if WIDE is tl.float64 else "*fp32"
@@ -345,7 +312,7 @@ def _variants() -> list[Variant]:
             steps = {"ENDS": every, "CUTS": every, "MASKED": True, "PER_ROW": every, **shape}
             wants = {"VALUES": True, "WANT_VALUES": True, "WANT_LAST": every, "WANT_BOOTSTRAP": every}
             found += [
-                Variant(gae_kernel, forward, {"VALUES": True, "LAST": every, **steps}),
+                Variant(gae_kernel, forward, {"VALUES": True, "ADVANTAGES": True, "LAST": every, **steps}),
                 Variant(scan_kernel, scan, {"INIT": every, **shape}),
                 Variant(scan_backward_kernel, scan_backward, {"INIT": every, **shape}),
             ]

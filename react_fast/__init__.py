@@ -4,23 +4,26 @@ import importlib as _importlib
 from typing import Any as _Any
 
 from . import reference
+from .ops import recipes
 from .ops.advantage import (
     discounted_returns,
     gae,
-    group_advantages,
     merge_moments,
     moments,
     reverse_linear_scan,
+    td_lambda_returns,
     whiten,
 )
 from .ops.attribution import attribution_scores, segment_sum
 from .ops.backend import get_backend, set_backend, use_backend
+from .ops.group_advantages import group_advantages
 from .ops.importance_weights import high_entropy_mask, importance_weights, off_policy_mask
 from .ops.kl_rewards import kl_rewards
 from .ops.linear_logprob import linear_token_logprobs
 from .ops.linear_policy_loss import linear_policy_loss
 from .ops.logprob import token_logprobs
 from .ops.moments import RunningMoments
+from .ops.off_policy import retrace, vtrace
 from .ops.policy_loss import PolicyLoss, policy_loss, value_loss
 from .reference.objectives import (
     CISPO,
@@ -87,13 +90,17 @@ __all__ = [
     "moments",
     "off_policy_mask",
     "policy_loss",
-    "reverse_linear_scan",
+    "recipes",
     "reference",
+    "retrace",
+    "reverse_linear_scan",
     "segment_sum",
     "set_backend",
+    "td_lambda_returns",
     "token_logprobs",
     "use_backend",
     "value_loss",
+    "vtrace",
     "whiten",
     *_LAZY,
 ]

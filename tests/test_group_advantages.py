@@ -62,6 +62,79 @@ def test_equal_rewards_give_exactly_zero(backend, size, reward, baseline):
     assert bool((slope == 0).all())
 
 
+def _beside(baseline, dtype=torch.float64, count=16):
+    """What a baseline needs beside the rewards."""
+    return {
+        "length_weighted": {"lengths": torch.arange(count) % 5 + 1},
+        "given": {"baselines": torch.linspace(-1, 1, count).to(dtype)},
+    }.get(baseline, {})
+
+
+@pytest.mark.parametrize("baseline", ["mean", "leave_one_out", "none", "length_weighted", "given"])
+@pytest.mark.parametrize("scale", ["std", "batch_std", "none"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_every_baseline_and_scale_equals_float64_reference(backend, baseline, scale, dtype):
+    rewards = torch.randn(16).to(dtype)
+    rewards[4] = float("nan")
+    valid = torch.arange(16) != 9
+    for options in ({}, {"ddof": 0}, {"min_std": 2.0}, {"singleton": "raw"}):
+        given = {"baseline": baseline, "scale": scale, "eps": 0.1, "valid": valid, **options}
+        actual = rf.group_advantages(rewards, IDS, **given, **_beside(baseline, dtype))
+        expected = contract.reference(
+            rf.group_advantages,
+            rewards,
+            IDS,
+            **given,
+            **{k: x.double() if k == "baselines" else x for k, x in _beside(baseline, dtype).items()},
+        )
+        # Rewards of size 3, a dozen roundings, magnified by at most 1 / eps = 10.
+        assert float((actual.double() - expected).abs().max()) <= 12 * 3 * 10 * contract.EPS[actual.dtype]
+
+
+@pytest.mark.parametrize("singleton", ["zero", "raw"])
+@pytest.mark.parametrize("baseline", ["mean", "leave_one_out", "none", "length_weighted", "given"])
+@pytest.mark.parametrize("scale", ["std", "batch_std"])
+def test_gradcheck_of_every_baseline_and_scale(backend, baseline, scale, singleton):
+    beside = _beside(baseline, count=9)
+    contract.assert_gradcheck(
+        lambda r: rf.group_advantages(
+            r, IDS[:9], baseline=baseline, scale=scale, singleton=singleton, eps=0.1, **beside
+        ),
+        torch.randn(9),
+    )
+
+
+def test_length_weighted_baseline(backend):
+    """OPO by hand; a group of empty responses has its mean, equal rewards give exactly 0."""
+    rewards = torch.tensor([1.0, 0.0, 4.0, 2.0, 1000.1, 1000.1, 1000.1])
+    ids = torch.tensor([0, 0, 1, 1, 2, 2, 2])
+    found = rf.group_advantages(
+        rewards,
+        ids,
+        baseline="length_weighted",
+        scale="none",
+        lengths=torch.tensor([30, 10, 0, 0, 7, 11, 13]),
+    )
+    assert found.tolist() == [0.25, -0.75, 1.0, -1.0, 0.0, 0.0, 0.0]
+
+
+def test_baselines_must_be_asked_for():
+    rewards, ids = torch.ones(4), torch.zeros(4, dtype=torch.int64)
+    for options, text in (
+        ({"baseline": "given"}, "baselines must be given"),
+        ({"baseline": "length_weighted"}, "lengths must be given"),
+        ({"lengths": ids}, "lengths must be given with baseline 'length_weighted' and with no other"),
+        ({"baselines": rewards}, "baselines must be given with baseline 'given' and with no other"),
+        ({"baseline": "length_weighted", "lengths": ids - 1}, "lengths must not be negative, got -1"),
+        (
+            {"baseline": "given", "baselines": rewards.clone().requires_grad_()},
+            "baselines must not require a",
+        ),
+    ):
+        with pytest.raises(ValueError, match=text):
+            rf.group_advantages(rewards, ids, **options)
+
+
 def test_singletons(backend):
     rewards, ids = torch.tensor([2.0, 3.0, 4.0]), torch.tensor([7, 3, 3])
     assert rf.group_advantages(rewards, ids, scale="none").tolist() == [0.0, -0.5, 0.5]
@@ -286,7 +359,7 @@ def test_bad_input_is_refused(call, error, text):
 def test_opcheck(backend):
     x = torch.randn(6, requires_grad=True)
     contract.assert_opcheck(
-        "group_advantages", x, torch.tensor([1, 1, 2, 2, 2, 3]), None, None, 0, True, False, 1e-4, 1, 0.0
+        "group_advantages", x, torch.tensor([1, 1, 2, 2, 2, 3]), None, None, None, 0, 1, False, 1e-4, 1, 0.0
     )
     contract.assert_opcheck("moments", x.detach(), torch.rand(6) > 0.3)
     stats = torch.tensor([6.0, 0.1, 5.0], dtype=torch.float64)

@@ -11,8 +11,6 @@ from .backend import DTYPE, accumulation_dtype, address, register
 Tensor = torch.Tensor
 Maybe = torch.Tensor | None
 
-BASELINES = ("mean", "leave_one_out", "none")
-
 
 def _flat(x: Maybe) -> Maybe:
     return None if x is None else x.contiguous()
@@ -32,26 +30,37 @@ def _rows(x: Tensor, cu_seqlens: Maybe) -> int:
 # ---- gae; discounted returns are values=None, lam=1 -----------------------------------------------------------
 
 
+def _like(x: Tensor) -> Tensor:
+    return x.new_empty(x.shape, dtype=accumulation_dtype(x.dtype))
+
+
 def _gae_outputs(rewards: Tensor, values: Maybe) -> tuple[Tensor, Tensor]:
-    dtype = accumulation_dtype(rewards.dtype)
-    returns = rewards.new_empty(rewards.shape, dtype=dtype)
-    return rewards.new_empty(rewards.shape if values is not None else (0,), dtype=dtype), returns
+    nothing = rewards.new_empty(0, dtype=accumulation_dtype(rewards.dtype))
+    return nothing if values is None else _like(rewards), _like(rewards)
 
 
-def _gae_cpu(
-    rewards: Tensor, values: Maybe, last_values: Maybe, bootstrap_values: Maybe, terminated: Maybe,
-    truncated: Maybe, mask: Maybe, cu_seqlens: Maybe, lams: Maybe, gamma: float, lam: float,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    advantages, returns = _gae_outputs(rewards, values)
+def _gae_into(
+    advantages: Maybe, rewards: Tensor, values: Maybe, last_values: Maybe, bootstrap_values: Maybe,
+    terminated: Maybe, truncated: Maybe, mask: Maybe, cu_seqlens: Maybe, lams: Maybe, gamma: float, lam: float,
+) -> Tensor:  # fmt: skip
+    """The returns; the advantages go where they are wanted."""
+    returns = _like(rewards)
     offsets, rows, length = _sequences(rewards, cu_seqlens)
     kept = [
         _flat(x) for x in (rewards, values, last_values, bootstrap_values, terminated, truncated, mask, lams)
     ]
     _core.gae(  # type: ignore[call-arg]
         *map(address, kept), address(offsets), rows, length, DTYPE[rewards.dtype], gamma, lam,
-        address(advantages if values is not None else None), returns.data_ptr(), torch.get_num_threads(),
+        address(advantages), returns.data_ptr(), torch.get_num_threads(),
     )  # fmt: skip
-    return advantages, returns
+    return returns
+
+
+def _gae_cpu(rewards: Tensor, values: Maybe, *args: Any) -> tuple[Tensor, Tensor]:
+    advantages = (
+        rewards.new_empty(0, dtype=accumulation_dtype(rewards.dtype)) if values is None else _like(rewards)
+    )
+    return advantages, _gae_into(None if values is None else advantages, rewards, values, *args)
 
 
 def _gae_triton(rewards: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
@@ -146,6 +155,41 @@ _gae_backward = register(
 )  # fmt: skip
 
 
+# ---- td_lambda_returns: gae's second result alone --------------------------------------------------------------
+
+
+def _td_lambda_cpu(rewards: Tensor, *args: Any) -> Tensor:
+    return _gae_into(None, rewards, *args)
+
+
+def _td_lambda_triton(rewards: Tensor, *args: Any) -> Tensor:
+    from ..kernels import advantage as kernels
+
+    return kernels.gae(rewards, *args, want_advantages=False)[1]
+
+
+def _td_lambda_fake(rewards: Tensor, *args: Any) -> Tensor:
+    return _like(rewards)
+
+
+def _td_lambda_grad(ctx: Any, d_returns: Tensor) -> tuple:
+    ctx.has_values = False  # no gradient comes from advantages
+    return _gae_grad(ctx, d_returns, d_returns)
+
+
+td_lambda_returns = register(
+    "td_lambda_returns",
+    "(Tensor rewards, Tensor values, Tensor? last_values, Tensor? bootstrap_values, "
+    + _FLAGS
+    + ") -> Tensor",
+    cpu=_td_lambda_cpu,
+    triton=_td_lambda_triton,
+    fake=_td_lambda_fake,
+    setup_context=_gae_setup,
+    backward=_td_lambda_grad,
+)
+
+
 # ---- y_t = b_t + a_t y_{t+1} ------------------------------------------------------------------------------------
 
 
@@ -231,58 +275,6 @@ _scan_backward = register(
     cpu=_scan_backward_cpu,
     triton=_scan_backward_triton,
     fake=_scan_backward_fake,
-)
-
-
-# ---- group_advantages -----------------------------------------------------------------------------------------
-
-
-def _group_cpu(
-    rewards: Tensor, group_ids: Tensor, valid: Maybe, upstream: Maybe, baseline: int, scale: bool, raw: bool,
-    eps: float, ddof: int, min_std: float,
-) -> Tensor:  # fmt: skip
-    out = torch.empty(rewards.shape, dtype=torch.float64)
-    x, ids, keep = rewards.double().contiguous(), group_ids.long().contiguous(), _flat(valid)
-    g = None if upstream is None else upstream.double().contiguous()
-    _core.group_advantages(
-        x.data_ptr(), ids.data_ptr(), address(keep), address(g), len(x), baseline, scale, raw, eps, ddof, min_std,
-        out.data_ptr(),
-    )  # fmt: skip
-    return out.to(accumulation_dtype(rewards.dtype))
-
-
-def _group_triton(rewards: Tensor, *args: Any) -> Tensor:
-    from ..kernels import group_advantages as kernels
-
-    return kernels.group_advantages(rewards, *args)
-
-
-def _group_fake(rewards: Tensor, *args: Any) -> Tensor:
-    return rewards.new_empty(rewards.shape, dtype=accumulation_dtype(rewards.dtype))
-
-
-def _group_setup(ctx: Any, inputs: tuple, output: Tensor) -> None:
-    rewards, group_ids, valid, _, *ctx.options = inputs
-    ctx.save_for_backward(rewards, group_ids, valid)
-
-
-def _group_grad(ctx: Any, upstream: Tensor) -> tuple:
-    rewards, group_ids, valid = ctx.saved_tensors
-    op = torch.ops.react_fast.group_advantages.default
-    grad = op(rewards.detach(), group_ids, valid, upstream, *ctx.options)
-    return grad.to(rewards.dtype), *[None] * 9
-
-
-# With an upstream gradient: the gradient of the rewards.
-group_advantages = register(
-    "group_advantages",
-    "(Tensor rewards, Tensor group_ids, Tensor? valid, Tensor? upstream, int baseline, bool scale, bool raw, "
-    "float eps, int ddof, float min_std) -> Tensor",
-    cpu=_group_cpu,
-    triton=_group_triton,
-    fake=_group_fake,
-    setup_context=_group_setup,
-    backward=_group_grad,
 )
 
 

@@ -7,11 +7,10 @@ import torch.distributed as dist
 
 from .. import reference
 from . import _check
-from ._advantage import BASELINES
 from ._advantage import gae as _gae
-from ._advantage import group_advantages as _group_advantages
 from ._advantage import moments as _moments
 from ._advantage import reverse_linear_scan as _reverse_linear_scan
+from ._advantage import td_lambda_returns as _td_lambda_returns
 from ._advantage import whiten as _whiten
 from ._arrays import numpy_too
 from .backend import get_backend, use_reference
@@ -94,18 +93,52 @@ def gae(
     _check.tensor("values", values)
     flags = _steps(rewards, values, last_values, terminated, truncated, bootstrap_values, mask, cu_seqlens)
     gamma = _check.number("gamma", gamma, low=0.0, high=1.0)
-    lams: torch.Tensor | None = None
-    if isinstance(lam, torch.Tensor):
-        lams = _row_lams(lam, rewards, cu_seqlens)
-    else:
-        lam = _check.number("lam", lam, low=0.0, high=1.0)
+    shared, lams = _lam(lam, rewards, cu_seqlens)
     if use_reference():
         return reference.gae(
             rewards, values, gamma=gamma, lam=lam, last_values=last_values, terminated=flags[0],
             truncated=flags[1], bootstrap_values=bootstrap_values, mask=flags[2], cu_seqlens=cu_seqlens,
         )  # fmt: skip
-    shared = 1.0 if lams is not None else lam
     return _gae(rewards, values, last_values, bootstrap_values, *flags, cu_seqlens, lams, gamma, shared)
+
+
+@numpy_too
+def td_lambda_returns(
+    rewards: torch.Tensor,
+    values: torch.Tensor,
+    *,
+    gamma: float,
+    lam: float | torch.Tensor,
+    last_values: torch.Tensor | None = None,
+    terminated: torch.Tensor | None = None,
+    truncated: torch.Tensor | None = None,
+    bootstrap_values: torch.Tensor | None = None,
+    mask: torch.Tensor | None = None,
+    cu_seqlens: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """TD(lambda) returns, the second result of `gae` without the first.
+
+        G_t = r_t + gamma ((1 - lam) V'_t + lam G_{t+1})
+
+    A critic with another lam than the policy's (VAPO, arXiv:2504.05118: 1 for the critic) is this beside `gae`.
+
+    Args, Raises: see `gae`. `values` are those of the states the actions were taken in, as everywhere here; rlax
+        and torchrl take the ones behind.
+    Returns: like `rewards`, float32 (float64 for float64), 0 where masked. Differentiable as `gae` is; a critic's
+        target is a constant, so detach it (rlax does so unasked).
+    Source: Sutton & Barto 2018, eq. 12.2 in its recursive form.
+    """
+    _check.tensor("values", values)
+    flags = _steps(rewards, values, last_values, terminated, truncated, bootstrap_values, mask, cu_seqlens)
+    gamma = _check.number("gamma", gamma, low=0.0, high=1.0)
+    shared, lams = _lam(lam, rewards, cu_seqlens)
+    if use_reference():
+        return reference.td_lambda_returns(
+            rewards, values, gamma=gamma, lam=lam, last_values=last_values, terminated=flags[0],
+            truncated=flags[1], bootstrap_values=bootstrap_values, mask=flags[2], cu_seqlens=cu_seqlens,
+        )  # fmt: skip
+    given = (rewards, values, last_values, bootstrap_values, *flags, cu_seqlens, lams, gamma, shared)
+    return _td_lambda_returns(*given)
 
 
 @numpy_too
@@ -132,67 +165,6 @@ def reverse_linear_scan(
     if use_reference():
         return reference.reverse_linear_scan(a, b, init=init, cu_seqlens=cu_seqlens)
     return _reverse_linear_scan(a, b, init, cu_seqlens)
-
-
-@numpy_too
-def group_advantages(
-    rewards: torch.Tensor,
-    group_ids: torch.Tensor,
-    *,
-    baseline: str = "mean",
-    scale: str = "std",
-    eps: float = 1e-4,
-    ddof: int = 1,
-    min_std: float = 0.0,
-    singleton: str = "zero",
-    valid: torch.Tensor | None = None,
-) -> torch.Tensor:
-    """A response's reward relative to the other responses to the same prompt.
-
-        A_i = (r_i - b_i) / (max(std, min_std) + eps)
-
-    Args:
-        rewards: [N] float32, bfloat16, float16 or float64. A NaN reward is left out of its group and gets 0.
-        group_ids: [N] int32 or int64, any numbers in any order; groups may differ in size.
-        baseline: b is the group's "mean", the mean of the others ("leave_one_out"), or 0 ("none").
-        scale: "std" of the group with `ddof`, centred and in two passes (0 for a group of no more than `ddof`),
-            or "none" for no division.
-        eps, min_std: not negative; with scale "std" not both 0.
-        ddof: 0 or 1.
-        singleton: a group of one gets 0 ("zero") or its reward ("raw"); baseline "none" needs no others and treats
-            it like any group.
-        valid: [N] bool or 0/1 integers; a false member is left out of its group and gets 0.
-    Returns: [N] float32 (float64 for float64). With a baseline a group of equal rewards gives exactly 0.
-        Differentiable in `rewards`.
-    Raises: TypeError for a wrong dtype; ValueError for a wrong shape, device, name or number.
-    Source: GRPO, Shao et al. 2024 (arXiv:2402.03300); scale "none": Dr. GRPO, Liu et al. 2025 (arXiv:2503.20783);
-        leave-one-out: Kool et al. 2019.
-    """
-    _check.floating("rewards", rewards)
-    if rewards.dim() != 1:
-        raise ValueError(f"rewards must be [N], got {list(rewards.shape)}")
-    _check.integer("group_ids", group_ids)
-    _check.shape("group_ids", group_ids, rewards.shape, "rewards")
-    _check.device("group_ids", group_ids, rewards.device, "rewards")
-    if valid is not None:
-        valid = _check.mask("valid", valid, rewards.shape, "rewards", rewards.device)
-    _check.choice("baseline", baseline, BASELINES)
-    _check.choice("scale", scale, ("std", "none"))
-    _check.choice("singleton", singleton, ("zero", "raw"))
-    eps = _check.number("eps", eps, low=0.0)
-    min_std = _check.number("min_std", min_std, low=0.0)
-    if ddof not in (0, 1):
-        raise ValueError(f"ddof must be 0 or 1, got {ddof!r}")
-    if scale == "std" and eps == 0 and min_std == 0:
-        raise ValueError("eps must be above 0 when scale is 'std' and min_std is 0, got 0")
-    if use_reference():
-        return reference.group_advantages(
-            rewards, group_ids, baseline=baseline, scale=scale, eps=eps, ddof=ddof, min_std=min_std,
-            singleton=singleton, valid=valid,
-        )  # fmt: skip
-    raw = singleton == "raw" and baseline != "none"
-    options = (BASELINES.index(baseline), scale == "std", raw, eps, ddof, min_std)
-    return _group_advantages(rewards, group_ids, valid, None, *options)
 
 
 @numpy_too
@@ -248,11 +220,15 @@ def whiten(
         moments: what `moments` or `merge_moments` returned, to whiten with (no gradient through them); None: of x.
         shift_mean: false keeps the mean.
         eps: not negative, beside the variance. ddof: 0 or 1.
-        group: a torch.distributed process group over whose ranks the moments are merged (no gradient through
-            them); None: this process alone.
+        group: a torch.distributed process group over whose ranks the moments are merged, in one collective (no
+            gradient through them); a rank without counting elements takes part. None: this process alone.
     Returns: like `x`, float32 (float64 for float64). Fewer than two counting elements, no more than `ddof`, or
         no spread with eps 0: centred only. Differentiable in `x`.
     Raises: TypeError for a wrong dtype; ValueError for a wrong shape, device or number, or moments with a group.
+    Elsewhere: ddof 1, eps 1e-8 beside the variance, in verl (raises for a count of 1), TRL (NaN there) and
+        NeMo-RL's GAE; ddof 0 in OpenRLHF and NeMo-RL's REINFORCE++, where 1e-8 is the least variance and is not
+        added; eps beside the standard deviation in Stable-Baselines3 and torchrl. verl and OpenRLHF leave
+        -mean / std on the masked elements; trlx whitens without a mask.
     """
     mask = _counting(x, mask)
     eps = _check.number("eps", eps, low=0.0)
@@ -335,6 +311,15 @@ def _check_like(
     _check.dtype(name, _check.tensor(name, x), other.dtype, first)
     _check.shape(name, x, shape, like)
     _check.device(name, x, other.device, first)
+
+
+def _lam(
+    lam: float | torch.Tensor, rewards: torch.Tensor, cu_seqlens: torch.Tensor | None
+) -> tuple[float, torch.Tensor | None]:
+    """(the number that all rows share, one for each row if there is no such number)."""
+    if isinstance(lam, torch.Tensor):
+        return 1.0, _row_lams(lam, rewards, cu_seqlens)
+    return _check.number("lam", lam, low=0.0, high=1.0), None
 
 
 def _row_lams(lam: torch.Tensor, rewards: torch.Tensor, cu_seqlens: torch.Tensor | None) -> torch.Tensor:

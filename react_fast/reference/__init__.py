@@ -6,13 +6,14 @@ Written for reading and for checking the fast paths; same names and signatures, 
 from .advantage import (
     discounted_returns,
     gae,
-    group_advantages,
     merge_moments,
     moments,
     reverse_linear_scan,
+    td_lambda_returns,
     whiten,
 )
 from .attribution import RunningMoments, accumulate_by_id, attribution_scores, segment_sum
+from .group_advantages import group_advantages
 from .importance_weights import high_entropy_mask, importance_weights, off_policy_mask
 from .kl_rewards import kl_rewards
 from .logprob import linear_token_logprobs, token_logprobs
@@ -32,6 +33,7 @@ from .objectives import (
     PPOClip,
     Reinforce,
 )
+from .off_policy import retrace, vtrace
 from .policy_loss import PolicyLoss, linear_policy_loss, policy_loss, value_loss
 from .tracker import Tracker
 from .trainer import Trainer
@@ -69,9 +71,12 @@ __all__ = [
     "moments",
     "off_policy_mask",
     "policy_loss",
+    "retrace",
     "reverse_linear_scan",
     "segment_sum",
+    "td_lambda_returns",
     "token_logprobs",
     "value_loss",
+    "vtrace",
     "whiten",
 ]

@@ -88,6 +88,45 @@ def _gae_row(
     return torch.stack(advantages), torch.stack(returns)
 
 
+def td_lambda_returns(
+    rewards: torch.Tensor,
+    values: torch.Tensor,
+    *,
+    gamma: float,
+    lam: float | torch.Tensor,
+    last_values: torch.Tensor | None = None,
+    terminated: torch.Tensor | None = None,
+    truncated: torch.Tensor | None = None,
+    bootstrap_values: torch.Tensor | None = None,
+    mask: torch.Tensor | None = None,
+    cu_seqlens: torch.Tensor | None = None,
+) -> torch.Tensor:
+    count = len(rewards) if cu_seqlens is None else len(cu_seqlens) - 1
+    given = (rewards, values, terminated, truncated, bootstrap_values, mask)
+    columns = [_rows(x, cu_seqlens, count) for x in given]
+    lams = lam.tolist() if isinstance(lam, torch.Tensor) else [lam] * count
+    found = []
+    for i, (r, v, ends, cuts, bootstrap, counts) in enumerate(zip(*columns, strict=True)):
+        assert r is not None
+        assert v is not None
+        r, v = _wide(r), _wide(v)
+        nothing = r[:0].sum()
+        returns = [nothing] * len(r)
+        behind = nothing if last_values is None else _wide(last_values[i])  # (1 - lam) V' + lam G'
+        for t in reversed(range(len(r))):
+            if counts is not None and not counts[t]:
+                continue
+            if ends is not None and ends[t]:
+                behind = nothing
+            elif cuts is not None and cuts[t]:
+                assert bootstrap is not None
+                behind = _wide(bootstrap[t])
+            returns[t] = r[t] + gamma * behind
+            behind = (1 - lams[i]) * v[t] + lams[i] * returns[t]
+        found.append(torch.stack(returns) if returns else r)
+    return _joined(found, rewards, cu_seqlens)
+
+
 def discounted_returns(
     rewards: torch.Tensor,
     *,
@@ -142,60 +181,6 @@ def reverse_linear_scan(
             ys.insert(0, y)
         found.append(torch.stack(ys) if ys else _wide(a_row))
     return _joined(found, a, cu_seqlens)
-
-
-def group_advantages(
-    rewards: torch.Tensor,
-    group_ids: torch.Tensor,
-    *,
-    baseline: str = "mean",
-    scale: str = "std",
-    eps: float = 1e-4,
-    ddof: int = 1,
-    min_std: float = 0.0,
-    singleton: str = "zero",
-    valid: torch.Tensor | None = None,
-) -> torch.Tensor:
-    wide = _wide(rewards)
-    ids = group_ids.tolist()
-    members: dict[int, list[int]] = {}
-    for i, group in enumerate(ids):
-        if (valid is None or valid[i]) and not wide[i].isnan():
-            members.setdefault(group, []).append(i)
-    nothing = wide[:0].sum()
-    advantages = [nothing] * len(ids)
-    for rows in members.values():
-        group = torch.stack([wide[i].double() for i in rows])
-        if len(rows) == 1 and singleton == "raw" and baseline != "none":
-            found = group
-        elif baseline != "none" and group.max() == group.min():
-            continue
-        else:
-            found = _relative(group, baseline, scale, eps, ddof, min_std)
-        for i, value in zip(rows, found, strict=True):
-            advantages[i] = value.to(wide.dtype)
-    return torch.stack(advantages) if advantages else wide
-
-
-def _relative(
-    group: torch.Tensor, baseline: str, scale: str, eps: float, ddof: int, min_std: float
-) -> torch.Tensor:
-    n = len(group)
-    centres = {
-        "none": torch.zeros_like(group),
-        "mean": group.mean().expand(n),
-        "leave_one_out": (group.sum() - group) / max(n - 1, 1),
-    }
-    centred = group - centres[baseline]
-    if scale == "none":
-        return centred
-    equal = bool(group.max() == group.min())
-    std = (
-        group.new_zeros(())
-        if n <= ddof or equal
-        else ((group - group.mean()) ** 2).sum().div(n - ddof).sqrt()
-    )
-    return centred / (std.clamp_min(min_std) + eps)
 
 
 def moments(x: torch.Tensor, mask: torch.Tensor | None = None) -> Moments:

@@ -14,7 +14,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from .advantage import discounted_returns, group_advantages, whiten
+from .advantage import discounted_returns, whiten
+from .group_advantages import group_advantages
 from .logprob import token_logprobs
 from .objectives import PPOClip, Reinforce
 from .policy_loss import policy_loss

@@ -7,8 +7,7 @@ from typing import Any, ClassVar
 import torch
 
 from ...ops import _check
-from ...ops._advantage import BASELINES
-from ...ops.advantage import group_advantages
+from ...ops.group_advantages import group_advantages
 from ...ops.policy_loss import policy_loss
 from ...reference.objectives import PPOClip
 from ..batch import Batch
@@ -45,7 +44,7 @@ class GRPO:
         for name in ("ratio_min", "ratio_max"):
             _check.number(name, getattr(self, name), low=0.0, infinite=True)
         PPOClip(ratio_min=self.ratio_min, ratio_max=self.ratio_max)
-        _check.choice("baseline", self.baseline, BASELINES)
+        _check.choice("baseline", self.baseline, ("mean", "leave_one_out", "none"))
         _check.choice("scale", self.scale, ("std", "none"))
         _check.number("eps", self.eps, low=0.0, low_open=self.scale == "std")
         check_loss_options(self)

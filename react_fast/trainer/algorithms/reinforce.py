@@ -7,7 +7,8 @@ from typing import Any, ClassVar
 import torch
 
 from ...ops import _check
-from ...ops.advantage import discounted_returns, group_advantages, whiten
+from ...ops.advantage import discounted_returns, whiten
+from ...ops.group_advantages import group_advantages
 from ...ops.policy_loss import policy_loss
 from ...reference.objectives import Reinforce
 from ..batch import Batch
