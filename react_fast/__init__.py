@@ -3,7 +3,7 @@
 import importlib as _importlib
 from typing import Any as _Any
 
-from . import reference
+from . import presets, reference
 from .ops import recipes
 from .ops.advantage import (
     discounted_returns,
@@ -90,6 +90,7 @@ __all__ = [
     "moments",
     "off_policy_mask",
     "policy_loss",
+    "presets",
     "recipes",
     "reference",
     "retrace",

@@ -19,6 +19,7 @@ ALLOWED = {
     "envs": set(),
     "ops": OPS,
     "integrations": OPS,
+    "presets": OPS,
     "info": OPS,
     "tracker": OPS,
     "trainer": OPS | {"tracker", "envs", "info"},
