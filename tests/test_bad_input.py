@@ -348,6 +348,7 @@ def test_every_public_op_is_here():
         "get_backend",
         "set_backend",
         "use_backend",
+        "presets",  # tests/test_presets.py
         "recipes",  # compositions: tests/test_recipes.py
         "reference",
         "load_model",
