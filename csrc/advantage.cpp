@@ -1,4 +1,4 @@
-// Generalised advantage estimation and discounted returns; moments and whitening.
+// Generalised advantage estimation and discounted returns.
 //
 //   m_t = b_t + a_t m_{t+1},  m_t = (1 - lam) V_t + lam G_t,  G_t = r_t + gamma m_{t+1},  A_t = G_t - V_t
 //   an action: a = gamma lam, b = (1 - lam) V_t + lam r_t;   terminated: a = 0
@@ -8,14 +8,16 @@
 // Discounted returns are V = 0, lam = 1.
 //
 // Roofline: r, V, mask read and A, G written, 17 bytes a step in float32, for 6 flops (2 log2(lanes) more in
-// the scan): bandwidth-bound. A block of kLanes steps is scanned in a register, its suffix products being
-// constants, and joined to the carry by one multiply-add; blocks are counted from the row's first step, so
-// neither padding nor packing changes a bit. A block with a gap or a cut goes step by step.
+// the scan): bandwidth-bound. A block of kLanes counting steps (steps.h) is scanned in a register, its suffix
+// products being constants, and joined to the carry by one multiply-add; one with a cut goes step by step. The
+// moments of the advantages, for whitening, are summed on the way.
 #include "advantage.h"
+
+#include <type_traits>
 
 #include "memory.h"
 #include "parallel.h"
-#include "scan.h"
+#include "steps.h"
 
 namespace rf {
 namespace RF_ISA {
@@ -25,12 +27,15 @@ namespace {
 
 // What the scan of a row needs of gamma and lam; c = gamma lam.
 struct Row {
-  double gamma, lam;
-  f32v powers[4];  // c, c^2, c^4, c^8
-  f32v to_end;     // c^(kLanes - i)
+  double wide_gamma, wide_lam;
+  f32v gamma, lam, keep;  // keep = 1 - lam
+  f32v powers[4];         // c, c^2, c^4, c^8
+  f32v to_end;            // c^(kLanes - i)
+  f32v whole;             // c^kLanes
 
-  Row(double gamma, double lam) : gamma(gamma), lam(lam) {
-    const double c = gamma * lam;
+  Row(double g, double l) : wide_gamma(g), wide_lam(l) {
+    gamma = splat(static_cast<float>(g)), lam = splat(static_cast<float>(l)), keep = splat(1.0f) - lam;
+    const double c = g * l;
     double power = c;
     for (f32v& p : powers) {
       p = splat(static_cast<float>(power));
@@ -38,120 +43,109 @@ struct Row {
     }
     power = c;
     for (int i = kLanes; i-- > 0; power *= c) to_end[i] = static_cast<float>(power);
+    whole = first_lane(to_end);
   }
 };
 
 // b_i + c b_{i+1} + c^2 b_{i+2} + ... to the vector's end, by doubling.
 inline f32v suffix_sums(f32v b, const Row& row) {
-  b = row.powers[0] * shift<1>(b, f32v{}) + b;
-  b = row.powers[1] * shift<2>(b, f32v{}) + b;
-  if constexpr (kLanes > 4) b = row.powers[2] * shift<4>(b, f32v{}) + b;
-  if constexpr (kLanes > 8) b = row.powers[3] * shift<(kLanes > 8 ? 8 : 0)>(b, f32v{}) + b;
+  b = mul_add(row.powers[0], shift<1>(b, f32v{}), b);
+  b = mul_add(row.powers[1], shift<2>(b, f32v{}), b);
+  if constexpr (kLanes > 4) b = mul_add(row.powers[2], shift<4>(b, f32v{}), b);
+  if constexpr (kLanes > 8) b = mul_add(row.powers[3], shift<(kLanes > 8 ? 8 : 0)>(b, f32v{}), b);
   return b;
 }
 
-// ---- one row -----------------------------------------------------------------------------------------------
+// ---- the recurrence, over lanes for float and step by step for double ---------------------------------------
 
-inline double real(double x) { return x; }
-template <class T>
-inline float real(T x) {
-  return to_float(x);
+// The values behind steps of which some end or are cut, and the first lane's message. Not inlined and by value, so
+// that the common block stays in registers.
+__attribute__((noinline)) f32v cross(f32v r, f32v v, f32v aside, i32v ends, i32v cut, int first, float gamma,
+                                     float lam, float& m) {
+  const float keep = 1.0f - lam;
+  f32v next{};
+  for (int i = kLanes; i-- > first;) {
+    next[i] = ends[i] ? 0.0f : cut[i] ? aside[i] : m;
+    m = keep * v[i] + lam * (r[i] + gamma * next[i]);
+  }
+  return next;
 }
 
-// The arrays of one sequence, each at its first step; Real is float, or double for double.
-template <class T, class Real>
-struct Steps {
-  const T* rewards;
-  const T* values;
-  const T* bootstrap;
-  const uint8_t* terminated;
-  const uint8_t* truncated;
-  const uint8_t* mask;
-  Real* advantages;
-  Real* returns;
+struct GaeRule {
+  const Row row;  // a copy: results and constants are both floats, and a reference would be read again every block
+  f32v behind;  // m of the next counting step, in every lane
 
-  bool counts(int64_t t) const { return mask == nullptr || mask[t]; }
-  bool ends(int64_t t) const { return terminated != nullptr && terminated[t]; }
-  bool cut(int64_t t) const { return truncated != nullptr && truncated[t]; }
+  GaeRule(const Row& row, float m) : row(row), behind(splat(m)) {}
 
-  void write(int64_t t, Real advantage, Real value) const {
-    if (advantages != nullptr) advantages[t] = advantage;
-    returns[t] = value;
+  Found operator()(const Lanes& in) {
+    f32v next;
+    if (!in.stops) {
+      const f32v sums = suffix_sums(mul_add(row.keep, in.v, row.lam * in.r), row);
+      next = shift<1>(mul_add(row.to_end, behind, sums), behind);
+      behind = mul_add(row.whole, behind, first_lane(sums));  // one operation from block to block
+    } else {
+      float m = behind[0];
+      next = cross(in.r, in.v, in.aside, in.ends, in.cut, in.first, row.gamma[0], row.lam[0], m);
+      behind = splat(m);
+    }
+    const f32v target = mul_add(row.gamma, next, in.r);
+    return {target, target - in.v};
   }
 };
 
-// Step by step from end - 1 down to begin; takes and returns the message m of the step behind.
-template <class T, class Real>
-Real walk(const Steps<T, Real>& s, int64_t begin, int64_t end, Real m, const Row& row) {
-  const Real gamma = static_cast<Real>(row.gamma), lam = static_cast<Real>(row.lam), keep = Real(1) - lam;
-  for (int64_t t = end; t-- > begin;) {
-    if (!s.counts(t)) {
-      s.write(t, Real(0), Real(0));
-      continue;
-    }
-    const Real value = s.values != nullptr ? real(s.values[t]) : Real(0);
-    const Real next = s.ends(t) ? Real(0) : (s.cut(t) ? real(s.bootstrap[t]) : m);
-    const Real target = real(s.rewards[t]) + gamma * next;
-    s.write(t, target - value, target);
-    m = keep * value + lam * target;
-  }
-  return m;
-}
+struct GaeStepRule {
+  const Row& row;
+  double m;  // of the next counting step
 
-template <class T>
-float block(const Steps<T, float>& s, int64_t t, float m, const Row& row) {
-  const bool whole = s.mask == nullptr || all(s.mask + t, 1);
-  if (!whole && all(s.mask + t, 0)) {
-    if (s.advantages != nullptr) store(s.advantages + t, f32v{});
-    store(s.returns + t, f32v{});
-    return m;
+  FoundStep operator()(double r, double v, double, double aside, bool ends, bool cut) {
+    const double target = r + row.wide_gamma * (ends ? 0.0 : cut ? aside : m);
+    m = (1 - row.wide_lam) * v + row.wide_lam * target;
+    return {target, target - v};
   }
-  const bool uncut = (s.terminated == nullptr || all(s.terminated + t, 0)) &&
-                     (s.truncated == nullptr || all(s.truncated + t, 0));
-  if (!whole || !uncut) return walk(s, t, t + kLanes, m, row);
-  const f32v r = load(s.rewards + t), v = s.values != nullptr ? load(s.values + t) : f32v{};
-  const f32v lam = splat(static_cast<float>(row.lam));
-  const f32v b = (splat(1.0f) - lam) * v + lam * r;
-  const f32v message = row.to_end * splat(m) + suffix_sums(b, row);
-  const f32v target = splat(static_cast<float>(row.gamma)) * shift<1>(message, splat(m)) + r;
-  if (s.advantages != nullptr) store(s.advantages + t, target - v);
-  store(s.returns + t, target);
-  return message[0];
-}
+};
 
-template <class T>
-void scan(const Steps<T, float>& s, int64_t n, float m, const Row& row) {
-  const int64_t blocks = n / kLanes * kLanes;
-  m = walk(s, blocks, n, m, row);
-  for (int64_t t = blocks; (t -= kLanes) >= 0;) m = block(s, t, m, row);
-}
-void scan(const Steps<double, double>& s, int64_t n, double m, const Row& row) { walk(s, 0, n, m, row); }
+template <class Real>
+using RuleOf = std::conditional_t<std::is_same<Real, double>::value, GaeStepRule, GaeRule>;
+
+// Moments of a row's advantages in one pass: sums of distances to its last advantage, in double.
+struct MomentsWatch {
+  double pivot = 0;
+  int64_t count = 0;
+  Doubles sum{}, square{};
+
+  void operator()(f32v advantages, int first) {
+    if (count == 0) pivot = advantages[kLanes - 1];
+    count += kLanes - first;
+    if (first != 0) advantages = from_lane(first, advantages, splat(static_cast<float>(pivot)));
+    Doubles d = widen(advantages);
+    d.low -= pivot, d.high -= pivot;
+    sum.low += d.low, sum.high += d.high;
+    square.low += d.low * d.low, square.high += d.high * d.high;
+  }
+  void operator()(double advantage) {
+    if (count == 0) pivot = advantage;
+    count += 1;
+    sum.low[0] += advantage - pivot, square.low[0] += (advantage - pivot) * (advantage - pivot);
+  }
+  Moments found() const {
+    if (count == 0) return {0, 0, 0};
+    const double n = static_cast<double>(count), s = sum_lanes(sum), m2 = sum_lanes(square) - s * s / n;
+    return {n, pivot + s / n, m2 < 0 ? 0.0 : m2};
+  }
+};
 
 // ---- rows --------------------------------------------------------------------------------------------------
 
-template <class T>
-T* from(T* pointer, int64_t offset) {
-  return pointer == nullptr ? nullptr : pointer + offset;
-}
-template <class T>
-const T* typed(const void* pointer, int64_t offset) {
-  return from(static_cast<const T*>(pointer), offset);
-}
-template <class T>
-T* typed(void* pointer, int64_t offset) {
-  return from(static_cast<T*>(pointer), offset);
-}
-
 template <class T, class Real>
 Steps<T, Real> steps(const GaeInput& in, int64_t begin) {
-  return {nullptr,
-          typed<T>(in.values, begin),
-          typed<T>(in.bootstrap_values, begin),
-          from(in.terminated, begin),
-          from(in.truncated, begin),
-          from(in.mask, begin),
-          nullptr,
-          nullptr};
+  Steps<T, Real> s{};
+  s.values = typed<T>(in.values, begin);
+  s.aside = typed<T>(in.bootstrap_values, begin);
+  s.terminated = from(in.terminated, begin);
+  s.truncated = from(in.truncated, begin);
+  s.mask = from(in.mask, begin);
+  s.aside_at_cuts = true;
+  return s;
 }
 
 template <class Body>
@@ -174,10 +168,20 @@ void gae_of(const GaeArgs& args) {
     Steps<T, Real> s = steps<T, Real>(in, begin);
     s.rewards = typed<T>(args.rewards, begin);
     s.advantages = typed<Real>(args.advantages, begin);
-    s.returns = typed<Real>(args.returns, begin);
-    const Real m = last != nullptr ? real(last[i]) : Real(0);
-    if (in.lams == nullptr) return scan(s, n, m, shared);
-    scan(s, n, m, Row(in.gamma, lam));
+    s.targets = typed<Real>(args.returns, begin);
+    const auto walk = [&](const Row& row) {
+      RuleOf<Real> rule{row, last != nullptr ? real(last[i]) : Real(0)};
+      if (args.row_moments != nullptr) {
+        MomentsWatch watch;
+        for_steps(s, n, rule, watch);
+        args.row_moments[i] = watch.found();
+      } else {
+        Unwatched watch;
+        for_steps(s, n, rule, watch);
+      }
+    };
+    if (in.lams == nullptr) return walk(shared);
+    walk(Row(in.gamma, lam));
   });
 }
 
@@ -264,152 +268,15 @@ void scan_backward_of(const ScanBackwardArgs& args) {
   });
 }
 
-// ---- moments and whitening ---------------------------------------------------------------------------------
-
-// The unit of work, folded in order: 16 KiB of float32 stay in L1 for the second look.
-constexpr int64_t kBlock = 4096;
-// Block results kept on the stack at a time: 48 KiB, so that a barrier is behind 8 million elements.
-constexpr int64_t kBatch = 2048;
-
-template <class T>
-Moments block_moments(const T* x, const uint8_t* mask, int64_t n) {
-  double count = 0, sum = 0, m2 = 0;
-  for (int64_t i = 0; i < n; ++i) {
-    const bool counts = mask == nullptr || mask[i];
-    count += counts;
-    sum += counts ? static_cast<double>(real(x[i])) : 0.0;
-  }
-  const double mean = count > 0 ? sum / count : 0.0;
-  for (int64_t i = 0; i < n; ++i) {
-    const bool counts = mask == nullptr || mask[i];
-    const double d = counts ? static_cast<double>(real(x[i])) - mean : 0.0;
-    m2 += d * d;
-  }
-  return {count, mean, m2};
-}
-
-// Calls part(begin, size) for every block of [0, count) and join(result) in the blocks' order.
-template <class Result, class Part, class Join>
-void fold(int64_t count, int threads, const Part& part, const Join& join) {
-  const int64_t blocks = (count + kBlock - 1) / kBlock;
-  Result results[kBatch];
-  for (int64_t first = 0; first < blocks; first += kBatch) {
-    const int64_t size = blocks - first < kBatch ? blocks - first : kBatch;
-    parallel_for(size, size * kBlock, threads, [&](int64_t i) {
-      const int64_t begin = (first + i) * kBlock;
-      results[i] = part(begin, count - begin < kBlock ? count - begin : kBlock);
-    });
-    for (int64_t i = 0; i < size; ++i) join(results[i]);
-  }
-}
-
-template <class T, class Real>
-Moments moments_of(const MomentsArgs& args) {
-  Moments total{0, 0, 0};
-  fold<Moments>(
-      args.count, args.threads,
-      [&](int64_t begin, int64_t n) {
-        return block_moments(typed<T>(args.x, begin), from(args.mask, begin), n);
-      },
-      [&](const Moments& part) { total = merge(total, part); });
-  return total;
-}
-
-template <class Body>
-void for_blocks(int64_t count, int threads, const Body& body) {
-  parallel_for((count + kBlock - 1) / kBlock, count, threads, [&](int64_t block) {
-    const int64_t begin = block * kBlock;
-    body(begin, count - begin < kBlock ? count : begin + kBlock);
-  });
-}
-
-template <class T, class Real>
-void whiten_of(const WhitenArgs& args) {
-  const T* x = static_cast<const T*>(args.x);
-  Real* out = static_cast<Real*>(args.out);
-  const Real shift = static_cast<Real>(args.shift), scale = static_cast<Real>(args.scale);
-  const Real offset = static_cast<Real>(args.offset);
-  for_blocks(args.count, args.threads, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) {
-      const Real y = (real(x[i]) - shift) * scale + offset;
-      out[i] = args.mask == nullptr || args.mask[i] ? y : Real(0);
-    }
-  });
-}
-
-struct Sums {
-  double plain, weighted;
-};
-
-template <class T, class Real>
-Sums whiten_sums_of(const WhitenBackwardArgs& args) {
-  Sums total{0, 0};
-  const T* x = static_cast<const T*>(args.x);
-  const Real* g = static_cast<const Real*>(args.upstream);
-  fold<Sums>(
-      args.count, args.threads,
-      [&](int64_t begin, int64_t n) {
-        Sums part{0, 0};
-        for (int64_t i = begin; i < begin + n; ++i) {
-          if (args.mask != nullptr && !args.mask[i]) continue;
-          part.plain += static_cast<double>(g[i]);
-          part.weighted += static_cast<double>(g[i]) * (static_cast<double>(real(x[i])) - args.mean);
-        }
-        return part;
-      },
-      [&](const Sums& part) {
-        total.plain += part.plain;
-        total.weighted += part.weighted;
-      });
-  return total;
-}
-
-template <class T, class Real>
-void whiten_backward_of(const WhitenBackwardArgs& args) {
-  const T* x = static_cast<const T*>(args.x);
-  const Real* g = static_cast<const Real*>(args.upstream);
-  Real* d_x = static_cast<Real*>(args.d_x);
-  for_blocks(args.count, args.threads, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) {
-      if (args.mask != nullptr && !args.mask[i]) {
-        d_x[i] = Real(0);
-        continue;
-      }
-      const double distance = static_cast<double>(real(x[i])) - args.mean;
-      d_x[i] = static_cast<Real>(args.slope * static_cast<double>(g[i]) + args.constant + args.linear * distance);
-    }
-  });
-}
-
-// ---- dispatch on the dtype -----------------------------------------------------------------------------------
-
-#define RF_BY_DTYPE(function, dtype)                                  \
-  switch (dtype) {                                                    \
-    case DType::float64: return function<double, double>(args);       \
-    case DType::float16: return function<f16, float>(args);           \
-    case DType::bfloat16: return function<bf16, float>(args);         \
-    default: return function<float, float>(args);                     \
-  }
-
 void gae(const GaeArgs& args) { RF_BY_DTYPE(gae_of, args.in.dtype) }
 void gae_backward(const GaeBackwardArgs& args) { RF_BY_DTYPE(gae_backward_of, args.in.dtype) }
 void scan(const ScanArgs& args) { RF_BY_DTYPE(scan_of, args.dtype) }
 void scan_backward(const ScanBackwardArgs& args) { RF_BY_DTYPE(scan_backward_of, args.dtype) }
-Moments moments(const MomentsArgs& args) { RF_BY_DTYPE(moments_of, args.dtype) }
-void whiten(const WhitenArgs& args) { RF_BY_DTYPE(whiten_of, args.dtype) }
-void whiten_backward(const WhitenBackwardArgs& args) { RF_BY_DTYPE(whiten_backward_of, args.dtype) }
-Sums sums_by_dtype(const WhitenBackwardArgs& args) { RF_BY_DTYPE(whiten_sums_of, args.dtype) }
-void whiten_sums(const WhitenBackwardArgs& args, double out[2]) {
-  const Sums total = sums_by_dtype(args);
-  out[0] = total.plain;
-  out[1] = total.weighted;
-}
 
 }  // namespace
 
 extern const Advantage advantage_table;
-const Advantage advantage_table = {gae,         gae_backward, scan,   scan_backward,
-                                   moments, whiten_sums, whiten, whiten_backward};
+const Advantage advantage_table = {gae, gae_backward, scan, scan_backward};
 
 }  // namespace RF_ISA
 }  // namespace rf

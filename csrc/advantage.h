@@ -16,6 +16,13 @@ struct Sequences {
   int64_t elements() const { return rows == 0 ? 0 : end(rows - 1); }
 };
 
+// count, mean, sum of squared distances to the mean.
+struct Moments {
+  double count, mean, m2;
+};
+
+Moments merge(const Moments& a, const Moments& b);
+
 // Contiguous arrays; null: absent. "Real" is float32, float64 for float64 input.
 struct GaeInput {
   const void* values;            // dtype; null: V = 0
@@ -36,6 +43,7 @@ struct GaeArgs {
   const void* rewards;
   void* advantages;  // Real; null when not wanted
   void* returns;     // Real
+  Moments* row_moments;  // [rows], of the advantages; null when not wanted
 };
 
 struct GaeBackwardArgs {
@@ -72,55 +80,12 @@ struct ScanBackwardArgs {
   int threads;
 };
 
-struct WhitenArgs {
-  const void* x;
-  const uint8_t* mask;
-  DType dtype;
-  int64_t count;
-  double shift, scale;  // y = (x - shift) * scale + offset
-  double offset;
-  void* out;  // Real
-  int threads;
-};
-
-struct WhitenBackwardArgs {
-  const void* x;
-  const uint8_t* mask;
-  const void* upstream;  // Real
-  DType dtype;
-  int64_t count;
-  double mean;
-  double slope, constant, linear;  // dx = slope g + constant + linear (x - mean)
-  void* d_x;                       // Real
-  int threads;
-};
-
-// count, mean, sum of squared distances to the mean.
-struct Moments {
-  double count, mean, m2;
-};
-
-struct MomentsArgs {
-  const void* x;
-  const uint8_t* mask;
-  DType dtype;
-  int64_t count;
-  int threads;
-};
-
 struct Advantage {
   void (*gae)(const GaeArgs&);
   void (*gae_backward)(const GaeBackwardArgs&);
   void (*scan)(const ScanArgs&);
   void (*scan_backward)(const ScanBackwardArgs&);
-  Moments (*moments)(const MomentsArgs&);
-  // sum g and sum g (x - mean) over counting elements.
-  void (*whiten_sums)(const WhitenBackwardArgs&, double out[2]);
-  void (*whiten)(const WhitenArgs&);
-  void (*whiten_backward)(const WhitenBackwardArgs&);
 };
-
-Moments merge(const Moments& a, const Moments& b);
 
 // A group's rewards relative to each other; see group_advantages.cpp.
 struct GroupArgs {

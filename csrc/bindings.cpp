@@ -5,6 +5,7 @@
 #include <pybind11/stl.h>
 
 #include <array>
+#include <vector>
 
 #include "bounds.h"
 #include "isa.h"
@@ -119,13 +120,20 @@ rf::GaeInput gae_input(Address values, Address last_values, Address bootstrap_va
           threads};
 }
 
-void gae(Address rewards, Address values, Address last_values, Address bootstrap_values, Address terminated,
-         Address truncated, Address mask, Address lams, Address offsets, int64_t rows, int64_t length, int dtype,
-         double gamma, double lam, Address advantages, Address returns, int threads) {
+// Returns the advantages' (count, mean, M2) if they are wanted, else zeros.
+std::array<double, 3> gae(Address rewards, Address values, Address last_values, Address bootstrap_values,
+                          Address terminated, Address truncated, Address mask, Address lams, Address offsets,
+                          int64_t rows, int64_t length, int dtype, double gamma, double lam, Address advantages,
+                          Address returns, bool want_moments, int threads) {
   py::gil_scoped_release release;
+  std::vector<rf::Moments> of_rows(want_moments ? static_cast<std::size_t>(rows) : 0);
   const auto in = gae_input(values, last_values, bootstrap_values, terminated, truncated, mask, lams, offsets, rows,
                             length, dtype, gamma, lam, threads);
-  rf::kernels().advantage->gae({in, at(rewards), at(advantages), at(returns)});
+  rf::kernels().advantage->gae(
+      {in, at(rewards), at(advantages), at(returns), want_moments ? of_rows.data() : nullptr});
+  rf::Moments total{0, 0, 0};
+  for (const rf::Moments& row : of_rows) total = rf::merge(total, row);
+  return {total.count, total.mean, total.m2};
 }
 
 void gae_backward(Address d_advantages, Address d_returns, Address terminated, Address truncated, Address mask,
@@ -165,7 +173,7 @@ void group_advantages(Address rewards, Address groups, Address valid, Address up
 std::array<double, 3> moments(Address x, Address mask, int dtype, int64_t count, int threads) {
   py::gil_scoped_release release;
   const rf::Moments m =
-      rf::kernels().advantage->moments({at(x), at<uint8_t>(mask), rf::DType(dtype), count, threads});
+      rf::kernels().whiten->moments({at(x), at<uint8_t>(mask), rf::DType(dtype), count, threads});
   return {m.count, m.mean, m.m2};
 }
 
@@ -177,7 +185,7 @@ std::array<double, 3> merge_moments(std::array<double, 3> a, std::array<double, 
 void whiten(Address x, Address mask, int dtype, int64_t count, double shift, double scale, double offset,
             Address out, int threads) {
   py::gil_scoped_release release;
-  rf::kernels().advantage->whiten(
+  rf::kernels().whiten->whiten(
       {at(x), at<uint8_t>(mask), rf::DType(dtype), count, shift, scale, offset, at(out), threads});
 }
 
@@ -186,7 +194,7 @@ std::array<double, 2> whiten_sums(Address x, Address mask, Address upstream, int
                                   int threads) {
   py::gil_scoped_release release;
   std::array<double, 2> sums;
-  rf::kernels().advantage->whiten_sums({at(x), at<uint8_t>(mask), at(upstream), rf::DType(dtype), count, mean, 0, 0,
+  rf::kernels().whiten->whiten_sums({at(x), at<uint8_t>(mask), at(upstream), rf::DType(dtype), count, mean, 0, 0,
                                         0, nullptr, threads}, sums.data());
   return sums;
 }
@@ -194,14 +202,14 @@ std::array<double, 2> whiten_sums(Address x, Address mask, Address upstream, int
 void whiten_backward(Address x, Address mask, Address upstream, int dtype, int64_t count, double mean, double slope,
                      double constant, double linear, Address d_x, int threads) {
   py::gil_scoped_release release;
-  rf::kernels().advantage->whiten_backward({at(x), at<uint8_t>(mask), at(upstream), rf::DType(dtype), count, mean,
+  rf::kernels().whiten->whiten_backward({at(x), at<uint8_t>(mask), at(upstream), rf::DType(dtype), count, mean,
                                             slope, constant, linear, at(d_x), threads});
 }
 
 void bind_advantage(py::module_& m) {
   m.def("gae", &gae, "rewards"_a, "values"_a, "last_values"_a, "bootstrap_values"_a, "terminated"_a, "truncated"_a,
         "mask"_a, "lams"_a, "offsets"_a, "rows"_a, "length"_a, "dtype"_a, "gamma"_a, "lam"_a, "advantages"_a,
-        "returns"_a, "threads"_a);
+        "returns"_a, "want_moments"_a, "threads"_a);
   m.def("gae_backward", &gae_backward, "d_advantages"_a, "d_returns"_a, "terminated"_a, "truncated"_a, "mask"_a,
         "lams"_a, "offsets"_a, "rows"_a, "length"_a, "dtype"_a, "gamma"_a, "lam"_a, "d_rewards"_a, "d_values"_a,
         "d_last_values"_a, "d_bootstrap_values"_a, "threads"_a);

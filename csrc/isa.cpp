@@ -13,13 +13,15 @@
   extern const PolicyLoss policy_loss_table;  \
   extern const Attribution attribution_table; \
   extern const Stream stream_table;           \
+  extern const Whiten whiten_table;           \
   }                                           \
   }
 
 #define RF_ENTRY(isa)                                                          \
   {                                                                            \
     #isa, &isa::logprob_table, &isa::linear_logprob_table, &isa::advantage_table, \
-        &isa::off_policy_table, &isa::policy_loss_table, &isa::attribution_table, &isa::stream_table      \
+        &isa::off_policy_table, &isa::policy_loss_table, &isa::attribution_table, &isa::stream_table,     \
+        &isa::whiten_table                                                     \
   }
 
 RF_TABLES(baseline)

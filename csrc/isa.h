@@ -17,6 +17,7 @@
 #include "off_policy.h"
 #include "policy_loss.h"
 #include "stream.h"
+#include "whiten.h"
 
 namespace rf {
 
@@ -29,6 +30,7 @@ struct Kernels {
   const PolicyLoss* policy_loss;
   const Attribution* attribution;
   const Stream* stream;
+  const Whiten* whiten;
 };
 
 // The tables of the active set: the best one the machine has, or the one REACT_FAST_ISA names.

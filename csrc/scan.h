@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cstring>
+#include <type_traits>
 #include <utility>
 
 #include "simd.h"
@@ -24,26 +25,45 @@ inline f32v shift(f32v x, f32v fill) {
   return shift<n>(x, fill, std::make_integer_sequence<int, kLanes>{});
 }
 
+// Lane 0 in every lane.
+inline f32v first_lane(f32v x) {
+#if defined(__clang__)
+  return splat(x[0]);
+#else
+  return __builtin_shuffle(x, i32v{});
+#endif
+}
+
+// x from lane `first` on, `before` in the lanes before it.
+inline f32v from_lane(int first, f32v x, f32v before) {
+  i32v lanes{};
+  for (int i = 0; i < kLanes; ++i) lanes[i] = i;
+  return select(lanes >= first, x, before);
+}
+
 // Suffix compositions of y -> b + a y over the lanes; joined to the carry by one multiply-add.
 inline f32v compose(f32v a, f32v b, f32v carry) {
   const f32v one = splat(1.0f), nothing = f32v{};
-  b = a * shift<1>(b, nothing) + b, a = a * shift<1>(a, one);
-  b = a * shift<2>(b, nothing) + b, a = a * shift<2>(a, one);
-  if constexpr (kLanes > 4) b = a * shift<4>(b, nothing) + b, a = a * shift<4>(a, one);
+  b = mul_add(a, shift<1>(b, nothing), b), a = a * shift<1>(a, one);
+  b = mul_add(a, shift<2>(b, nothing), b), a = a * shift<2>(a, one);
+  if constexpr (kLanes > 4) b = mul_add(a, shift<4>(b, nothing), b), a = a * shift<4>(a, one);
   if constexpr (kLanes > 8) {
     constexpr int half = kLanes > 8 ? 8 : 0;
-    b = a * shift<half>(b, nothing) + b, a = a * shift<half>(a, one);
+    b = mul_add(a, shift<half>(b, nothing), b), a = a * shift<half>(a, one);
   }
-  return a * carry + b;
+  return mul_add(a, carry, b);
 }
 
 // kLanes bytes, all equal to `byte`.
-inline bool all(const uint8_t* bytes, uint32_t byte) {
-  uint32_t difference = 0;
-  for (int i = 0; i < kLanes; i += 4) {
-    uint32_t four;
-    std::memcpy(&four, bytes + i, 4);
-    difference |= four ^ (byte * 0x01010101u);
+template <uint8_t byte>
+inline bool all(const uint8_t* bytes) {
+  using Word = std::conditional_t<(kLanes > 4), uint64_t, uint32_t>;
+  constexpr Word wanted = static_cast<Word>(0x0101010101010101u * byte);
+  Word difference = 0;
+  for (int i = 0; i < kLanes; i += static_cast<int>(sizeof(Word))) {
+    Word word;
+    std::memcpy(&word, bytes + i, sizeof(word));
+    difference |= word ^ wanted;
   }
   return difference == 0;
 }

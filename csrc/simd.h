@@ -249,6 +249,56 @@ inline float max_lanes(f32v x) {
 }
 #endif
 
+// ---- lanes in double, for sums that must not round ------------------------------------------------------------
+
+typedef double f64v __attribute__((vector_size(RF_VECTOR_BYTES)));
+struct Doubles {
+  f64v low, high;
+};
+
+inline Doubles widen(f32v x) {
+#if defined(__AVX512F__)
+  const __m512d wide = reinterpret_cast<__m512d>(x);
+  const auto half = [&](__m256d lanes) {
+    return reinterpret_cast<f64v>(_mm512_maskz_cvtps_pd(0xff, _mm256_castpd_ps(lanes)));
+  };
+  return {half(_mm512_maskz_extractf64x4_pd(0xf, wide, 0)), half(_mm512_maskz_extractf64x4_pd(0xf, wide, 1))};
+#elif defined(__AVX2__)
+  const __m256 lanes = reinterpret_cast<__m256>(x);
+  return {reinterpret_cast<f64v>(_mm256_cvtps_pd(_mm256_castps256_ps128(lanes))),
+          reinterpret_cast<f64v>(_mm256_cvtps_pd(_mm256_extractf128_ps(lanes, 1)))};
+#else
+  Doubles out{};
+  for (int i = 0; i < kLanes / 2; ++i) out.low[i] = x[i], out.high[i] = x[i + kLanes / 2];
+  return out;
+#endif
+}
+inline f32v narrow(const Doubles& x) {
+#if defined(__AVX512F__)
+  const auto half = [](f64v lanes) {
+    return _mm256_castps_pd(_mm512_maskz_cvtpd_ps(0xff, reinterpret_cast<__m512d>(lanes)));
+  };
+  const __m512d low = _mm512_maskz_broadcast_f64x4(0xff, half(x.low));
+  return reinterpret_cast<f32v>(_mm512_maskz_insertf64x4(0xff, low, half(x.high), 1));
+#elif defined(__AVX2__)
+  return reinterpret_cast<f32v>(_mm256_set_m128(_mm256_cvtpd_ps(reinterpret_cast<__m256d>(x.high)),
+                                                _mm256_cvtpd_ps(reinterpret_cast<__m256d>(x.low))));
+#else
+  f32v out{};
+  for (int i = 0; i < kLanes / 2; ++i) {
+    out[i] = static_cast<float>(x.low[i]), out[i + kLanes / 2] = static_cast<float>(x.high[i]);
+  }
+  return out;
+#endif
+}
+inline double sum_lanes(const Doubles& x) {
+  f64v both = x.low + x.high;
+  for (int width = kLanes / 4; width > 0; width /= 2) {
+    for (int i = 0; i < width; ++i) both[i] += both[i + width];
+  }
+  return both[0];
+}
+
 // ---- exp ---------------------------------------------------------------------------------------------------
 
 // exp(x), relative error below 1.3e-7 (one unit in the last place). x = n ln2 + r with |r| <= ln2 / 2 and
@@ -315,6 +365,15 @@ inline f32v fused(f32v a, f32v b, f32v c) {
 #endif
 }
 #endif
+
+// a b + c, rounded once where there is such an instruction: the same bits wherever it is inlined.
+inline f32v mul_add(f32v a, f32v b, f32v c) {
+#if defined(__FMA__) || defined(__aarch64__)
+  return fused(a, b, c);
+#else
+  return a * b + c;
+#endif
+}
 
 struct Exponential {
   f32v e, d;

@@ -77,8 +77,9 @@ def gae(
     lam: float,
     advantages: int,
     returns: int,
+    want_moments: bool,
     threads: int,
-) -> None: ...
+) -> list[float]: ...
 def gae_backward(
     d_advantages: int,
     d_returns: int,

@@ -51,7 +51,7 @@ def _gae_into(
     ]
     _core.gae(  # type: ignore[call-arg]
         *map(address, kept), address(offsets), rows, length, DTYPE[rewards.dtype], gamma, lam,
-        address(advantages), returns.data_ptr(), torch.get_num_threads(),
+        address(advantages), returns.data_ptr(), False, torch.get_num_threads(),
     )  # fmt: skip
     return returns
 
