@@ -59,6 +59,41 @@ def test_gae(benchmark, shape):
     race(benchmark, contestants, case=case, limit=traffic, bytes_moved=17 * rewards.numel())
 
 
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_gae_out(benchmark, shape):
+    """Into memory that is there: what a trainer with buffers of its own pays."""
+    rewards, values, mask = torch.randn(shape), torch.randn(shape), _mask(shape)
+    out = torch.empty(shape), torch.empty(shape)
+    contestants = {
+        "react_fast": lambda: rf.gae(rewards, values, gamma=GAMMA, lam=LAM, mask=mask, out=out),
+        "fresh results": lambda: rf.gae(rewards, values, gamma=GAMMA, lam=LAM, mask=mask),
+        "limit": stream([rewards, values, mask], list(out)),
+    }
+    case, traffic = (
+        f"gae with mask, out= {list(shape)} float32",
+        "stream of reward, value, mask, advantage, return",
+    )
+    race(benchmark, contestants, case=case, limit=traffic, bytes_moved=17 * rewards.numel())
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_gae_whiten(benchmark, shape):
+    rewards, values, mask = torch.randn(shape), torch.randn(shape), _mask(shape)
+    out = torch.empty(shape), torch.empty(shape)
+    whitened = lambda: rf.gae(rewards, values, gamma=GAMMA, lam=LAM, mask=mask, out=out, whiten=True)  # noqa: E731
+    contestants = {
+        "react_fast": whitened,
+        "gae alone": lambda: rf.gae(rewards, values, gamma=GAMMA, lam=LAM, mask=mask, out=out),
+        "torch": lambda: _whiten(_loop(rewards, values, mask)[0], mask),
+        "limit": stream([rewards, values, mask, out[0], mask], [*out, out[0]]),
+    }
+    case, traffic = (
+        f"gae with mask, whiten, out= {list(shape)} float32",
+        "stream: gae's, and the advantages once more",
+    )
+    race(benchmark, contestants, case=case, limit=traffic, bytes_moved=26 * rewards.numel())
+
+
 def test_gae_compiled(benchmark):
     """torch.compile unrolls the loop over time, so a short row is what it can build in seconds."""
     shape = (64, 128)

@@ -97,7 +97,8 @@ struct GaeStepRule {
   const Row& row;
   double m;  // of the next counting step
 
-  FoundStep operator()(double r, double v, double, double aside, bool ends, bool cut) {
+  // Not inlined: it has to round alike wherever it is called from.
+  __attribute__((noinline)) FoundStep operator()(double r, double v, double, double aside, bool ends, bool cut) {
     const double target = r + row.wide_gamma * (ends ? 0.0 : cut ? aside : m);
     m = (1 - row.wide_lam) * v + row.wide_lam * target;
     return {target, target - v};

@@ -213,13 +213,16 @@ def _nothing(like: Tensor) -> Tensor:
 def gae(
     rewards: Tensor, values: Maybe, last_values: Maybe, bootstrap_values: Maybe, terminated: Maybe,
     truncated: Maybe, mask: Maybe, cu_seqlens: Maybe, lams: Maybe, gamma: float, lam: float,
-    want_advantages: bool = True,
+    want_advantages: bool = True, out: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """(advantages, returns) [B, T] or [N]; without values, or not wanted, the advantages are empty."""
+    """(advantages, returns) [B, T] or [N], in `out` if given; advantages that are not wanted are empty."""
     rewards = rewards.contiguous()
     want_advantages = want_advantages and values is not None
-    returns = rewards.new_empty(rewards.shape, dtype=_wide(rewards)[0])
-    advantages = torch.empty_like(returns) if want_advantages else _nothing(returns)
+    if out is None:
+        returns = rewards.new_empty(rewards.shape, dtype=_wide(rewards)[0])
+        advantages = torch.empty_like(returns) if want_advantages else _nothing(returns)
+    else:
+        advantages, returns = out
     rows, shared = _rows(rewards, cu_seqlens)
     if rewards.numel() == 0:
         return advantages, returns

@@ -178,9 +178,11 @@ def moments(x: Tensor, mask: Maybe) -> Tensor:
 
 
 def whiten(
-    x: Tensor, mask: Maybe, stats: Tensor, shift_mean: bool, eps: float, ddof: int, fixed: bool
-) -> Tensor:
-    out = torch.empty(x.shape, dtype=_wide(x), device=x.device)
+    x: Tensor, mask: Maybe, stats: Tensor, shift_mean: bool, eps: float, ddof: int, fixed: bool,
+    out: Maybe = None,
+) -> Tensor:  # fmt: skip
+    """`out` may be x."""
+    out = torch.empty(x.shape, dtype=_wide(x), device=x.device) if out is None else out
     blocks, shared = _input(x, mask)
     if blocks:
         WIDE = tl.float64 if x.dtype == torch.float64 else tl.float32

@@ -5,15 +5,7 @@ from typing import Any as _Any
 
 from . import presets, reference
 from .ops import recipes
-from .ops.advantage import (
-    discounted_returns,
-    gae,
-    merge_moments,
-    moments,
-    reverse_linear_scan,
-    td_lambda_returns,
-    whiten,
-)
+from .ops.advantage import discounted_returns, gae, reverse_linear_scan, td_lambda_returns
 from .ops.attribution import attribution_scores, segment_sum
 from .ops.backend import get_backend, set_backend, use_backend
 from .ops.group_advantages import group_advantages
@@ -25,6 +17,7 @@ from .ops.logprob import token_logprobs
 from .ops.moments import RunningMoments
 from .ops.off_policy import retrace, vtrace
 from .ops.policy_loss import PolicyLoss, policy_loss, value_loss
+from .ops.whiten import merge_moments, moments, whiten
 from .reference.objectives import (
     CISPO,
     DRO,

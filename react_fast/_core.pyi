@@ -77,7 +77,7 @@ def gae(
     lam: float,
     advantages: int,
     returns: int,
-    want_moments: bool,
+    want_moments: int,
     threads: int,
 ) -> list[float]: ...
 def gae_backward(

@@ -40,27 +40,25 @@ def _gae_outputs(rewards: Tensor, values: Maybe) -> tuple[Tensor, Tensor]:
 
 
 def _gae_into(
-    advantages: Maybe, rewards: Tensor, values: Maybe, last_values: Maybe, bootstrap_values: Maybe,
-    terminated: Maybe, truncated: Maybe, mask: Maybe, cu_seqlens: Maybe, lams: Maybe, gamma: float, lam: float,
-) -> Tensor:  # fmt: skip
-    """The returns; the advantages go where they are wanted."""
-    returns = _like(rewards)
+    advantages: Maybe, returns: Tensor, want_moments: bool, rewards: Tensor, values: Maybe, last_values: Maybe,
+    bootstrap_values: Maybe, terminated: Maybe, truncated: Maybe, mask: Maybe, cu_seqlens: Maybe, lams: Maybe,
+    gamma: float, lam: float,
+) -> list[float]:  # fmt: skip
+    """Fills the results; the advantages' (count, mean, M2) if they are wanted."""
     offsets, rows, length = _sequences(rewards, cu_seqlens)
     kept = [
         _flat(x) for x in (rewards, values, last_values, bootstrap_values, terminated, truncated, mask, lams)
     ]
-    _core.gae(  # type: ignore[call-arg]
+    return _core.gae(  # type: ignore[call-arg, arg-type]
         *map(address, kept), address(offsets), rows, length, DTYPE[rewards.dtype], gamma, lam,
-        address(advantages), returns.data_ptr(), False, torch.get_num_threads(),
+        address(advantages), returns.data_ptr(), want_moments, torch.get_num_threads(),
     )  # fmt: skip
-    return returns
 
 
 def _gae_cpu(rewards: Tensor, values: Maybe, *args: Any) -> tuple[Tensor, Tensor]:
-    advantages = (
-        rewards.new_empty(0, dtype=accumulation_dtype(rewards.dtype)) if values is None else _like(rewards)
-    )
-    return advantages, _gae_into(None if values is None else advantages, rewards, values, *args)
+    advantages, returns = _gae_outputs(rewards, values)
+    _gae_into(None if values is None else advantages, returns, False, rewards, values, *args)
+    return advantages, returns
 
 
 def _gae_triton(rewards: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
@@ -155,11 +153,82 @@ _gae_backward = register(
 )  # fmt: skip
 
 
+# ---- gae for whitening, and into memory of the caller's ---------------------------------------------------------
+
+
+def _gae_moments_cpu(rewards: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    advantages, returns = _like(rewards), _like(rewards)
+    return advantages, returns, _gae_out_cpu(advantages, returns, rewards, *args, True)
+
+
+def _gae_moments_triton(rewards: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    advantages, returns = _like(rewards), _like(rewards)
+    return advantages, returns, _gae_out_triton(advantages, returns, rewards, *args, True)
+
+
+def _gae_moments_fake(rewards: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    return _like(rewards), _like(rewards), rewards.new_empty(3, dtype=torch.float64)
+
+
+def _gae_moments_setup(ctx: Any, inputs: tuple, output: Any) -> None:
+    _gae_setup(ctx, inputs, output)
+    ctx.mark_non_differentiable(output[2])
+
+
+def _gae_moments_grad(ctx: Any, d_advantages: Tensor, d_returns: Tensor, _: Any) -> tuple:
+    return _gae_grad(ctx, d_advantages, d_returns)
+
+
+# (advantages, returns, the advantages' (count, mean, M2) as float64 [3]).
+gae_moments = register(
+    "gae_moments",
+    "(Tensor rewards, Tensor values, Tensor? last_values, Tensor? bootstrap_values, " + _FLAGS
+    + ") -> (Tensor, Tensor, Tensor)",
+    cpu=_gae_moments_cpu,
+    triton=_gae_moments_triton,
+    fake=_gae_moments_fake,
+    setup_context=_gae_moments_setup,
+    backward=_gae_moments_grad,
+)  # fmt: skip
+
+
+def _gae_out_cpu(advantages: Tensor, returns: Tensor, *args: Any) -> Tensor:
+    *given, want_moments = args
+    return torch.tensor(_gae_into(advantages, returns, want_moments, *given), dtype=torch.float64)
+
+
+def _gae_out_triton(advantages: Tensor, returns: Tensor, *args: Any) -> Tensor:
+    from ..kernels import advantage as kernels
+    from ..kernels import whiten
+
+    *given, want_moments = args
+    kernels.gae(*given, out=(advantages, returns))
+    return (
+        whiten.moments(advantages, given[6]) if want_moments else advantages.new_zeros(3, dtype=torch.float64)
+    )
+
+
+def _gae_out_fake(advantages: Tensor, *args: Any) -> Tensor:
+    return advantages.new_empty(3, dtype=torch.float64)
+
+
+gae_out = register(
+    "gae_out",
+    "(Tensor(a!) advantages, Tensor(b!) returns, Tensor rewards, Tensor values, Tensor? last_values, "
+    "Tensor? bootstrap_values, " + _FLAGS + ", bool want_moments) -> Tensor",
+    cpu=_gae_out_cpu,
+    triton=_gae_out_triton,
+    fake=_gae_out_fake,
+)
+
+
 # ---- td_lambda_returns: gae's second result alone --------------------------------------------------------------
 
 
 def _td_lambda_cpu(rewards: Tensor, *args: Any) -> Tensor:
-    return _gae_into(None, rewards, *args)
+    returns = _like(rewards)
+    _gae_into(None, returns, False, rewards, *args)
+    return returns
 
 
 def _td_lambda_triton(rewards: Tensor, *args: Any) -> Tensor:
@@ -275,134 +344,4 @@ _scan_backward = register(
     cpu=_scan_backward_cpu,
     triton=_scan_backward_triton,
     fake=_scan_backward_fake,
-)
-
-
-# ---- moments and whitening ------------------------------------------------------------------------------------
-
-
-def _moments_cpu(x: Tensor, mask: Maybe) -> Tensor:
-    kept, counts = x.contiguous(), _flat(mask)
-    found = _core.moments(
-        kept.data_ptr(), address(counts), DTYPE[x.dtype], x.numel(), torch.get_num_threads()
-    )
-    return torch.tensor(found, dtype=torch.float64)
-
-
-def _moments_triton(x: Tensor, mask: Maybe) -> Tensor:
-    from ..kernels import whiten as kernels
-
-    return kernels.moments(x, mask)
-
-
-def _moments_fake(x: Tensor, mask: Maybe) -> Tensor:
-    return x.new_empty(3, dtype=torch.float64)
-
-
-# (count, mean, M2) as one float64 [3].
-moments = register(
-    "moments",
-    "(Tensor x, Tensor? mask) -> Tensor",
-    cpu=_moments_cpu,
-    triton=_moments_triton,
-    fake=_moments_fake,
-)
-
-
-def _scale(stats: list[float], eps: float, ddof: int) -> tuple[float, float]:
-    """(1 / sqrt(variance + eps), n - ddof); (1, 0) for fewer than two or no spread: centred only."""
-    count, _, m2 = stats
-    freedom = count - ddof
-    if count < 2 or freedom <= 0 or m2 / freedom + eps == 0:
-        return 1.0, 0.0
-    return (m2 / freedom + eps) ** -0.5, freedom
-
-
-def _whiten_cpu(
-    x: Tensor, mask: Maybe, stats: Tensor, shift_mean: bool, eps: float, ddof: int, fixed: bool
-) -> Tensor:
-    out = torch.empty(x.shape, dtype=accumulation_dtype(x.dtype))
-    kept, counts = x.contiguous(), _flat(mask)
-    given = stats.tolist()
-    scale, _ = _scale(given, eps, ddof)
-    mean = given[1]
-    _core.whiten(
-        kept.data_ptr(), address(counts), DTYPE[x.dtype], x.numel(), mean, scale, 0.0 if shift_mean else mean,
-        out.data_ptr(), torch.get_num_threads(),
-    )  # fmt: skip
-    return out
-
-
-def _whiten_triton(x: Tensor, *args: Any) -> Tensor:
-    from ..kernels import whiten as kernels
-
-    return kernels.whiten(x, *args)
-
-
-def _whiten_fake(x: Tensor, *args: Any) -> Tensor:
-    return x.new_empty(x.shape, dtype=accumulation_dtype(x.dtype))
-
-
-def _whiten_setup(ctx: Any, inputs: tuple, output: Tensor) -> None:
-    x, mask, stats, *ctx.options = inputs
-    ctx.save_for_backward(x, mask, stats)
-
-
-def _whiten_grad(ctx: Any, upstream: Tensor) -> tuple:
-    x, mask, stats = ctx.saved_tensors
-    grad = _whiten_backward(upstream, x, mask, stats, *ctx.options)
-    return grad.to(x.dtype), *[None] * 6
-
-
-def _whiten_backward_cpu(
-    upstream: Tensor,
-    x: Tensor,
-    mask: Maybe,
-    stats: Tensor,
-    shift_mean: bool,
-    eps: float,
-    ddof: int,
-    fixed: bool,
-) -> Tensor:
-    out = torch.empty(x.shape, dtype=accumulation_dtype(x.dtype))
-    kept, counts, g = x.contiguous(), _flat(mask), upstream.contiguous()
-    common = (kept.data_ptr(), address(counts), g.data_ptr(), DTYPE[x.dtype], x.numel())
-    count, mean, _ = given = stats.tolist()
-    scale, freedom = _scale(given, eps, ddof)
-    constant = linear = 0.0
-    if not fixed and count:
-        plain, weighted = _core.whiten_sums(*common, mean, torch.get_num_threads())
-        constant = (-scale if shift_mean else 1.0 - scale) * plain / count
-        linear = -(scale**3) * weighted / freedom if freedom else 0.0
-    _core.whiten_backward(*common, mean, scale, constant, linear, out.data_ptr(), torch.get_num_threads())
-    return out
-
-
-def _whiten_backward_triton(upstream: Tensor, *args: Any) -> Tensor:
-    from ..kernels import whiten as kernels
-
-    return kernels.whiten_backward(upstream, *args)
-
-
-def _whiten_backward_fake(upstream: Tensor, x: Tensor, *args: Any) -> Tensor:
-    return _whiten_fake(x)
-
-
-# `stats` is the result of `moments`: of x itself, or `fixed`, from elsewhere, and then without a gradient.
-_WHITEN = "Tensor? mask, Tensor stats, bool shift_mean, float eps, int ddof, bool fixed) -> Tensor"
-whiten = register(
-    "whiten",
-    "(Tensor x, " + _WHITEN,
-    cpu=_whiten_cpu,
-    triton=_whiten_triton,
-    fake=_whiten_fake,
-    setup_context=_whiten_setup,
-    backward=_whiten_grad,
-)
-_whiten_backward = register(
-    "whiten_backward",
-    "(Tensor upstream, Tensor x, " + _WHITEN,
-    cpu=_whiten_backward_cpu,
-    triton=_whiten_backward_triton,
-    fake=_whiten_backward_fake,
 )

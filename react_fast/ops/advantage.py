@@ -1,21 +1,22 @@
-"""Returns, advantages and whitening: padded [B, T] or packed [N], torch or numpy in and out."""
+"""Returns and advantages: padded [B, T] or packed [N], torch or numpy in and out."""
 
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
 from .. import reference
 from . import _check
 from ._advantage import gae as _gae
-from ._advantage import moments as _moments
+from ._advantage import gae_moments as _gae_moments
+from ._advantage import gae_out as _gae_out
 from ._advantage import reverse_linear_scan as _reverse_linear_scan
 from ._advantage import td_lambda_returns as _td_lambda_returns
-from ._advantage import whiten as _whiten
 from ._arrays import numpy_too
-from .backend import get_backend, use_reference
-
-Moments = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+from ._whiten import moments as _moments
+from ._whiten import whiten as _whiten
+from ._whiten import whiten_in_place as _whiten_in_place
+from .backend import accumulation_dtype, get_backend, use_reference
+from .whiten import merged_over, stacked
 
 
 @numpy_too
@@ -71,6 +72,9 @@ def gae(
     bootstrap_values: torch.Tensor | None = None,
     mask: torch.Tensor | None = None,
     cu_seqlens: torch.Tensor | None = None,
+    whiten: bool = False,
+    group: Any = None,
+    out: tuple[torch.Tensor, torch.Tensor] | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Generalised advantage estimates and the returns they imply.
 
@@ -85,6 +89,11 @@ def gae(
         lam: in [0, 1], a number or a floating tensor [B] with one for each row (no gradient).
         last_values, terminated, truncated, bootstrap_values, mask, cu_seqlens: see `discounted_returns`. Counting
             steps get the numbers they would get if the masked ones were deleted.
+        whiten: the advantages as `whiten(advantages, mask=mask, group=group)` makes them, in two passes instead of
+            three, since their moments come out of the recurrence. The returns stay.
+        group: see `whiten`; only with it.
+        out: memory for (advantages, returns), contiguous, like the results and apart from the arguments; where no
+            gradient is wanted. On a CPU fresh memory for large results costs more than the recurrence.
     Returns: (advantages, returns) like `rewards`, float32 (float64 for float64), 0 where masked. Differentiable in
         rewards, values, last and bootstrap values.
     Raises: see `discounted_returns`; ValueError for lam outside [0, 1] (a tensor is looked at on CPU only).
@@ -94,12 +103,34 @@ def gae(
     flags = _steps(rewards, values, last_values, terminated, truncated, bootstrap_values, mask, cu_seqlens)
     gamma = _check.number("gamma", gamma, low=0.0, high=1.0)
     shared, lams = _lam(lam, rewards, cu_seqlens)
+    given = (rewards, values, last_values, bootstrap_values, *flags, cu_seqlens, lams, gamma, shared)
+    if group is not None and not whiten:
+        raise ValueError("group must be None without whiten=True, got a process group")
+    with_gradient = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in given[:4])
+    if out is not None:
+        _check_out(out, given, with_gradient)
     if use_reference():
-        return reference.gae(
+        found = reference.gae(
             rewards, values, gamma=gamma, lam=lam, last_values=last_values, terminated=flags[0],
             truncated=flags[1], bootstrap_values=bootstrap_values, mask=flags[2], cu_seqlens=cu_seqlens,
         )  # fmt: skip
-    return _gae(rewards, values, last_values, bootstrap_values, *flags, cu_seqlens, lams, gamma, shared)
+        if whiten:
+            merged = None if group is None else merged_over(group, _moments(found[0].detach(), flags[2]))
+            found = reference.whiten(found[0], mask=flags[2], moments=merged), found[1]
+        return found if out is None else (out[0].copy_(found[0]), out[1].copy_(found[1]))
+    if with_gradient and whiten:
+        advantages, returns, stats = _gae_moments(*given)
+        stats = stats if group is None else stacked(merged_over(group, stats), stats)
+        return _whiten(advantages, flags[2], stats, True, 1e-8, 1, group is not None), returns
+    if out is None and not whiten:
+        return _gae(*given)
+    wide = accumulation_dtype(rewards.dtype)
+    advantages, returns = out or (rewards.new_empty(rewards.shape, dtype=wide) for _ in range(2))
+    stats = _gae_out(advantages, returns, *given, whiten)
+    if whiten:
+        stats = stats if group is None else stacked(merged_over(group, stats), stats)
+        _whiten_in_place(advantages, flags[2], stats, 1e-8, 1)
+    return advantages, returns
 
 
 @numpy_too
@@ -167,99 +198,35 @@ def reverse_linear_scan(
     return _reverse_linear_scan(a, b, init, cu_seqlens)
 
 
-@numpy_too
-def moments(x: torch.Tensor, mask: torch.Tensor | None = None) -> Moments:
-    """Count, mean and sum of squared distances to the mean (M2) of the counting elements.
-
-    Args:
-        x: any shape, float32, bfloat16, float16 or float64.
-        mask: bool or 0/1 integers like `x`; None: all count.
-    Returns: three float64 scalars on x's device, without a gradient; (0, 0, 0) for nothing.
-    Raises: TypeError for a wrong dtype, ValueError for a wrong shape or device.
-    """
-    mask = _counting(x, mask)
-    if use_reference():
-        return reference.moments(x, mask)
-    count, mean, m2 = _moments(x.detach(), mask).unbind()
-    return count, mean, m2
-
-
-@numpy_too
-def merge_moments(*parts: Moments) -> Moments:
-    """Moments of the union: exact, so parts from micro-batches, ranks and workers combine.
-
-        n = n_a + n_b            d = mean_b - mean_a
-        mean = mean_a + d n_b / n            M2 = M2_a + M2_b + d^2 n_a n_b / n
-
-    Args: parts: results of `moments`, at least one.
-    Source: Chan, Golub & LeVeque 1979.
-    """
-    if not parts:
-        raise ValueError("parts must hold at least one result of moments, got none")
-    return reference.merge_moments(*parts)
+def _check_out(out: Any, given: tuple, with_gradient: bool) -> None:
+    """Two results' memory, none of it an argument's."""
+    rewards = given[0]
+    if not (isinstance(out, tuple) and len(out) == 2):
+        raise ValueError(f"out must be a tuple (advantages, returns), got {type(out).__name__}")
+    if with_gradient:
+        raise ValueError(
+            "out must be None where a gradient is wanted, got tensors; use torch.no_grad() or detach"
+        )
+    for name, x in zip(("out[0]", "out[1]"), out, strict=True):
+        _check.dtype(name, _check.tensor(name, x), accumulation_dtype(rewards.dtype), "the results")
+        _check.shape(name, x, rewards.shape, "rewards")
+        _check.device(name, x, rewards.device, "rewards")
+        if not x.is_contiguous():
+            raise ValueError(f"{name} must be contiguous, got strides {list(x.stride())}")
+    if torch.compiler.is_compiling() or rewards.numel() == 0:
+        return
+    spans = [_span(x) for x in (*out, *given) if isinstance(x, torch.Tensor)]
+    for i, (low, high) in enumerate(spans[:2]):
+        if any(low < end and begin < high for begin, end in spans[i + 1 :]):
+            raise ValueError(
+                f"out[{i}] must not share memory with another tensor of the call, got one that does"
+            )
 
 
-@numpy_too
-def whiten(
-    x: torch.Tensor,
-    *,
-    mask: torch.Tensor | None = None,
-    moments: Moments | None = None,
-    shift_mean: bool = True,
-    eps: float = 1e-8,
-    ddof: int = 1,
-    group: Any = None,
-) -> torch.Tensor:
-    """Scale the counting elements to mean 0 and variance 1.
-
-        y = (x - mean) / sqrt(M2 / (n - ddof) + eps), plus the mean unless `shift_mean`
-
-    Args:
-        x: any shape, float32, bfloat16, float16 or float64.
-        mask: bool or 0/1 integers like `x`; the other elements return 0 and are not looked at.
-        moments: what `moments` or `merge_moments` returned, to whiten with (no gradient through them); None: of x.
-        shift_mean: false keeps the mean.
-        eps: not negative, beside the variance. ddof: 0 or 1.
-        group: a torch.distributed process group over whose ranks the moments are merged, in one collective (no
-            gradient through them); a rank without counting elements takes part. None: this process alone.
-    Returns: like `x`, float32 (float64 for float64). Fewer than two counting elements, no more than `ddof`, or
-        no spread with eps 0: centred only. Differentiable in `x`.
-    Raises: TypeError for a wrong dtype; ValueError for a wrong shape, device or number, or moments with a group.
-    Elsewhere: ddof 1, eps 1e-8 beside the variance, in verl (raises for a count of 1), TRL (NaN there) and
-        NeMo-RL's GAE; ddof 0 in OpenRLHF and NeMo-RL's REINFORCE++, where 1e-8 is the least variance and is not
-        added; eps beside the standard deviation in Stable-Baselines3 and torchrl. verl and OpenRLHF leave
-        -mean / std on the masked elements; trlx whitens without a mask.
-    """
-    mask = _counting(x, mask)
-    eps = _check.number("eps", eps, low=0.0)
-    if ddof not in (0, 1):
-        raise ValueError(f"ddof must be 0 or 1, got {ddof!r}")
-    if moments is not None and (not isinstance(moments, tuple) or len(moments) != 3):
-        raise ValueError(f"moments must be (count, mean, M2) as moments() returns them, got {moments!r}")
-    if moments is not None and group is not None:
-        raise ValueError("moments must be None when a process group is given, got both")
-    if group is not None:
-        moments = _merged_over(group, x, mask)
-    if use_reference():
-        return reference.whiten(x, mask=mask, moments=moments, shift_mean=shift_mean, eps=eps, ddof=ddof)
-    stats = _moments(x.detach(), mask) if moments is None else _stacked(moments, x)
-    return _whiten(x, mask, stats, shift_mean, eps, ddof, moments is not None)
-
-
-def _stacked(moments: Moments, x: torch.Tensor) -> torch.Tensor:
-    return torch.stack([torch.as_tensor(m, dtype=torch.float64, device=x.device) for m in moments])
-
-
-def _merged_over(group: Any, x: torch.Tensor, mask: torch.Tensor | None) -> Moments:
-    own = _moments(x.detach(), mask)
-    parts = [torch.empty_like(own) for _ in range(dist.get_world_size(group))]
-    dist.all_gather(parts, own, group=group)
-    return reference.merge_moments(*[tuple(part.unbind()) for part in parts])  # type: ignore[arg-type]
-
-
-def _counting(x: Any, mask: torch.Tensor | None) -> torch.Tensor | None:
-    _check.floating("x", x)
-    return None if mask is None else _check.mask("mask", mask, x.shape, "x", x.device)
+def _span(x: torch.Tensor) -> tuple[int, int]:
+    """Addresses from the first element's to behind the last one's."""
+    last = sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True))
+    return x.data_ptr(), x.data_ptr() + (last + 1) * x.element_size()
 
 
 def _steps(

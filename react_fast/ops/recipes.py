@@ -13,9 +13,10 @@ import torch
 
 from . import _check
 from ._arrays import numpy_too
-from .advantage import discounted_returns, gae, reverse_linear_scan, td_lambda_returns, whiten
+from .advantage import discounted_returns, gae, reverse_linear_scan, td_lambda_returns
 from .backend import accumulation_dtype
 from .group_advantages import group_advantages
+from .whiten import whiten
 
 Tensor = torch.Tensor
 Maybe = torch.Tensor | None

@@ -7,9 +7,10 @@ from typing import Any, ClassVar
 import torch
 
 from ...ops import _check
-from ...ops.advantage import discounted_returns, whiten
+from ...ops.advantage import discounted_returns
 from ...ops.group_advantages import group_advantages
 from ...ops.policy_loss import policy_loss
+from ...ops.whiten import whiten
 from ...reference.objectives import Reinforce
 from ..batch import Batch
 from ..rollout import Trajectory
