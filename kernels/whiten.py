@@ -95,7 +95,10 @@ def whiten_kernel(
 ):  # fmt: skip
     at, counts = _counting(x, mask, tl.program_id(0).to(tl.int64) * BLOCK, total, MASKED, BLOCK)
     _, mean, scale, _ = _statistics(stats, eps, ddof)
-    y = (tl.load(x + at, counts, 0.0).to(WIDE) - mean.to(WIDE)) * scale.to(WIDE)
+    # The shift in two parts, since the mean is no float32.
+    high = mean.to(WIDE)
+    low = (mean - high.to(tl.float64)).to(WIDE)
+    y = ((tl.load(x + at, counts, 0.0).to(WIDE) - high) - low) * scale.to(WIDE)
     if not SHIFT:
         y = y + mean.to(WIDE)
     tl.store(out + at, tl.where(counts, y, 0.0), at < total)

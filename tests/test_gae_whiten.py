@@ -36,9 +36,9 @@ def test_is_whiten_of_gae(backend, dtype):
 
 
 @pytest.mark.parametrize("offset", [0.0, 1e5])
-def test_moments_keep_their_digits(offset):
+def test_moments_keep_their_digits(backend, offset):
     """An offset of 1e5 standard deviations; the values are what float32 holds, so only the sums can err."""
-    rewards, mask = torch.randn(64, 300) + offset, torch.rand(64, 300) > 0.2
+    rewards, mask = torch.randn(8, 90) + offset, torch.rand(8, 90) > 0.2
     zero = torch.zeros_like(rewards)
     found, _ = rf.gae(rewards, zero, gamma=0.0, lam=0.0, mask=mask, whiten=True)
     x = rewards.double()[mask]
