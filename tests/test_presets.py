@@ -97,7 +97,7 @@ def test_trl_defaults_are_those_of_its_config():
 @pytest.mark.parametrize(
     "preset",
     [getattr(presets.verl, name)() for name in VERL]
-    + [presets.verl.dro(dro_beta=0.1), presets.verl.dr_grpo(loss_scale_factor=40)]
+    + [presets.verl.dro(dro_beta=0.1), presets.verl.dr_grpo(loss_scale_factor=40, global_batch_size=5)]
     + [presets.openrlhf.ppo(kl_use_loss=True, kl_estimator="k3"), presets.openrlhf.gspo(dual_clip=3.0)],
     ids=lambda preset: type(preset["objective"]).__name__,
 )
@@ -119,7 +119,7 @@ def test_verls_constants():
     assert (straight["kl_gradient"], straight["entropy_coef"]) == ("k2", 0.01)
     assert presets.verl.dapo()["objective"] == rf.PPOClip(0.8, 1.28, dual_clip=10.0)
     assert presets.verl.ppo(loss_agg_mode="token-sum")["denominator"] == 1
-    assert presets.verl.dr_grpo(loss_scale_factor=512).advantages["scale"] == "none"
+    assert presets.verl.dr_grpo(loss_scale_factor=512, global_batch_size=8).advantages["scale"] == "none"
 
 
 @pytest.mark.parametrize(

@@ -2,8 +2,8 @@
 
 Shared options:
     loss_agg_mode: "token-mean" | "token-sum" | "seq-mean-token-sum" | "seq-mean-token-mean" |
-        "seq-mean-token-sum-norm", the last divided by loss_scale_factor, which must be given (verl falls back to
-        the padded length), and not by the number of rows: there the loss grows with the micro-batch.
+        "seq-mean-token-sum-norm", the last divided by loss_scale_factor (verl falls back to the padded length) and by
+        global_batch_size, the number of sequences; both must be given.
     use_kl_loss, kl_loss_coef, kl_loss_type: "k1"/"kl", "abs", "k2"/"mse", "k3"/"low_var_kl", each as written, or
         with a "+" behind it with the gradient of k2. verl bounds k3 at 10; here it is not bounded.
     entropy_coeff: pass `entropy` to `policy_loss` with it.
@@ -48,6 +48,7 @@ _ESTIMATORS = {"kl": "k1", "k1": "k1", "abs": "abs", "mse": "k2", "k2": "k2", "l
 class Actor(TypedDict, total=False):
     loss_agg_mode: str
     loss_scale_factor: float | None
+    global_batch_size: int | None
     use_kl_loss: bool
     kl_loss_coef: float
     kl_loss_type: str
@@ -57,7 +58,7 @@ class Actor(TypedDict, total=False):
 
 def _preset(
     objective: Objective, *, loss_agg_mode: str = "token-mean", loss_scale_factor: float | None = None,
-    use_kl_loss: bool = False, kl_loss_coef: float = 0.001, kl_loss_type: str = "low_var_kl",
+    global_batch_size: int | None = None, use_kl_loss: bool = False, kl_loss_coef: float = 0.001, kl_loss_type: str = "low_var_kl",
     entropy_coeff: float = 0.0, norm_adv_by_std_in_grpo: bool = True,
 ) -> Preset:  # fmt: skip
     aggregation = _AGGREGATIONS[_check.choice("loss_agg_mode", loss_agg_mode, tuple(_AGGREGATIONS))]
@@ -67,11 +68,14 @@ def _preset(
     if loss_agg_mode == "token-sum":
         loss["denominator"] = 1.0
     elif aggregation == "token_sum_norm":
-        if loss_scale_factor is None:
-            raise ValueError(
-                "loss_scale_factor must be given with loss_agg_mode 'seq-mean-token-sum-norm', got None"
-            )
-        loss["denominator"] = _check.number("loss_scale_factor", loss_scale_factor, low=0.0, low_open=True)
+        loss["denominator"] = 1.0
+        for name, value in (
+            ("loss_scale_factor", loss_scale_factor),
+            ("global_batch_size", global_batch_size),
+        ):
+            if value is None:
+                raise ValueError(f"{name} must be given with loss_agg_mode {loss_agg_mode!r}, got None")
+            loss["denominator"] *= _check.number(name, value, low=0.0, low_open=True)
     if use_kl_loss:
         loss |= kl_term(kl_loss_coef, estimator, "k2" if kl_loss_type.endswith("+") else "value")
     if _check.number("entropy_coeff", entropy_coeff) != 0:
@@ -120,14 +124,14 @@ def dapo(
 
 
 def dr_grpo(
-    *, loss_scale_factor: float, clip_ratio_low: float = 0.2, clip_ratio_high: float = 0.2,
-    clip_ratio_c: float = 3.0,
+    *, loss_scale_factor: float, global_batch_size: int, clip_ratio_low: float = 0.2,
+    clip_ratio_high: float = 0.2, clip_ratio_c: float = 3.0,
 ) -> Preset:  # fmt: skip
-    """loss_mode "vanilla", sum over the tokens by a constant, advantages without a std."""
+    """loss_mode "vanilla", sums over the tokens by constants, advantages without a std."""
     return ppo(
         clip_ratio_low=clip_ratio_low, clip_ratio_high=clip_ratio_high, clip_ratio_c=clip_ratio_c,
         loss_agg_mode="seq-mean-token-sum-norm", loss_scale_factor=loss_scale_factor,
-        norm_adv_by_std_in_grpo=False,
+        global_batch_size=global_batch_size, norm_adv_by_std_in_grpo=False,
     )  # fmt: skip
 
 
