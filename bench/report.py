@@ -89,7 +89,8 @@ def _peer_versions() -> dict[str, str]:
     from importlib.metadata import PackageNotFoundError, version
 
     found = {}
-    for name in ("triton", "trl", "liger-kernel", "cut-cross-entropy", "quack-kernels", "verl"):
+    names = "triton trl liger-kernel cut-cross-entropy quack-kernels verl openrlhf torchrl stable-baselines3 tianshou"
+    for name in (*names.split(), "rlax", "jax"):
         try:
             found[name] = version(name)
         except PackageNotFoundError:

@@ -1,18 +1,15 @@
 """Other packages' own functions, or a skip that names what is missing."""
 
-import ast
 import importlib
 import importlib.util
 import logging
 import os
-import types
-import typing
 import warnings
-from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
+
+from bench import frameworks
 
 # The extra `bench` has those that install by themselves; `make parity` adds verl and OpenRLHF, whose dependencies
 # want a GPU.
@@ -35,23 +32,11 @@ def peer(module: str) -> Any:
 
 
 def openrlhf(**wanted: str) -> Any:
-    """Functions and classes by the file that defines them, with torch and each other and nothing else.
-
-    The package's modules import deepspeed, flash_attn and vllm; what is compared here uses none of them.
-    """
-    package = importlib.util.find_spec("openrlhf")
-    if package is None or not package.submodule_search_locations:
-        pytest.skip("openrlhf is not installed: make parity")
-    root = Path(package.submodule_search_locations[0])
-    names: dict[str, Any] = {"torch": torch, "nn": torch.nn, "F": torch.nn.functional, "List": list}
-    names |= {"Optional": typing.Optional, "Tuple": tuple, "Union": typing.Union}
-    for name, file in wanted.items():
-        tree = ast.parse((root / file).read_text())
-        found = [
-            n for n in ast.walk(tree) if isinstance(n, (ast.FunctionDef, ast.ClassDef)) and n.name == name
-        ]
-        exec(compile(ast.Module(found[:1], []), file, "exec"), names)
-    return types.SimpleNamespace(**{name: names[name] for name in wanted})
+    """See bench.frameworks.openrlhf: its functions without its modules, which import deepspeed and vllm."""
+    try:
+        return frameworks.openrlhf(**wanted)
+    except ImportError as error:
+        pytest.skip(str(error))
 
 
 def jax64() -> Any:

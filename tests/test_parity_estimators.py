@@ -34,7 +34,8 @@ def _with_tool(mask):
 
 
 def _close(found, expected, tolerance=1e-12):
-    torch.testing.assert_close(found, torch.as_tensor(np.array(expected)), rtol=tolerance, atol=tolerance)
+    expected = expected if isinstance(expected, torch.Tensor) else torch.as_tensor(np.array(expected))
+    torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance)
 
 
 # ---- language-model trainers ---------------------------------------------------------------------------------
