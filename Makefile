@@ -1,4 +1,5 @@
 # make demo   venv, install, train the translation demo        make test   venv, install, all tests
+# make parity  the same tensors through other libraries, with verl and OpenRLHF
 PYTHON ?= python3
 TORCH  ?= 2.13.0
 VENV   ?= .venv
@@ -7,13 +8,16 @@ BIN := $(VENV)/bin
 RUN := $(VENV)/installed-$(TORCH)
 DEMO_DIR ?= runs/translation
 
-.PHONY: demo test bench lint clean
+.PHONY: demo test parity bench lint clean
 
 demo: $(RUN)
 	$(BIN)/react-fast train --config examples/translation.yaml --run_dir $(DEMO_DIR) --resume auto
 
 test: $(RUN)
 	$(BIN)/python -m pytest tests
+
+parity: $(VENV)/peers-$(TORCH)
+	$(BIN)/python -m pytest tests/test_parity_*.py tests/test_presets.py tests/test_objectives_peers.py
 
 bench: $(VENV)/peers-$(TORCH)
 	$(BIN)/python -m bench.report --run
@@ -32,9 +36,12 @@ $(RUN): pyproject.toml CMakeLists.txt $(wildcard csrc/*) $(wildcard kernels/*.py
 	$(BIN)/python -m pip install --quiet -e ".[train,tasks,triton,bench,dev]"
 	@touch $@
 
-# What the benchmarks compare with; torch stays pinned.
+# What else the benchmarks and `parity` compare with; torch stays pinned. The dependencies of verl and OpenRLHF want a
+# GPU: in their place what the modules that are used import.
 $(VENV)/peers-$(TORCH): $(RUN)
 	$(BIN)/python -m pip install --quiet "torch==$(TORCH)" -e ".[peers]"
+	$(BIN)/python -m pip install --quiet "torch==$(TORCH)" codetiming omegaconf ray tensordict
+	$(BIN)/python -m pip install --quiet --no-deps verl openrlhf
 	@touch $@
 
 clean:

@@ -77,9 +77,7 @@ def test_group_advantages(benchmark):
         return lambda: getattr(core_algos, name)(rewards[:, None], mask, index)[0]
 
     names = {"verl": "grpo", "verl vectorised": "grpo_vectorized"}
-    peers, absent = built(
-        {k: lambda v=v: verl(f"compute_{v}_outcome_advantage") for k, v in names.items()}
-    )
+    peers, absent = built({k: lambda v=v: verl(f"compute_{v}_outcome_advantage") for k, v in names.items()})
     ours = lambda: rf.group_advantages(rewards, ids, eps=1e-6, singleton="raw")  # noqa: E731
     race(
         benchmark, {OURS: ours, LIMIT: stream([rewards, ids], [torch.empty(100_000)]), **peers},

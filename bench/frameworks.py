@@ -1,9 +1,9 @@
 """Advantages and losses of other libraries, each called as it calls them itself.
 
-A builder prepares what its library keeps between calls (layouts, buffers, compiled functions), so that a call is the
-computation alone; it raises ImportError where the library is not installed.
-    GAE      builder(rewards, values [B, T]) -> op() -> advantages [B, T]; no mask, zero behind the last step
-    SURROGATE builder(logp, old, advantages [B, T], mask) -> op() -> gradient [B, T] of PPO's clip, mean over tokens
+A builder prepares what its library keeps between calls (layouts, buffers, compiled functions), so that a call is
+the computation alone; it raises ImportError where the library is not installed.
+    GAE        builder(rewards, values [B, T]) -> op() -> advantages; no mask, zero behind the last step
+    SURROGATE  builder(logp, old, advantages, mask [B, T]) -> op() -> gradient of PPO's clip, mean over tokens
 """
 
 import ast

@@ -89,8 +89,8 @@ def _peer_versions() -> dict[str, str]:
     from importlib.metadata import PackageNotFoundError, version
 
     found = {}
-    names = "triton trl liger-kernel cut-cross-entropy quack-kernels verl openrlhf torchrl stable-baselines3 tianshou"
-    for name in (*names.split(), "rlax", "jax"):
+    fused = ("triton", "trl", "liger-kernel", "cut-cross-entropy", "quack-kernels", "verl")
+    for name in (*fused, "openrlhf", "torchrl", "stable-baselines3", "tianshou", "rlax", "jax"):
         try:
             found[name] = version(name)
         except PackageNotFoundError:

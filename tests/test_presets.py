@@ -38,7 +38,7 @@ def _batch():
 
 def _trl_loss(name, options, logprobs, old, ref, advantages, mask):
     """GRPOTrainer._compute_loss on a stand-in for the trainer that hands it these log-probs."""
-    grpo_trainer = pytest.importorskip("trl.trainer.grpo_trainer", reason="TRL is in the extra `peers`")
+    grpo_trainer = pytest.importorskip("trl.trainer.grpo_trainer", reason="TRL is in the extra `bench`")
     config = {f.name: f.default for f in fields(pytest.importorskip("trl").GRPOConfig)}
     config |= {"use_bias_correction_kl": name != "gspo"}
     config |= {k: v for k, v in options.items() if k in config} | {"num_iterations": 1}

@@ -9,8 +9,8 @@ Shared options:
         (mean of the group), "rloo" (mean of the others).
 
 With a global batch's tokens or sequences pass them as `denominator`.
-is_correction_* is `importance_weights`: level "token" with mode "clip" truncates, with "mask" masks, level "seq" is
-bound_level "geometric". Its kl unbiased_gradient is not among `policy_loss`'s gradients; "ratio" has the same mean.
+is_correction_* is `importance_weights`: level "token" with mode "clip" truncates, with "mask" masks, level "seq"
+is bound_level "geometric". Its kl unbiased_gradient is not among `policy_loss`'s; "ratio" has the same mean.
 Source: OpenRLHF 0.11.2, openrlhf/models/loss.py, cli/train_ppo_ray.py and trainer/ppo_utils.
 """
 

@@ -2,8 +2,8 @@
 
 Shared options:
     loss_agg_mode: "token-mean" | "token-sum" | "seq-mean-token-sum" | "seq-mean-token-mean" |
-        "seq-mean-token-sum-norm", the last divided by loss_scale_factor (verl falls back to the padded length) and by
-        global_batch_size, the number of sequences; both must be given.
+        "seq-mean-token-sum-norm", the last divided by loss_scale_factor (verl falls back to the padded length) and
+        by global_batch_size, the number of sequences; both must be given.
     use_kl_loss, kl_loss_coef, kl_loss_type: "k1"/"kl", "abs", "k2"/"mse", "k3"/"low_var_kl", each as written, or
         with a "+" behind it with the gradient of k2. verl bounds k3 at 10; here it is not bounded.
     entropy_coeff: pass `entropy` to `policy_loss` with it.
@@ -58,7 +58,8 @@ class Actor(TypedDict, total=False):
 
 def _preset(
     objective: Objective, *, loss_agg_mode: str = "token-mean", loss_scale_factor: float | None = None,
-    global_batch_size: int | None = None, use_kl_loss: bool = False, kl_loss_coef: float = 0.001, kl_loss_type: str = "low_var_kl",
+    global_batch_size: int | None = None, use_kl_loss: bool = False, kl_loss_coef: float = 0.001,
+    kl_loss_type: str = "low_var_kl",
     entropy_coeff: float = 0.0, norm_adv_by_std_in_grpo: bool = True,
 ) -> Preset:  # fmt: skip
     aggregation = _AGGREGATIONS[_check.choice("loss_agg_mode", loss_agg_mode, tuple(_AGGREGATIONS))]
