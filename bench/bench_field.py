@@ -17,8 +17,13 @@ from .common import LIMIT, OURS, built, race, stream
 from .frameworks import GAE, GAMMA, LAM, SURROGATE, verl_gae_whiten
 
 
-def _equal(expected: torch.Tensor, where: torch.Tensor | None = None) -> Callable[[str, Any], None]:
-    """float32 on both sides over thousands of steps: 1e-3 of the largest number."""
+def _equal(
+    expected: torch.Tensor, where: torch.Tensor | None = None, tied: float = 0.0
+) -> Callable[[str, Any], None]:
+    """float32 on both sides over thousands of steps: 1e-3 of the largest number.
+
+    `tied`: the share of elements that may differ, since a rounding decides on which side of a bound they are.
+    """
     scale = float(expected.abs().max())
 
     def check(name: str, result: Any) -> None:
@@ -26,8 +31,9 @@ def _equal(expected: torch.Tensor, where: torch.Tensor | None = None) -> Callabl
         found = first if isinstance(first, torch.Tensor) else torch.as_tensor(np.array(first))
         found = found.reshape(expected.shape)
         apart = (found - expected).abs() / scale
-        worst = float((apart if where is None else apart[where]).max())
-        assert worst < 1e-3, f"{name} is {worst:.1e} apart"
+        apart = apart if where is None else apart[where]
+        wrong = float((~(apart < 1e-3)).double().mean())
+        assert wrong <= tied, f"{name} is {float(apart.max()):.1e} apart, in {wrong:.1e} of its numbers"
 
     return check
 
@@ -100,5 +106,5 @@ def test_policy_loss(benchmark, shape):
         benchmark, {OURS: ours, LIMIT: traffic, **peers}, absent=absent, rounds=9,
         case=f"policy_loss, PPO clip {list(shape)} float32 forward + backward",
         limit="stream read of logprobs, old and mask, write of the gradient", bytes_moved=13 * logp.numel(),
-        check=_equal(ours()),
+        check=_equal(ours(), tied=1e-5),
     )  # fmt: skip

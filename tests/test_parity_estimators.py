@@ -193,6 +193,25 @@ def test_tianshou_gae():
     _close(found[0], theirs)
 
 
+def test_tianshou_n_step():
+    """n = 1 is lambda = 0, with n at least the episode's length the discounted return, Q behind its end."""
+    base = peer("tianshou.algorithm.algorithm_base")
+    rewards, after = (x[0] for x in _steps("rewards", "after"))
+    ended, steps = torch.arange(T) == T - 1, torch.arange(T)
+    ends = {"truncated": ended[None], "bootstrap_values": after[None]}
+    values = torch.cat([torch.zeros(1, dtype=torch.float64), after[:-1]])
+    for n in (1, T):
+        indices = torch.stack([(steps + i).clamp_max(T - 1) for i in range(n)])
+        behind = after if n == 1 else after[-1:].repeat(T)
+        given = (rewards.numpy(), ended.numpy(), behind[:, None].numpy(), indices.numpy())
+        theirs = base._nstep_return(*given, GAMMA, n)
+        if n == 1:
+            found = rf.td_lambda_returns(rewards[None], values[None], gamma=GAMMA, lam=0.0, **ends)
+        else:
+            found = rf.discounted_returns(rewards[None], gamma=GAMMA, **ends)
+        _close(found[0], theirs[:, 0])
+
+
 def test_rlax_gae_and_lambda_returns():
     """One sequence, V of T + 1 states, a discount of 0 where the episode terminated."""
     rlax, jax = peer("rlax"), jax64()

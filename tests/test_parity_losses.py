@@ -4,14 +4,13 @@
 Float64 on both sides; 1e-11 is some ten thousand roundings.
 """
 
-import numpy as np
 import pytest
 import torch
 
 import react_fast as rf
 from react_fast import presets
 
-from .peers import jax64, openrlhf, peer
+from .peers import openrlhf, peer
 
 B, T = 6, 17
 
@@ -75,6 +74,26 @@ def test_verl_policy_losses(mode):
         lambda x: loss_of(old, x, advantages, mask.double(), aggregation, config)[0],
         logprobs,
         1e-7,  # verl divides its means by n + 1e-8
+    )
+
+
+def test_verl_clip_cov():
+    """A fraction of 1 takes all that are eligible, so that nothing is drawn."""
+    verl = peer("verl.trainer.ppo.core_algos")
+    logprobs, old, _, advantages, mask = _batch()
+    config = _verl_config("clip_cov")
+    for name, value in (("clip_cov_ratio", 1.0), ("clip_cov_lb", 0.3), ("clip_cov_ub", 5.0)):
+        object.__setattr__(config.policy_loss, name, value)
+    preset = presets.verl.clip_cov(clip_cov_ratio=1.0, clip_cov_lb=0.3)
+    loss = rf.policy_loss(logprobs, old, advantages, mask, **preset).loss
+    assert loss != rf.policy_loss(logprobs, old, advantages, mask).loss
+    _same(
+        lambda x: rf.policy_loss(x, old, advantages, mask, **preset).loss,
+        lambda x: verl.compute_policy_loss_clip_cov(old, x, advantages, mask.double(), "token-mean", config)[
+            0
+        ],
+        logprobs,
+        1e-7,
     )
 
 
@@ -194,15 +213,13 @@ def test_openrlhf_kl(kind):
     )
 
 
-# ---- reinforcement-learning libraries -----------------------------------------------------------------------
-
-
-def test_rlax_clipped_surrogate_and_policy_gradient():
-    rlax, jax = peer("rlax"), jax64()
-    logprobs, old, _, advantages, _ = _batch()
-    everything = torch.ones(B, T, dtype=torch.bool)
-    ratio = (logprobs - old).exp()
-    theirs = rlax.clipped_surrogate_pg_loss(ratio.flatten().numpy(), advantages.flatten().numpy(), 0.2)
-    found = rf.policy_loss(logprobs, old, advantages, everything).loss
-    torch.testing.assert_close(found, torch.as_tensor(np.array(theirs)), rtol=1e-11, atol=1e-11)
-    assert jax.config.jax_enable_x64
+def test_openrlhf_reward_with_kl():
+    """The score at the last counting token; OpenRLHF leaves the penalty on masked tokens, 0 here."""
+    theirs = openrlhf(compute_reward="models/utils.py")
+    logprobs, _, ref, _, mask = _batch()
+    scores = torch.randn(B, dtype=torch.float64)
+    expected = theirs.compute_reward(scores, 0.1, logprobs - ref, mask)
+    found, _ = rf.kl_rewards(scores, logprobs, ref, mask, kl_coef=0.1, estimator="k1")
+    torch.testing.assert_close(found[mask], expected[mask], rtol=1e-12, atol=1e-12)
+    assert bool((found[~mask] == 0).all())
+    assert bool((expected[~mask] != 0).any())
