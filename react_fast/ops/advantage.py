@@ -98,6 +98,9 @@ def gae(
         rewards, values, last and bootstrap values.
     Raises: see `discounted_returns`; ValueError for lam outside [0, 1] (a tensor is looked at on CPU only).
     Source: Schulman et al. 2016 (arXiv:1506.02438), eq. 16; time limits: Pardo et al. 2018 (arXiv:1712.00378).
+    Elsewhere: verl steps over masked tokens as here, but always whitens the advantages; OpenRLHF keeps masked
+        tokens as steps of value 0. Stable-Baselines3's episode_starts[t] is `terminated[t - 1]`; torchrl and
+        Tianshou take V' of every step and one flag for both ends.
     """
     _check.tensor("values", values)
     flags = _steps(rewards, values, last_values, terminated, truncated, bootstrap_values, mask, cu_seqlens)

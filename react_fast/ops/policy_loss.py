@@ -162,6 +162,7 @@ def value_loss(
     Returns: 0-d float32 (float64 for float64); 0 if nothing counts.
     Raises: TypeError for a wrong type or dtype, ValueError for a wrong shape, device or value.
     Source: Schulman et al. 2016 (arXiv:1506.02438); clipping: OpenAI Baselines' PPO2.
+    Elsewhere: no 1/2 in Stable-Baselines3, which clips without the maximum; verl and OpenRLHF are as here.
     """
     mask = check_tokens("values", values, mask, None)
     check_like("returns", returns, values, "values")
