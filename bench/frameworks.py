@@ -33,7 +33,7 @@ def openrlhf(**wanted: str) -> Any:
     names |= {"Optional": typing.Optional, "Tuple": tuple, "Union": typing.Union}
     for name, file in wanted.items():
         tree = ast.parse((root / file).read_text())
-        found = [
+        found: list[Any] = [
             n for n in ast.walk(tree) if isinstance(n, (ast.FunctionDef, ast.ClassDef)) and n.name == name
         ]
         exec(compile(ast.Module(found[:1], []), file, "exec"), names)
@@ -80,13 +80,15 @@ def sb3_gae(rewards: Tensor, values: Tensor) -> Callable[[], Tensor]:
 
 def tianshou_gae(rewards: Tensor, values: Tensor) -> Callable[[], Tensor]:
     """Numba over the episodes in one flat array."""
-    from tianshou.algorithm.algorithm_base import _gae
+    from tianshou.algorithm import algorithm_base
+
+    gae: Any = algorithm_base._gae
 
     after = torch.cat([values[:, 1:], torch.zeros_like(values[:, :1])], 1)
     ended = torch.zeros_like(rewards, dtype=torch.bool)
     ended[:, -1] = True
-    arrays = [x.flatten().numpy() for x in (values, after, rewards, ended)]
-    return lambda: torch.as_tensor(_gae(*arrays, GAMMA, LAM)).view(rewards.shape)
+    arrays: list[Any] = [x.flatten().numpy() for x in (values, after, rewards, ended)]
+    return lambda: torch.as_tensor(gae(*arrays, GAMMA, LAM)).view(rewards.shape)
 
 
 def rlax_gae(rewards: Tensor, values: Tensor) -> Callable[[], Any]:
@@ -121,13 +123,14 @@ def verl_gae_whiten(rewards: Tensor, values: Tensor, mask: Tensor) -> Callable[[
 
 def verl_surrogate(logp: Tensor, old: Tensor, advantages: Tensor, mask: Tensor) -> Callable[[], Tensor]:
     """loss_mode "vanilla", whose dual clip at 3 cannot be left out."""
-    from verl.trainer.ppo.core_algos import compute_policy_loss_vanilla
+    from verl.trainer.ppo import core_algos
     from verl.workers.config.actor import ActorConfig
 
+    vanilla: Any = core_algos.compute_policy_loss_vanilla
     config, counts = ActorConfig(strategy="fsdp", rollout_n=1, use_dynamic_bsz=True), mask.long()
 
     def op() -> Tensor:
-        loss = compute_policy_loss_vanilla(old, logp, advantages, counts, "token-mean", config)[0]
+        loss = vanilla(old, logp, advantages, counts, "token-mean", config)[0]
         return torch.autograd.grad(loss, logp)[0]
 
     return op
