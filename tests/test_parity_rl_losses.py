@@ -38,6 +38,7 @@ def _close(found, expected, tolerance=1e-12):
         torch.testing.assert_close(x, y, rtol=tolerance, atol=tolerance)
 
 
+@pytest.mark.filterwarnings("ignore:Rlax softmax")
 @pytest.mark.parametrize("clipped", [True, False])
 def test_rlax(clipped):
     """clipped_surrogate_pg_loss and policy_gradient_loss. Float64: 1e-12 is some thousand roundings."""
