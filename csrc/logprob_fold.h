@@ -35,30 +35,43 @@ Top block_max(const T* x, int64_t n, f32v floor) {
   return {max_lanes(max(max(m[0], m[1]), max(m[2], m[3]))), any};
 }
 
-// Of 16-bit floats by their bits, two at a time in every lane: as integers the numbers from 0 up are in order and those
-// below in reverse, so the largest is the largest integer, or the smallest where all are negative. NaN, which a
-// comparison of floats would pass over, sends the block there.
+// The largest of 16-bit floats by their bits, two comparisons of integers for 2 kLanes of them: the numbers from 0 up
+// are in order and those below in reverse, so it is the largest integer, or the smallest where all are negative.
 template <class Half>
-Top block_max_of_bits(const Half* x, int64_t n, uint16_t infinity, f32v floor) {
-  constexpr int64_t step = 2 * kLanes;
-  i16v most[2] = {i16v{} - 32767 - 1, i16v{} - 32767 - 1}, least[2] = {i16v{} + 32767, i16v{} + 32767};
-  const auto take = [&](const Half* p, int k) __attribute__((always_inline)) {
+struct Ends {
+  i16v most = i16v{} - 32767 - 1, least = i16v{} + 32767;
+
+  __attribute__((always_inline)) void take(const Half* x) {
     i16v bits;
-    std::memcpy(&bits, p, sizeof(bits));
-    most[k] = max(bits, most[k]), least[k] = min(bits, least[k]);
-  };
+    std::memcpy(&bits, x, sizeof(bits));
+    most = max(bits, most), least = min(bits, least);
+  }
+  void join(const Ends& other) { most = max(most, other.most), least = min(least, other.least); }
+
+  // NaN where one may be among them, which a comparison of floats would pass over.
+  float largest(uint16_t infinity) const {
+    Half found{static_cast<uint16_t>(max_lanes(most))};
+    if (found.bits >= 0x8000u) found.bits = static_cast<uint16_t>(min_lanes(least));
+    return (found.bits & 0x7fffu) > infinity ? __builtin_nanf("") : to_float(found);
+  }
+};
+
+constexpr uint16_t infinity_of(bf16) { return 0x7f80; }
+constexpr uint16_t infinity_of(f16) { return 0x7c00; }
+
+template <class Half>
+Top block_max_of_bits(const Half* x, int64_t n) {
+  constexpr int64_t step = 2 * kLanes;
+  Ends<Half> ends[2];
   int64_t j = 0;
-  for (; j + 2 * step <= n; j += 2 * step) take(x + j, 0), take(x + j + step, 1);
+  for (; j + 2 * step <= n; j += 2 * step) ends[0].take(x + j), ends[1].take(x + j + step);
   if (j + step <= n) {
-    take(x + j, 0);
+    ends[0].take(x + j);
     j += step;
   }
-  Half largest{static_cast<uint16_t>(max_lanes(max(most[0], most[1])))};
-  if (j > 0 && largest.bits >= 0x8000u) {
-    largest.bits = static_cast<uint16_t>(min_lanes(min(least[0], least[1])));
-  }
-  if (j == 0 || (largest.bits & 0x7fffu) > infinity) return block_max<false, Half>(x, n, floor);
-  float top = to_float(largest);
+  ends[0].join(ends[1]);
+  float top = j > 0 ? ends[0].largest(infinity_of(Half())) : __builtin_nanf("");
+  if (top != top) return block_max<false, Half>(x, n, f32v{});
   for (; j < n; ++j) {
     const float v = to_float(x[j]);
     top = v > top ? v : top;
@@ -71,12 +84,12 @@ Top top_of(const T* x, int64_t n, f32v floor) {
   return block_max<floored>(x, n, floor);
 }
 template <>
-inline Top top_of<false>(const bf16* x, int64_t n, f32v floor) {
-  return block_max_of_bits(x, n, 0x7f80, floor);
+inline Top top_of<false>(const bf16* x, int64_t n, f32v) {
+  return block_max_of_bits(x, n);
 }
 template <>
-inline Top top_of<false>(const f16* x, int64_t n, f32v floor) {
-  return block_max_of_bits(x, n, 0x7c00, floor);
+inline Top top_of<false>(const f16* x, int64_t n, f32v) {
+  return block_max_of_bits(x, n);
 }
 
 // A block's sums of exp and of exp gap, gap = u - top, in units of 2^unit.
@@ -112,10 +125,17 @@ struct Sums {
 #endif
 };
 
-// Sums over one block in float32; everything above is double. A function of its own, so that its loop has the registers to itself, with all inside inlined by force: GCC 12 calls
+struct Nothing {
+  void take(const void*) {}
+};
+
+// Sums over one block in float32; `ahead` looks at the same place of the next one, which spares a loop over it. All
+// else above is double. A function of its own, so that its loop has the registers to itself, with all inside inlined by force: GCC 12 calls
 // it otherwise, with the sums in memory.
-template <bool entropy, bool capped, bool floored, bool ties, class T, class To>
-__attribute__((noinline)) Part block_sums(const T* x, int64_t n, const To& reference, const Row& row, f32v floor) {
+template <bool entropy, bool capped, bool floored, bool ties, class T, class To, class Ahead = Nothing>
+__attribute__((noinline)) Part block_sums(const T* x, int64_t n, const To& reference, const Row& row, f32v floor,
+                                          Ahead* ahead = nullptr) {
+  Ahead beside = ahead != nullptr ? *ahead : Ahead();
   Sums<entropy, ties> sums[2];
   const auto take = [&](f32v v, Sums<entropy, ties>& into) __attribute__((always_inline)) {
     into.add(logit<capped>(kept<floored>(v, floor), row), reference, row);
@@ -124,9 +144,11 @@ __attribute__((noinline)) Part block_sums(const T* x, int64_t n, const To& refer
   int64_t j = 0;
   for (; j + step <= n; j += step) {
     prefetch_pair(x + j);
+    beside.take(x + j + kBlock<T>);
     const Pair v = load_pair(x + j);
     take(v.first, sums[0]), take(v.second, sums[1]);
   }
+  if (ahead != nullptr) *ahead = beside;
   if (j + kLanes <= n) {
     take(load(x + j), sums[0]);
     j += kLanes;
@@ -140,20 +162,20 @@ __attribute__((noinline)) Part block_sums(const T* x, int64_t n, const To& refer
 }
 
 // The sums of a block whose largest logit is `top`. With `ties` those that are equal to it count apart.
-template <bool entropy, bool capped, bool floored, bool ties, class T>
-Part sums_of(const T* x, int64_t n, double top, const Row& row, f32v floor) {
+template <bool entropy, bool capped, bool floored, bool ties, class T, class Ahead = Nothing>
+Part sums_of(const T* x, int64_t n, double top, const Row& row, f32v floor, Ahead* ahead = nullptr) {
   Part part;
 #if RF_POWERS
   if (Powers::hold(top, row)) {
     const Powers powers(top, row);
-    part = block_sums<entropy, capped, floored, ties>(x, n, powers, row, floor);
+    part = block_sums<entropy, capped, floored, ties>(x, n, powers, row, floor, ahead);
     part.top = top, part.unit = powers.whole;
     return part;
   }
 #endif
   // A block of forbidden tokens has no largest; any finite one gives exp(-inf) = 0, and NaN stays NaN.
   const f32v reference = splat(top == kMinusInfinity ? 0.0f : static_cast<float>(top));
-  part = block_sums<entropy, capped, floored, ties>(x, n, reference, row, floor);
+  part = block_sums<entropy, capped, floored, ties>(x, n, reference, row, floor, ahead);
   part.top = top, part.unit = top == kMinusInfinity ? 0 : top * row.log2_t;
   part.moment /= row.inverse_t;
   return part;
@@ -189,6 +211,36 @@ void sum_parts(const T* x, int64_t begin, int64_t end, int64_t vocab, Part* part
     parts[b] = Part();
     if (top.any) parts[b] = sums_of<entropy, capped, floored, false>(block, n, top.largest, row, floor);
   }
+}
+
+// The same for 16-bit floats, each block's largest logit found beside the sums of the one before.
+template <bool entropy, bool capped, class Half>
+void sum_half_parts(const Half* x, int64_t begin, int64_t end, int64_t vocab, Part* parts, const Row& row) {
+  float top = __builtin_nanf("");
+  for (int64_t b = begin; b < end; ++b) {
+    const Half* block = x + b * kBlock<Half>;
+    const int64_t n = size_of<Half>(b, vocab);
+    if (top != top) top = block_max_of_bits(block, n).largest;
+    const double largest = static_cast<double>(logit<capped>(splat(top), row)[0]);
+    if (b + 1 < end && size_of<Half>(b + 1, vocab) == kBlock<Half>) {
+      Ends<Half> ends;
+      parts[b] = sums_of<entropy, capped, false, false>(block, n, largest, row, f32v{}, &ends);
+      top = ends.largest(infinity_of(Half()));
+    } else {
+      parts[b] = sums_of<entropy, capped, false, false>(block, n, largest, row, f32v{});
+      top = __builtin_nanf("");
+    }
+  }
+}
+template <bool entropy, bool capped, bool floored>
+void sum_parts(const bf16* x, int64_t begin, int64_t end, int64_t vocab, Part* parts, const Row& row, double cap) {
+  if (floored) return sum_parts<entropy, capped, floored, bf16>(x, begin, end, vocab, parts, row, cap);
+  sum_half_parts<entropy, capped>(x, begin, end, vocab, parts, row);
+}
+template <bool entropy, bool capped, bool floored>
+void sum_parts(const f16* x, int64_t begin, int64_t end, int64_t vocab, Part* parts, const Row& row, double cap) {
+  if (floored) return sum_parts<entropy, capped, floored, f16>(x, begin, end, vocab, parts, row, cap);
+  sum_half_parts<entropy, capped>(x, begin, end, vocab, parts, row);
 }
 
 // 2^d, by its bits where d is whole and no smaller than a double's exponents.
