@@ -234,16 +234,9 @@ Slope slope_of(const LogprobBackwardArgs& args, int64_t i, double inverse_t) {
   return s;
 }
 
-template <bool entropy, bool capped, bool floored, class T>
-void backward_chunk(const T* x, int64_t n, T* out, const Slope& s, const Row& row, double) {
-  const f32v a = splat(static_cast<float>(s.a)), b = splat(static_cast<float>(s.b));
-  const f32v largest = splat(static_cast<float>(s.largest)), floor = splat(static_cast<float>(row.floor));
-  const auto slope = [&](f32v given) __attribute__((always_inline)) {
-    const f32v logits = kept<floored>(given, floor);
-    const Exponential found = exponential(logit<capped>(logits, row), largest, row);
-    const f32v value = found.e * (entropy ? b * found.d + a : a);
-    return capped ? value * cap_slope(logits, row) : value;
-  };
+// out[j] = slope(x[j]).
+template <class T, class Function>
+__attribute__((always_inline)) inline void each(const T* x, int64_t n, T* out, const Function& slope) {
   constexpr int64_t step = 2 * kLanes;
   int64_t j = 0;
   for (; j + step <= n; j += step) {
@@ -253,6 +246,34 @@ void backward_chunk(const T* x, int64_t n, T* out, const Slope& s, const Row& ro
   }
   for (; j + kLanes <= n; j += kLanes) store(out + j, slope(load(x + j)));
   if (j < n) store_tail(out + j, n - j, slope(load_tail(x + j, n - j, kForbidden)));
+}
+
+template <bool entropy, bool capped, bool floored, class T>
+void backward_chunk(const T* x, int64_t n, T* out, const Slope& s, const Row& row, double) {
+  const f32v floor = splat(static_cast<float>(row.floor));
+#if RF_POWERS
+  // Not where b / T, which a float has to hold, is beyond any use.
+  if (Powers::hold(s.largest, row) && std::fabs(s.b * row.inverse_t) < 1e30) {
+    const Powers powers(s.largest, row);
+    const double scale = std::exp2(powers.whole - s.largest * row.log2_t);
+    const f32v a = splat(static_cast<float>(s.a * scale)), b = splat(static_cast<float>(s.b * row.inverse_t * scale));
+    return each(x, n, out, [&](f32v given) __attribute__((always_inline)) {
+      const f32v logits = kept<floored>(given, floor);
+      f32v none{};
+      const Factors found = factors<false>(logit<capped>(logits, row), powers, none);
+      const f32v value = found.y * found.s * (entropy ? fused(b, found.gap, a) : a);
+      return capped ? value * cap_slope(logits, row) : value;
+    });
+  }
+#endif
+  const f32v a = splat(static_cast<float>(s.a)), b = splat(static_cast<float>(s.b));
+  const f32v largest = splat(static_cast<float>(s.largest));
+  each(x, n, out, [&](f32v given) __attribute__((always_inline)) {
+    const f32v logits = kept<floored>(given, floor);
+    const Exponential found = exponential(logit<capped>(logits, row), largest, row);
+    const f32v value = found.e * (entropy ? b * found.d + a : a);
+    return capped ? value * cap_slope(logits, row) : value;
+  });
 }
 
 template <bool, bool capped, bool floored>
