@@ -92,9 +92,10 @@ inline Top top_of<false>(const f16* x, int64_t n, f32v) {
   return block_max_of_bits(x, n);
 }
 
-// A block's sums of exp and of exp gap, gap = u - top, in units of 2^unit.
+// A block's sums of exp and of exp gap, gap = u - top, in units of 2^unit = 2^shift exp(top / T); where that is out of
+// range, unit is NaN and shift 0.
 struct Part {
-  double top = kMinusInfinity, unit = 0, ties = 0, rest = 0, moment = 0;
+  double top = kMinusInfinity, unit = 0, shift = 0, ties = 0, rest = 0, moment = 0;
 };
 
 // Sums of exp(u / T) in units of the largest logit's, which with `ties` counts apart.
@@ -169,14 +170,14 @@ Part sums_of(const T* x, int64_t n, double top, const Row& row, f32v floor, Ahea
   if (Powers::hold(top, row)) {
     const Powers powers(top, row);
     part = block_sums<entropy, capped, floored, ties>(x, n, powers, row, floor, ahead);
-    part.top = top, part.unit = powers.whole;
+    part.top = top, part.unit = powers.whole, part.shift = powers.whole - top * row.log2_t;
     return part;
   }
 #endif
   // A block of forbidden tokens has no largest; any finite one gives exp(-inf) = 0, and NaN stays NaN.
   const f32v reference = splat(top == kMinusInfinity ? 0.0f : static_cast<float>(top));
   part = block_sums<entropy, capped, floored, ties>(x, n, reference, row, floor, ahead);
-  part.top = top, part.unit = top == kMinusInfinity ? 0 : top * row.log2_t;
+  part.top = top, part.unit = __builtin_nan("");
   part.moment /= row.inverse_t;
   return part;
 }
@@ -243,9 +244,9 @@ void sum_parts(const f16* x, int64_t begin, int64_t end, int64_t vocab, Part* pa
   sum_half_parts<entropy, capped>(x, begin, end, vocab, parts, row);
 }
 
-// 2^d, by its bits where d is whole and no smaller than a double's exponents.
+// 2^d of a whole d <= 0, by its bits.
 inline double two_to(double d) {
-  if (d != std::nearbyint(d) || !(d > -1000.0 && d < 1000.0)) return std::exp2(d);
+  if (d < -1022) return 0;
   const int64_t bits = (static_cast<int64_t>(d) + 1023) << 52;
   double power;
   std::memcpy(&power, &bits, sizeof(power));
@@ -264,7 +265,7 @@ Fold fold_parts(const T* x, int64_t vocab, const Part* parts, const Row& row, do
   }
   Fold fold;
   fold.largest = highest->top;
-  const double unit = highest->unit;
+  const double scale = std::exp2(highest->shift);
   for (int64_t b = 0; b < blocks; ++b) {
     Part part = parts[b];
     if (part.top == kMinusInfinity) {  // nothing allowed there: 0, or NaN for NaN logits
@@ -275,15 +276,14 @@ Fold fold_parts(const T* x, int64_t vocab, const Part* parts, const Row& row, do
       const T* block = x + b * kBlock<T>;
       part = sums_of<entropy, capped, floored, true>(block, size_of<T>(b, vocab), part.top, row, floor);
     }
-    const double factor = two_to(part.unit - unit);
+    const double apart = parts[b].unit - highest->unit;  // NaN where one of them is
+    const double factor = apart == apart ? two_to(apart) * scale
+                                         : std::exp2((part.top - fold.largest) * row.log2_t + part.shift);
     fold.ties += part.ties;
     fold.rest += factor * part.rest;
     fold.moment += factor * (part.moment + (part.top - fold.largest) * part.rest);
   }
-  if (fold.largest == kMinusInfinity) return fold;
-  const double scale = std::exp2(unit - fold.largest * row.log2_t);
-  fold.rest *= scale;
-  fold.moment *= scale * row.inverse_t;
+  fold.moment *= row.inverse_t;
   return fold;
 }
 
@@ -324,7 +324,7 @@ template <bool entropy, class T>
 Fold fold_block(const T* x, int64_t n, const Row& row) {
   const double top = static_cast<double>(block_max<false>(x, n, f32v{}).largest);
   const Part part = sums_of<entropy, false, false, true>(x, n, top, row, f32v{});
-  const double scale = std::exp2(part.unit - (top == kMinusInfinity ? 0 : top * row.log2_t));
+  const double scale = std::exp2(part.shift);
   return {top, part.ties, part.rest * scale, part.moment * scale * row.inverse_t};
 }
 
@@ -357,7 +357,7 @@ template <bool entropy, bool capped, bool floored>
 void sum_parts(const double* x, int64_t begin, int64_t end, int64_t vocab, Part* parts, const Row& row, double softcap) {
   for (int64_t b = begin; b < end; ++b) {
     const Fold fold = fold_block<entropy, capped, floored>(x + b * kBlock<double>, size_of<double>(b, vocab), row, softcap);
-    parts[b] = {fold.largest, 0, fold.ties, fold.rest, fold.moment};
+    parts[b] = {fold.largest, 0, 0, fold.ties, fold.rest, fold.moment};
   }
 }
 
