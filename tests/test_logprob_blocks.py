@@ -1,4 +1,4 @@
-"""token_logprobs on the CPU where a row is cut: blocks, their largest logits, and what is added up against which."""
+"""token_logprobs on the CPU where a row is cut: blocks, their largest logits, and the units of their sums."""
 
 import pytest
 import torch
@@ -28,7 +28,7 @@ def test_largest_logit_anywhere(isa, vocab):
 
 @pytest.mark.parametrize("options", [{}, {"temperature": 0.05}, {"softcap": 5.0}], ids=str)
 def test_blocks_far_apart(isa, options):
-    """Logits beyond what an exponent holds, beside small ones, forbidden ones, and equal ones in several blocks."""
+    """Logits beyond what an exponent holds beside small, forbidden, and in several blocks equal ones."""
     vocab = 24577
     for dtype in (torch.float32, torch.bfloat16):
         logits, ids = case((8, vocab), dtype)
