@@ -5,12 +5,12 @@
 //
 // j runs over the kept tokens: those with x_j not below the row's floor, and the chosen ones.
 //
-// Roofline: V e bytes read a row forward; V e read and V e written backward (e = element size), in place or to fresh
-// memory. About 20 vector operations an element vector each way, which hides behind DRAM on every machine with two
-// vector units.
+// Roofline: V e bytes read a row forward; V e read and V e written backward (e = element size), in place or to memory
+// that is there; fresh memory is filled with zeros by the system first. Forward 14 vector operations a vector of
+// logits, 3 more with the entropy: float32 hides them behind DRAM, 16-bit logits keep the arithmetic units as busy.
 //
-// A row is cut into fixed chunks and a chunk into blocks that stay in L1: a block is read once from memory for
-// its maximum and once from L1 for its sums. Chunks are folded in order, whoever computed them.
+// A row is cut into blocks that stay in L1: a block is read once from memory for its largest logit and once from L1
+// for its sums. Blocks are added up in order, whoever summed them.
 #include "logprob.h"
 
 #include <cmath>

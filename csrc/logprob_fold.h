@@ -2,6 +2,7 @@
 // linear_logprob.cpp, once per instruction set.
 #pragma once
 
+#include "half_ends.h"
 #include "logprob_lanes.h"
 #include "powers.h"
 
@@ -34,30 +35,6 @@ Top block_max(const T* x, int64_t n, f32v floor) {
   for (int lane = 0; floored && lane < kLanes; ++lane) any = any || below[lane] == 0;
   return {max_lanes(max(max(m[0], m[1]), max(m[2], m[3]))), any};
 }
-
-// The largest of 16-bit floats by their bits, two comparisons of integers for 2 kLanes of them: the numbers from 0 up
-// are in order and those below in reverse, so it is the largest integer, or the smallest where all are negative.
-template <class Half>
-struct Ends {
-  i16v most = i16v{} - 32767 - 1, least = i16v{} + 32767;
-
-  __attribute__((always_inline)) void take(const Half* x) {
-    i16v bits;
-    std::memcpy(&bits, x, sizeof(bits));
-    most = max(bits, most), least = min(bits, least);
-  }
-  void join(const Ends& other) { most = max(most, other.most), least = min(least, other.least); }
-
-  // NaN where one may be among them, which a comparison of floats would pass over.
-  float largest(uint16_t infinity) const {
-    Half found{static_cast<uint16_t>(max_lanes(most))};
-    if (found.bits >= 0x8000u) found.bits = static_cast<uint16_t>(min_lanes(least));
-    return (found.bits & 0x7fffu) > infinity ? __builtin_nanf("") : to_float(found);
-  }
-};
-
-constexpr uint16_t infinity_of(bf16) { return 0x7f80; }
-constexpr uint16_t infinity_of(f16) { return 0x7c00; }
 
 template <class Half>
 Top block_max_of_bits(const Half* x, int64_t n) {
@@ -130,9 +107,9 @@ struct Nothing {
   void take(const void*) {}
 };
 
-// Sums over one block in float32; `ahead` looks at the same place of the next one, which spares a loop over it. All
-// else above is double. A function of its own, so that its loop has the registers to itself, with all inside inlined by force: GCC 12 calls
-// it otherwise, with the sums in memory.
+// Sums over one block in float32; everything above is double. `ahead` looks at the same place of the next block, which
+// spares a loop over it. A function of its own, so that its loop has the registers to itself, with all inside inlined
+// by force: GCC 12 calls it otherwise, with the sums in memory.
 template <bool entropy, bool capped, bool floored, bool ties, class T, class To, class Ahead = Nothing>
 __attribute__((noinline)) Part block_sums(const T* x, int64_t n, const To& reference, const Row& row, f32v floor,
                                           Ahead* ahead = nullptr) {
@@ -354,9 +331,10 @@ Fold fold_block(const double* x, int64_t n, const Row& row, double softcap) {
 }
 
 template <bool entropy, bool capped, bool floored>
-void sum_parts(const double* x, int64_t begin, int64_t end, int64_t vocab, Part* parts, const Row& row, double softcap) {
+void sum_parts(const double* x, int64_t begin, int64_t end, int64_t vocab, Part* parts, const Row& row, double cap) {
   for (int64_t b = begin; b < end; ++b) {
-    const Fold fold = fold_block<entropy, capped, floored>(x + b * kBlock<double>, size_of<double>(b, vocab), row, softcap);
+    const double* block = x + b * kBlock<double>;
+    const Fold fold = fold_block<entropy, capped, floored>(block, size_of<double>(b, vocab), row, cap);
     parts[b] = {fold.largest, 0, 0, fold.ties, fold.rest, fold.moment};
   }
 }

@@ -22,11 +22,13 @@ namespace {
 // The bits of 2^(k / kLanes), less k where n kLanes, moved up, will add it.
 #if defined(__AVX512F__)
 constexpr int kExponent = 19;  // moves the whole part of n, in n kLanes, to a float's exponent
-constexpr uint32_t kRoots[kLanes] = {0x3f800000, 0x3f7daac3, 0x3f7b95c2, 0x3f79c3d3, 0x3f7837f0, 0x3f76f532, 0x3f75fed7, 0x3f75583f,
-                                       0x3f7504f3, 0x3f7508a4, 0x3f75672a, 0x3f76248c, 0x3f7744fd, 0x3f78ccdf, 0x3f7ac0c7, 0x3f7d257d};
+constexpr uint32_t kRoots[kLanes] = {
+    0x3f800000, 0x3f7daac3, 0x3f7b95c2, 0x3f79c3d3, 0x3f7837f0, 0x3f76f532, 0x3f75fed7, 0x3f75583f,
+    0x3f7504f3, 0x3f7508a4, 0x3f75672a, 0x3f76248c, 0x3f7744fd, 0x3f78ccdf, 0x3f7ac0c7, 0x3f7d257d};
 #else
 constexpr int kExponent = 20;
-constexpr uint32_t kRoots[kLanes] = {0x3f800000, 0x3f7b95c2, 0x3f7837f0, 0x3f75fed7, 0x3f7504f3, 0x3f75672a, 0x3f7744fd, 0x3f7ac0c7};
+constexpr uint32_t kRoots[kLanes] = {
+    0x3f800000, 0x3f7b95c2, 0x3f7837f0, 0x3f75fed7, 0x3f7504f3, 0x3f75672a, 0x3f7744fd, 0x3f7ac0c7};
 #endif
 static_assert(kLanes << kExponent == 1 << 23, "a root in every lane");
 

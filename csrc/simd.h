@@ -31,7 +31,6 @@ typedef float f32v __attribute__((vector_size(RF_VECTOR_BYTES)));
 typedef int32_t i32v __attribute__((vector_size(RF_VECTOR_BYTES)));
 typedef uint32_t u32v __attribute__((vector_size(RF_VECTOR_BYTES)));
 typedef uint16_t u16v __attribute__((vector_size(RF_VECTOR_BYTES / 2)));  // kLanes half-width integers
-typedef int16_t i16v __attribute__((vector_size(RF_VECTOR_BYTES)));  // 2 kLanes of them
 
 inline f32v splat(float x) { return f32v{} + x; }
 inline f32v select(i32v condition, f32v yes, f32v no) { return condition ? yes : no; }
@@ -46,17 +45,7 @@ inline f32v min(f32v x, f32v running) {
   return reinterpret_cast<f32v>(
       _mm512_maskz_min_ps(0xffff, reinterpret_cast<__m512>(x), reinterpret_cast<__m512>(running)));
 }
-inline i16v max(i16v x, i16v y) {
-  return reinterpret_cast<i16v>(
-      _mm512_maskz_max_epi16(~__mmask32{0}, reinterpret_cast<__m512i>(x), reinterpret_cast<__m512i>(y)));
-}
-inline i16v min(i16v x, i16v y) {
-  return reinterpret_cast<i16v>(
-      _mm512_maskz_min_epi16(~__mmask32{0}, reinterpret_cast<__m512i>(x), reinterpret_cast<__m512i>(y)));
-}
 #else
-inline i16v max(i16v x, i16v y) { return x > y ? x : y; }
-inline i16v min(i16v x, i16v y) { return x < y ? x : y; }
 inline f32v max(f32v x, f32v running) { return x > running ? x : running; }
 inline f32v min(f32v x, f32v running) { return x < running ? x : running; }
 #endif
@@ -257,42 +246,6 @@ inline float max_lanes(f32v x) {
     for (int i = 0; i < width; ++i) x[i] = x[i + width] > x[i] ? x[i + width] : x[i];
   }
   return x[0];
-}
-#endif
-
-#if defined(__AVX2__)
-// Upper halves into lower ones, and the instruction that finds the smallest of eight unsigned ones, whose order that of
-// the signed ones becomes when `flip` turns some of their bits.
-template <bool largest>
-inline int16_t end_of_lanes(i16v x, int flip) {
-  const auto fold = [](auto a, auto b) { return largest ? (a > b ? a : b) : (a < b ? a : b); };
-  typedef int16_t i16x16 __attribute__((vector_size(32)));
-  typedef int16_t i16x8 __attribute__((vector_size(16)));
-#if defined(__AVX512F__)
-  const __m512i wide = reinterpret_cast<__m512i>(x);
-  const i16x16 half = fold(reinterpret_cast<i16x16>(_mm512_maskz_extracti64x4_epi64(0xf, wide, 1)),
-                           reinterpret_cast<i16x16>(_mm512_maskz_extracti64x4_epi64(0xf, wide, 0)));
-#else
-  const i16x16 half = x;
-#endif
-  const __m256i both = reinterpret_cast<__m256i>(half);
-  const i16x8 eight = fold(reinterpret_cast<i16x8>(_mm256_extracti128_si256(both, 1)),
-                           reinterpret_cast<i16x8>(_mm256_castsi256_si128(both)));
-  const __m128i turned = _mm_xor_si128(reinterpret_cast<__m128i>(eight), _mm_set1_epi16(static_cast<int16_t>(flip)));
-  return static_cast<int16_t>(_mm_extract_epi16(_mm_minpos_epu16(turned), 0) ^ flip);
-}
-inline int16_t max_lanes(i16v x) { return end_of_lanes<true>(x, 0x7fff); }
-inline int16_t min_lanes(i16v x) { return end_of_lanes<false>(x, 0x8000); }
-#else
-inline int16_t max_lanes(i16v x) {
-  int16_t found = x[0];
-  for (int i = 1; i < 2 * kLanes; ++i) found = x[i] > found ? x[i] : found;
-  return found;
-}
-inline int16_t min_lanes(i16v x) {
-  int16_t found = x[0];
-  for (int i = 1; i < 2 * kLanes; ++i) found = x[i] < found ? x[i] : found;
-  return found;
 }
 #endif
 
