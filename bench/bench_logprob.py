@@ -5,12 +5,14 @@ from collections.abc import Callable
 import pytest
 import torch
 
+import react_fast
+
 from . import oracle, peers
 from .common import DEVICE, LIMIT, OURS, QUICK, Check, Contestant, built, name_of, on_reference, race, stream
 
 SMALL = (64, 512)
-# Small; 32k and 128k vocabularies with the rows of one micro-batch.
-SHAPES = [SMALL] if QUICK else [SMALL, (4096, 32000), (1024, 128256)]
+# Small; 1k, 32k, 128k and 262k vocabularies, the last with the few rows of a step of generation.
+SHAPES = [SMALL] if QUICK else [SMALL, (8192, 1024), (8, 262144), (4096, 32000), (1024, 128256)]
 ROUNDS = 15
 DTYPES = [torch.float32, torch.bfloat16]
 ENTROPY = {"": False, " and entropy": True}
@@ -116,23 +118,65 @@ def test_forward_and_backward(benchmark, shape, dtype, entropy):
     )
 
 
-def test_backward_alone(benchmark):
-    """The backward of the float32 case, for the ratio to a stream copy of its read and write."""
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_backward_alone(benchmark, dtype):
+    """Into fresh memory, whose pages the system fills with zeros first; `clone` pays for them as well."""
     shape = SHAPES[-1]
-    logits, ids = _inputs(shape, torch.float32)
+    logits, ids = _inputs(shape, dtype)
     logits.requires_grad_()
     upstream = torch.randn(shape[0], device=DEVICE)
     ops = {OURS: peers.ours_from_logits, "torch": peers.eager_from_logits}
 
     def step(op: peers.LogitsOp) -> Contestant:
         (logp,) = op(logits, ids, False)
-        return lambda: torch.autograd.grad(logp, logits, upstream, retain_graph=True)
+        return lambda: torch.autograd.grad(logp, logits, upstream.to(logp.dtype), retain_graph=True)
 
     plain = logits.detach()
     race(
         benchmark,
-        {**{name: step(op) for name, op in ops.items()}, LIMIT: stream([plain], [torch.empty_like(plain)])},
-        case=_title(shape, torch.float32, " backward"),
-        limit="stream copy of the logits",
+        {
+            **{name: step(op) for name, op in ops.items()},
+            "clone": plain.clone,
+            LIMIT: stream([plain], [torch.empty_like(plain)]),
+        },
+        case=_title(shape, dtype, " backward into fresh memory"),
+        limit="stream copy of the logits, into memory that is there",
         bytes_moved=2 * logits.numel() * logits.element_size(),
+    )
+
+
+class _Memory(torch.autograd.Function):
+    """Memory that is there already, as the result of a function, so that its gradient may be written over it."""
+
+    @staticmethod
+    def forward(ctx, leaf, memory):
+        return memory.view_as(memory)
+
+    @staticmethod
+    def backward(ctx, slope):
+        return slope[0, 0].float() * 0, None
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_in_place(benchmark, dtype):
+    """Forward and backward over the logits' own memory: no page is fresh, so the stream is a limit of both.
+
+    From the second round on the logits are the gradient of the round before, which costs the same.
+    """
+    shape = SHAPES[-1]
+    logits, ids = _inputs(shape, dtype)
+    upstream = torch.randn(shape[0], device=DEVICE)
+    leaf = torch.zeros((), device=DEVICE, requires_grad=True)
+
+    def ours() -> object:
+        logp = react_fast.token_logprobs(_Memory.apply(leaf, logits), ids, inplace_backward=True)
+        return torch.autograd.grad(logp, leaf, upstream)
+
+    race(
+        benchmark,
+        {OURS: ours, LIMIT: stream([logits, logits], [torch.empty_like(logits)], logits.numel())},
+        case=_title(shape, dtype, " forward+backward in place"),
+        limit="stream: two reads and a write of the logits",
+        bytes_moved=3 * logits.numel() * logits.element_size(),
+        rounds=ROUNDS,
     )

@@ -8,12 +8,15 @@
 // vector operations a vector; the GEMM beside it takes 2 D flops a logit, some hundred times as much.
 #include "linear_logprob.h"
 
-#include "logprob_lanes.h"
+#include "logprob_fold.h"
 #include "parallel.h"
 
 namespace rf {
 namespace RF_ISA {
 namespace {
+
+// Columns that are folded as one, 8 KiB of float32; tiles are whole numbers of them (UNIT of react_fast/ops/_tiles.py).
+constexpr int64_t kUnit = 2048;
 
 double temperature_of(const LogitTile& in, int64_t i) {
   return in.temperatures != nullptr ? in.temperatures[i] : in.temperature;
@@ -34,7 +37,7 @@ void for_rows(const LogitTile& in, const Body& body) {
 
 // ---- float lanes: blocks of capped logits in L1 ----------------------------------------------------------------
 
-// x of columns [begin, begin + n), n <= kBlock; lanes behind the end are -inf, which adds nothing.
+// x of columns [begin, begin + n), n <= kUnit; lanes behind the end are -inf, which adds nothing.
 template <class T>
 void logits_of(const LogitTile& in, const T* tile, const T* bias, int64_t n, float* x) {
   const f32v scale = splat(static_cast<float>(in.scale));
@@ -61,10 +64,10 @@ void cap_block(float* x, int64_t n, const Row& row) {
 // A row of the tile, block by block: body(first column, size, x).
 template <class T, class Body>
 void for_blocks(const LogitTile& in, int64_t i, const Body& body) {
-  alignas(64) float x[kBlock + kLanes];
+  alignas(64) float x[kUnit + kLanes];
   const T* tile = static_cast<const T*>(in.tile) + i * in.stride;
-  for (int64_t j = 0; j < in.columns; j += kBlock) {
-    const int64_t n = in.columns - j < kBlock ? in.columns - j : kBlock;
+  for (int64_t j = 0; j < in.columns; j += kUnit) {
+    const int64_t n = in.columns - j < kUnit ? in.columns - j : kUnit;
     logits_of(in, tile + j, in.bias != nullptr ? static_cast<const T*>(in.bias) + j : nullptr, n, x);
     body(j, n, x);
   }
@@ -81,7 +84,7 @@ void fold_row(const FoldTileArgs& args, int64_t i) {
   for_blocks<T>(in, i, [&](int64_t j, int64_t n, float* x) {
     cap_block<capped>(x, n, row);
     if (y >= j && y < j + n) state[4] = static_cast<double>(x[y - j]);
-    merge(total, fold_chunk<entropy, false>(x, n, row, 0.0), row.inverse_t);
+    merge(total, fold_block<entropy>(x, n, row), row.inverse_t);
   });
   state[0] = total.largest, state[1] = total.ties, state[2] = total.rest, state[3] = total.moment;
 }

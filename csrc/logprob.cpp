@@ -5,12 +5,12 @@
 //
 // j runs over the kept tokens: those with x_j not below the row's floor, and the chosen ones.
 //
-// Roofline: V e bytes read a row forward; V e read and V e written backward (e = element size), in place or to fresh
-// memory. About 20 vector operations an element vector each way, which hides behind DRAM on every machine with two
-// vector units.
+// Roofline: V e bytes read a row forward; V e read and V e written backward (e = element size), in place or to memory
+// that is there; fresh memory is filled with zeros by the system first. Forward 14 vector operations a vector of
+// logits, 3 more with the entropy: float32 hides them behind DRAM, 16-bit logits keep the arithmetic units as busy.
 //
-// A row is cut into fixed chunks and a chunk into blocks that stay in L1: a block is read once from memory for
-// its maximum and once from L1 for its sums. Chunks are folded in order, whoever computed them.
+// A row is cut into blocks that stay in L1: a block is read once from memory for its largest logit and once from L1
+// for its sums. Blocks are added up in order, whoever summed them.
 #include "logprob.h"
 
 #include <cmath>
@@ -18,7 +18,7 @@
 #include <vector>
 
 #include "logprob_chosen.h"
-#include "logprob_lanes.h"
+#include "logprob_fold.h"
 #include "memory.h"
 #include "parallel.h"
 
@@ -122,31 +122,21 @@ int64_t chunks_of(int64_t vocab) { return vocab <= kChunk ? 1 : (vocab + kChunk 
 template <bool entropy, bool capped, bool floored, class T, class Real>
 void forward_of(const LogprobArgs& args) {
   const LogprobInput& in = args.in;
-  const int64_t chunks = chunks_of(in.vocab), elements = in.rows * in.vocab;
-  const auto chunk_fold = [&](int64_t i, int64_t c, const Row& row) {
-    const int64_t size = c + 1 < chunks ? kChunk : in.vocab - c * kChunk;
-    return fold_chunk<entropy, capped, floored>(row_at<T>(in, i) + c * kChunk, size, row, in.softcap);
-  };
-  if (chunks > 1 && in.rows < 2 * static_cast<int64_t>(in.threads) && elements >= kSerialElements) {
-    std::vector<Fold> folds(static_cast<size_t>(in.rows * chunks));
+  const int64_t parts = parts_in<T>(in.vocab), elements = in.rows * in.vocab;
+  const bool few = in.vocab > kChunk && in.rows < 2 * static_cast<int64_t>(in.threads) && elements >= kSerialElements;
+  std::vector<Part> shared(static_cast<size_t>(few ? in.rows * parts : 0));
+  if (few) {
+    const int64_t chunks = chunks_of(in.vocab), run = kChunk / kBlock<T>;
     parallel_for(in.rows * chunks, elements, in.threads, [&](int64_t unit) {
-      const int64_t i = unit / chunks;
-      if (counts(in, i)) folds[static_cast<size_t>(unit)] = chunk_fold(i, unit % chunks, row_of(in, i));
+      const int64_t i = unit / chunks, begin = unit % chunks * run, end = begin + run < parts ? begin + run : parts;
+      if (!counts(in, i)) return;
+      sum_parts<entropy, capped, floored>(row_at<T>(in, i), begin, end, in.vocab, shared.data() + i * parts,
+                                          row_of(in, i), in.softcap);
     });
-    for (int64_t i = 0; i < in.rows; ++i) {
-      if (!counts(in, i)) {
-        masked<Real>(args, i);
-        continue;
-      }
-      const Row row = row_of(in, i);
-      Fold fold = folds[static_cast<size_t>(i * chunks)];
-      for (int64_t c = 1; c < chunks; ++c) merge(fold, folds[static_cast<size_t>(i * chunks + c)], row.inverse_t);
-      finish<capped, T, Real>(args, i, fold, row);
-    }
-    return;
   }
   const int64_t rows = in.vocab >= kChunk ? 1 : kChunk / (in.vocab + 1) + 1;  // a unit's
-  parallel_for((in.rows + rows - 1) / rows, elements, in.threads, [&](int64_t unit) {
+  parallel_for((in.rows + rows - 1) / rows, few ? 0 : elements, in.threads, [&](int64_t unit) {
+    std::vector<Part> own(static_cast<size_t>(few ? 0 : parts));
     const int64_t end = (unit + 1) * rows < in.rows ? (unit + 1) * rows : in.rows;
     for (int64_t i = unit * rows; i < end; ++i) {
       if (!counts(in, i)) {
@@ -154,8 +144,10 @@ void forward_of(const LogprobArgs& args) {
         continue;
       }
       const Row row = row_of(in, i);
-      Fold fold = chunk_fold(i, 0, row);
-      for (int64_t c = 1; c < chunks; ++c) merge(fold, chunk_fold(i, c, row), row.inverse_t);
+      const T* x = row_at<T>(in, i);
+      const Fold fold =
+          few ? fold_parts<entropy, capped, floored>(x, in.vocab, shared.data() + i * parts, row, in.softcap)
+              : fold_row<entropy, capped, floored>(x, in.vocab, own.data(), row, in.softcap);
       finish<capped, T, Real>(args, i, fold, row);
     }
   });
@@ -242,25 +234,46 @@ Slope slope_of(const LogprobBackwardArgs& args, int64_t i, double inverse_t) {
   return s;
 }
 
-template <bool entropy, bool capped, bool floored, class T>
-void backward_chunk(const T* x, int64_t n, T* out, const Slope& s, const Row& row, double) {
-  const f32v a = splat(static_cast<float>(s.a)), b = splat(static_cast<float>(s.b));
-  const f32v largest = splat(static_cast<float>(s.largest)), floor = splat(static_cast<float>(row.floor));
-  const auto slope = [&](f32v given) __attribute__((always_inline)) {
-    const f32v logits = kept<floored>(given, floor);
-    const Exponential found = exponential(logit<capped>(logits, row), largest, row);
-    const f32v value = found.e * (entropy ? b * found.d + a : a);
-    return capped ? value * cap_slope(logits, row) : value;
-  };
-  constexpr int64_t step = 2 * kLanes, line = 64 / static_cast<int64_t>(sizeof(T));
+// out[j] = slope(x[j]).
+template <class T, class Function>
+__attribute__((always_inline)) inline void each(const T* x, int64_t n, T* out, const Function& slope) {
+  constexpr int64_t step = 2 * kLanes;
   int64_t j = 0;
   for (; j + step <= n; j += step) {
-    for (int64_t ahead = 0; ahead < step; ahead += line) __builtin_prefetch(x + j + ahead + 2 * kBlock, 0, 2);
+    prefetch_pair(x + j);
     const Pair v = load_pair(x + j);
     store_pair(out + j, {slope(v.first), slope(v.second)});
   }
   for (; j + kLanes <= n; j += kLanes) store(out + j, slope(load(x + j)));
   if (j < n) store_tail(out + j, n - j, slope(load_tail(x + j, n - j, kForbidden)));
+}
+
+template <bool entropy, bool capped, bool floored, class T>
+void backward_chunk(const T* x, int64_t n, T* out, const Slope& s, const Row& row, double) {
+  const f32v floor = splat(static_cast<float>(row.floor));
+#if RF_POWERS
+  // Not where b / T, which a float has to hold, is beyond any use.
+  if (Powers::hold(s.largest, row) && std::fabs(s.b * row.inverse_t) < 1e30) {
+    const Powers powers(s.largest, row);
+    const double scale = std::exp2(powers.whole - s.largest * row.log2_t);
+    const f32v a = splat(static_cast<float>(s.a * scale)), b = splat(static_cast<float>(s.b * row.inverse_t * scale));
+    return each(x, n, out, [&](f32v given) __attribute__((always_inline)) {
+      const f32v logits = kept<floored>(given, floor);
+      f32v none{};
+      const Factors found = factors<false>(logit<capped>(logits, row), powers, none);
+      const f32v value = found.y * found.s * (entropy ? fused(b, found.gap, a) : a);
+      return capped ? value * cap_slope(logits, row) : value;
+    });
+  }
+#endif
+  const f32v a = splat(static_cast<float>(s.a)), b = splat(static_cast<float>(s.b));
+  const f32v largest = splat(static_cast<float>(s.largest));
+  each(x, n, out, [&](f32v given) __attribute__((always_inline)) {
+    const f32v logits = kept<floored>(given, floor);
+    const Exponential found = exponential(logit<capped>(logits, row), largest, row);
+    const f32v value = found.e * (entropy ? b * found.d + a : a);
+    return capped ? value * cap_slope(logits, row) : value;
+  });
 }
 
 template <bool, bool capped, bool floored>

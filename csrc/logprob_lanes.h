@@ -1,5 +1,5 @@
-// Sums of exponentials over one row's logits: element vectors, blocks, chunks, and how they fold. Included by
-// logprob.cpp, once per instruction set.
+// One vector of a row's logits: cap, scale, exponential; and how parts of a row fold. Included by logprob_fold.h,
+// once per instruction set.
 #pragma once
 
 #include <cmath>
@@ -11,10 +11,14 @@ namespace rf {
 namespace RF_ISA {
 namespace {
 
-// 8 KiB of float32: a block and the block being prefetched fit in any L1 with room to spare.
-constexpr int64_t kBlock = 2048;
+// The logits of a block: 8 KiB of them with the widest vectors. It stays in any L1, with what is prefetched behind it;
+// a lane of a sum adds up at most 128 terms.
+template <class T>
+constexpr int64_t kBlock = 128 * RF_VECTOR_BYTES / static_cast<int64_t>(sizeof(T));
+// How far ahead of what it adds up a loop prefetches, in bytes, into L1: two blocks. Measured best of half to eight.
+constexpr int64_t kAhead = 16384;
 // The unit of parallel work; a 128k vocabulary has 8. Smaller rows share a unit.
-constexpr int64_t kChunk = 8 * kBlock;
+constexpr int64_t kChunk = 16384;
 constexpr double kMinusInfinity = -__builtin_inf();
 constexpr float kForbidden = -__builtin_inff();
 
@@ -23,17 +27,18 @@ constexpr float kForbidden = -__builtin_inff();
 // What a row needs to turn logits into exponents. 1 / T is held in two floats: one alone would be off by up to
 // 6e-8, the same for every logit, and so would not average out.
 struct Row {
-  double inverse_t;
+  double inverse_t, log2_t, t_log2;              // 1 / T, log2(e) / T and its inverse
   f32v inverse_high, inverse_low, softcap;
   f32v log2_high, log2_low, lowest;  // log2(e) / T likewise, and the gap below which exp is 0
   double floor;                      // logits below it are dropped where `floored`
 
   Row(double temperature, double softcap, double floor = kMinusInfinity)
       : inverse_t(1.0 / temperature), softcap(splat(static_cast<float>(softcap))), floor(floor) {
+    log2_t = 1.4426950408889634 * inverse_t;
+    t_log2 = 0.6931471805599453 * temperature;
     split(inverse_t, inverse_high, inverse_low);
-    const double log2_t = 1.4426950408889634 * inverse_t;
     split(log2_t, log2_high, log2_low);
-    lowest = splat(static_cast<float>(-126.0 / log2_t));
+    lowest = splat(static_cast<float>(-126.0 * t_log2));
   }
 
   static void split(double x, f32v& high, f32v& low) {
@@ -142,6 +147,14 @@ inline Pair load_pair(const bf16* x) {
   return {reinterpret_cast<f32v>(bits << 16), reinterpret_cast<f32v>(bits & 0xffff0000u)};
 }
 
+// The cache lines that are kAhead behind these 2 kLanes elements.
+template <class T>
+inline void prefetch_pair(const T* x) {
+  for (int64_t ahead = 0; ahead < 2 * kLanes * static_cast<int64_t>(sizeof(T)); ahead += 64) {
+    __builtin_prefetch(reinterpret_cast<const char*>(x) + kAhead + ahead, 0, 3);
+  }
+}
+
 // Back to where load_pair took them from.
 template <class T>
 inline void store_pair(T* x, Pair v) {
@@ -168,32 +181,6 @@ inline void store_pair(bf16* x, Pair v) {
   std::memcpy(x, &bits, sizeof(bits));
 }
 
-struct Top {
-  float largest;
-  bool any;  // whether a logit of the block is kept, NaN among them
-};
-
-template <bool floored, class T>
-Top block_max(const T* x, int64_t n, f32v floor) {
-  f32v m[4];
-  for (f32v& lane : m) lane = splat(kForbidden);
-  i32v below = i32v{} - 1;
-  const auto take = [&](f32v v, f32v& running) __attribute__((always_inline)) {
-    running = max(v, running);
-    if (floored) below &= v < floor;
-  };
-  int64_t j = 0;
-  for (; j + 4 * kLanes <= n; j += 4 * kLanes) {
-    const Pair a = load_pair(x + j), b = load_pair(x + j + 2 * kLanes);
-    take(a.first, m[0]), take(a.second, m[1]), take(b.first, m[2]), take(b.second, m[3]);
-  }
-  for (; j + kLanes <= n; j += kLanes) take(load(x + j), m[0]);
-  if (j < n) take(load_tail(x + j, n - j, kForbidden), m[1]);
-  bool any = !floored;
-  for (int lane = 0; floored && lane < kLanes; ++lane) any = any || below[lane] == 0;
-  return {max_lanes(max(max(m[0], m[1]), max(m[2], m[3]))), any};
-}
-
 // d = (u - largest) / T and exp(d); d is some finite number where exp(d) is 0.
 inline Exponential exponential(f32v u, f32v largest, const Row& row) {
 #if RF_EXP_SCALED
@@ -202,99 +189,6 @@ inline Exponential exponential(f32v u, f32v largest, const Row& row) {
   const f32v d = difference(u, largest, row);
   return {exp_nonpositive(d), d};
 #endif
-}
-
-template <bool entropy, bool ties>
-struct Sums {
-  f32v rest{}, moment{}, equal{};
-
-  inline void add(f32v u, f32v largest, const Row& row) {
-    const Exponential found = exponential(u, largest, row);
-    f32v e = found.e;
-    const f32v d = found.d;
-    if (ties) {
-      const i32v tie = u == largest;
-      equal += tie ? splat(1.0f) : splat(0.0f);
-      e = tie ? splat(0.0f) : e;
-    }
-    rest += e;
-    if (entropy) moment = e * d + moment;
-  }
-};
-
-// Sums over one block, prefetching the next but one into L2: measured best, a tenth faster than the next into L1.
-// Per-block sums are float32, everything above is double.
-template <bool entropy, bool capped, bool floored, bool ties, class T>
-Fold block_sums(const T* x, int64_t n, double largest, const Row& row, f32v floor) {
-  // A block of forbidden tokens has no largest; any finite one gives exp(-inf) = 0, and NaN stays NaN.
-  const f32v reference = splat(largest == kMinusInfinity ? 0.0f : static_cast<float>(largest));
-  Sums<entropy, ties> sums[2];
-  // Inlined by force: GCC 12 calls it otherwise, with the sums in memory.
-  const auto take = [&](f32v v, Sums<entropy, ties>& into) __attribute__((always_inline)) {
-    into.add(logit<capped>(kept<floored>(v, floor), row), reference, row);
-  };
-  constexpr int64_t step = 2 * kLanes, line = 64 / static_cast<int64_t>(sizeof(T));
-  int64_t j = 0;
-  for (; j + step <= n; j += step) {
-    for (int64_t ahead = 0; ahead < step; ahead += line) __builtin_prefetch(x + j + ahead + 2 * kBlock, 0, 2);
-    const Pair v = load_pair(x + j);
-    take(v.first, sums[0]), take(v.second, sums[1]);
-  }
-  if (j + kLanes <= n) {
-    take(load(x + j), sums[0]);
-    j += kLanes;
-  }
-  if (j < n) take(load_tail(x + j, n - j, kForbidden), sums[1]);
-  Fold fold;
-  fold.largest = largest;
-  fold.ties = ties ? static_cast<double>(sum_lanes(sums[0].equal + sums[1].equal)) : 0.0;
-  fold.rest = static_cast<double>(sum_lanes(sums[0].rest + sums[1].rest));
-  fold.moment = entropy ? static_cast<double>(sum_lanes(sums[0].moment + sums[1].moment)) : 0.0;
-  return fold;
-}
-
-template <bool entropy, bool capped, bool floored = false, class T>
-Fold fold_chunk(const T* x, int64_t n, const Row& row, double) {
-  Fold fold;
-  const f32v floor = splat(static_cast<float>(row.floor));
-  for (int64_t j = 0; j < n; j += kBlock) {
-    const int64_t size = n - j < kBlock ? n - j : kBlock;
-    const Top block = block_max<floored>(x + j, size, floor);
-    if (!block.any) continue;
-    const double top = static_cast<double>(logit<capped>(splat(block.largest), row)[0]);
-    // Most blocks hold no new largest logit, and those need not look for ties.
-    if (top < fold.largest) {
-      const Fold part = block_sums<entropy, capped, floored, false>(x + j, size, fold.largest, row, floor);
-      merge(fold, part, row.inverse_t);
-    } else {
-      merge(fold, block_sums<entropy, capped, floored, true>(x + j, size, top, row, floor), row.inverse_t);
-    }
-  }
-  return fold;
-}
-
-template <bool entropy, bool capped, bool floored = false>
-Fold fold_chunk(const double* x, int64_t n, const Row& row, double softcap) {
-  Fold fold;
-  const auto u = [&](int64_t j) {
-    return floored && x[j] < row.floor ? kMinusInfinity : capped_logit<capped>(x[j], softcap);
-  };
-  for (int64_t j = 0; j < n; ++j) {
-    const double v = u(j);
-    if (v > fold.largest) fold.largest = v;
-  }
-  for (int64_t j = 0; j < n; ++j) {
-    const double v = u(j);
-    if (v == kMinusInfinity) continue;
-    if (v == fold.largest) {
-      fold.ties += 1;
-      continue;
-    }
-    const double d = (v - fold.largest) * row.inverse_t, e = std::exp(d);
-    fold.rest += e;
-    if (entropy && e != 0) fold.moment += e * d;
-  }
-  return fold;
 }
 
 }  // namespace
