@@ -4,7 +4,7 @@ forward    z = h W^T (a tile of columns)      state <- z, z <- exp(d) du/dz     
 backward   z = h W^T                          z <- d loss / d z                  dW = z^T h
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -69,19 +69,20 @@ def fresh_state(rows: Rows) -> Tensor:
 
 
 def forward(
-    rows: Rows, head: Head, options: Options, want_entropy: bool, want_hidden: bool, keep: int = 0
+    rows: Rows, head: Head, options: Options, want_entropy: bool, want_U: bool, want_Q: bool, keep: int = 0
 ) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
     """(state [N, 5] of the fold, U, Q, kept logits) of this rank's columns; one GEMM, one more each for U and Q.
 
     Args:
-        want_entropy: fold its moment too; with want_hidden also Q.
+        want_entropy: fold its moment too.
+        want_U, want_Q: sum the expected embedding, for hidden's gradient; with U also Q, for the entropy's.
         keep: bytes of logits to hand back, tile after tile from the first column on, each [N, columns].
     """
     hidden, (count, dim), vocab = rows.hidden, rows.hidden.shape, len(head.weight)
     ids = rows.ids - head.first
     state = fresh_state(rows)
-    U = tiles.accumulator(count if want_hidden else 0, dim, hidden)
-    Q = tiles.accumulator(count if want_hidden and want_entropy else 0, dim, hidden)
+    U = tiles.accumulator(count if want_U else 0, dim, hidden)
+    Q = tiles.accumulator(count if want_Q else 0, dim, hidden)
     sizes = tiles.tiling(hidden, vocab, options, outputs=len(Q) > 0)
     if options.invariant:
         padding = -count % tiles.INVARIANT_ROWS
@@ -92,7 +93,7 @@ def forward(
         for begin, end in spans(_kept_columns(keep, len(hidden), vocab, sizes), width)
     ]
     tile = tiles.Buffer(hidden, sizes.rows * width, sizes.dtype)
-    apart = want_hidden and (bool(kept) or sizes.dtype != hidden.dtype)
+    apart = want_U and (bool(kept) or sizes.dtype != hidden.dtype)
     weights = tiles.Buffer(hidden, sizes.rows * width if apart else 0)
     twin = tiles.Buffer(hidden, sizes.rows * width if len(Q) else 0)
     for begin, stop in spans(len(hidden), sizes.rows):
@@ -105,7 +106,7 @@ def forward(
             with tiles.gemm_threads(options.invariant):
                 tiles.product(hidden[begin:stop], w.t(), z)
             weighing = {}
-            if want_hidden:
+            if want_U:
                 weighing = {"factor": factor, "shift": shift}
                 weighing |= {"weights": weights(*shape)[: end - begin]} if apart else {}
                 weighing |= {"weighted": twin(*shape)[: end - begin]} if len(Q) else {}
@@ -113,7 +114,7 @@ def forward(
                 z[: end - begin], b, ids[begin:end], part(rows.temperatures, begin, end), first, options,
                 state[begin:end], want_entropy, **weighing,
             )  # fmt: skip
-            if not want_hidden:
+            if not want_U:
                 continue
             tiles.rescale(U[begin:end], Q[begin:end] if len(Q) else None, factor, shift)
             with tiles.gemm_threads(options.invariant):
@@ -254,36 +255,55 @@ def turn_stats(sums: Sums, g: Tensor, h: Maybe, unit: Maybe = None) -> Tensor:
     )
 
 
-def weight_gradient(
-    rows: Rows, head: Head, options: Options, sums: Sums, g: Tensor, h: Maybe, want_bias: bool,
-    kept: list[Tensor], main_grad: Maybe = None,
-) -> tuple[Maybe, Maybe]:  # fmt: skip
-    """(dW [V, D], None where it was added to main_grad; db [V] or None) of this rank's columns.
+class _Live(NamedTuple):
+    """The rows that have a gradient: all of them, or those of `index`."""
 
-    Two GEMMs, one for the columns whose logits were kept. Every row of dW is one sum over all rows that have a
-    gradient, in float32 or better.
-    """
-    hidden, ids, temperatures = rows.hidden, rows.ids - head.first, rows.temperatures
-    unit = tiles.float16_unit(hidden.dtype, g, h)
-    stats = turn_stats(sums, g, h, unit)
+    hidden: Tensor
+    ids: Tensor
+    temperatures: Maybe
+    stats: Tensor
+    kept: list[Tensor]
+    index: Maybe
+
+
+def _with_gradient(
+    rows: Rows, head: Head, sums: Sums, g: Tensor, h: Maybe, unit: Maybe, kept: list[Tensor]
+) -> _Live:
+    ids, stats = rows.ids - head.first, turn_stats(sums, g, h, unit)
     live = live_rows(sums, g, h)
-    if not tiles.capturing(hidden.device) and not bool(live.all()):
-        hidden, ids, stats = hidden[live], ids[live], stats[live]
-        temperatures = None if temperatures is None else temperatures[live]
-        kept = [z[live] for z in kept]
-    (count, dim), vocab = hidden.shape, len(head.weight)
-    sizes = tiles.tiling(hidden, vocab, options._replace(invariant=False))
-    same = sizes.dtype == hidden.dtype
-    room = sizes.columns * (sizes.rows if same else tiles.turned_rows(hidden, sizes))
-    turned = tiles.Buffer(hidden, room)
-    scratch = turned if same else tiles.Buffer(hidden, sizes.rows * sizes.columns, sizes.dtype)
-    d_weight = tiles.fresh(head.weight) if main_grad is None else main_grad
-    d_bias = hidden.new_zeros(vocab if want_bias else 0, dtype=accumulation_dtype(hidden.dtype))
-    for first, last, known in _column_tiles(kept, vocab, sizes.columns):
+    if tiles.capturing(rows.hidden.device) or bool(live.all()):
+        return _Live(rows.hidden, ids, rows.temperatures, stats, kept, None)
+    temperatures = None if rows.temperatures is None else rows.temperatures[live]
+    index = live.nonzero()[:, 0]
+    return _Live(rows.hidden[live], ids[live], temperatures, stats[live], [z[live] for z in kept], index)
+
+
+def second_pass(
+    rows: Rows, head: Head, options: Options, sums: Sums, g: Tensor, h: Maybe, wanted: Sequence[bool],
+    kept: list[Tensor], main_grad: Maybe = None,
+) -> tuple[Maybe, Maybe, Maybe]:  # fmt: skip
+    """Gradients of this rank's columns from logits that are computed again: (dh [N, D] wide, dW [V, D], db [V] wide).
+
+    One GEMM for the columns whose logits were not kept, one each for dh and dW. Vocabulary first, so that every row
+    of dW is one sum over all rows that have a gradient, in float32 or better.
+
+    Args:
+        wanted: which of the three; another is None.
+        main_grad: [V, D], to which dW is added instead; then None stands in its place.
+    """
+    unit = tiles.float16_unit(rows.hidden.dtype, g, h)
+    live = _with_gradient(rows, head, sums, g, h, unit, kept)
+    (count, dim), vocab = live.hidden.shape, len(head.weight)
+    sizes = tiles.tiling(live.hidden, vocab, options._replace(invariant=False))
+    same = sizes.dtype == live.hidden.dtype
+    room = sizes.columns * (sizes.rows if same else tiles.turned_rows(live.hidden, sizes))
+    turned = tiles.Buffer(live.hidden, room)
+    scratch = turned if same else tiles.Buffer(live.hidden, sizes.rows * sizes.columns, sizes.dtype)
+    found = _Found(live, head, wanted, unit, main_grad)
+    for first, last, known in _column_tiles(live.kept, vocab, sizes.columns):
         w, b = head.columns(first, last)
         block = room // (last - first)
-        apart = main_grad is None and count > block and d_weight.dtype != d_bias.dtype
-        total = tiles.accumulator(last - first, dim, hidden) if apart else d_weight[first:last]
+        into = found.rows_of_weight(first, last, apart=count > block)
         for begin, end in spans(count, block):
             out = turned(end - begin, last - first)
             for upper, lower in spans(end - begin, sizes.rows):
@@ -292,21 +312,62 @@ def weight_gradient(
                     z = known[own]
                 else:
                     z = out[upper:lower] if same else scratch(lower - upper, last - first)
-                    tiles.product(hidden[own], w.t(), z)
+                    tiles.product(live.hidden[own], w.t(), z)
                 tiles.turn(
-                    z, b, ids[own], part(temperatures, own.start, own.stop), first, options, stats[own],
-                    out[upper:lower],
+                    z, b, live.ids[own], part(live.temperatures, own.start, own.stop), first, options,
+                    live.stats[own], out[upper:lower],
                 )  # fmt: skip
-            tiles.add_product(total, out.t(), hidden[begin:end], begin == 0 and main_grad is None, unit)
-            if want_bias:
-                d_bias[first:last] += out.sum(0, dtype=d_bias.dtype)
-        if apart:
-            d_weight[first:last] = total
-    if count == 0 and main_grad is None:
-        d_weight.zero_()
-    if unit is not None:
-        d_bias.mul_(unit)
-    return d_weight if main_grad is None else None, d_bias if want_bias else None
+            found.add(into, begin, first, out, w)
+        found.put(into, first)
+    return found.finished(len(rows.ids))
+
+
+class _Found:
+    """The gradients of `second_pass` as they grow."""
+
+    def __init__(self, live: _Live, head: Head, wanted: Sequence[bool], unit: Maybe, main_grad: Maybe) -> None:
+        (count, dim), self._live, self._unit = live.hidden.shape, live, unit
+        self._d_hidden = tiles.accumulator(count, dim, live.hidden) if wanted[0] else None
+        self._anew = main_grad is None
+        self._d_weight = (tiles.fresh(head.weight) if main_grad is None else main_grad) if wanted[1] else None
+        wide = accumulation_dtype(live.hidden.dtype)
+        self._d_bias = live.hidden.new_zeros(len(head.weight), dtype=wide) if wanted[2] else None
+        if self._d_weight is not None and count == 0 and self._anew:
+            self._d_weight.zero_()
+
+    def rows_of_weight(self, first: int, last: int, apart: bool) -> Maybe:
+        """Where dW of these columns is summed: `apart` in wide numbers if its own are too narrow for several terms."""
+        if self._d_weight is None:
+            return None
+        wide = accumulation_dtype(self._live.hidden.dtype)
+        if apart and self._anew and self._d_weight.dtype != wide:
+            return tiles.accumulator(last - first, self._live.hidden.shape[1], self._live.hidden)
+        return self._d_weight[first:last]
+
+    def add(self, into: Maybe, begin: int, first: int, out: Tensor, w: Tensor) -> None:
+        """A tile of d loss / d logits, whose first row is `begin` and whose first column is `first`."""
+        end = begin + len(out)
+        if self._d_hidden is not None:
+            tiles.accumulate(self._d_hidden[begin:end], out, w)
+        if into is not None:
+            h = self._live.hidden[begin:end]
+            tiles.add_product(into, out.t(), h, begin == 0 and self._anew, self._unit)
+        if self._d_bias is not None:
+            self._d_bias[first : first + out.shape[1]] += out.sum(0, dtype=self._d_bias.dtype)
+
+    def put(self, into: Maybe, first: int) -> None:
+        """The sum of these columns is complete."""
+        if self._d_weight is not None and into is not None and into.dtype != self._d_weight.dtype:
+            self._d_weight[first : first + len(into)] = into
+
+    def finished(self, count: int) -> tuple[Maybe, Maybe, Maybe]:
+        d_hidden, index = self._d_hidden, self._live.index
+        for x in (d_hidden, self._d_bias):
+            if x is not None and self._unit is not None:
+                x.mul_(self._unit)
+        if d_hidden is not None and index is not None:
+            d_hidden = d_hidden.new_zeros(count, d_hidden.shape[1]).index_copy_(0, index, d_hidden)
+        return d_hidden, self._d_weight if self._anew else None, self._d_bias
 
 
 def _column_tiles(kept: list[Tensor], vocab: int, width: int) -> Iterator[tuple[int, int, Maybe]]:

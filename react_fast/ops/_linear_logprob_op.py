@@ -27,13 +27,13 @@ def _gradients(
         if head.group is not None:
             d_hidden = _vocab_parallel.total(d_hidden, head.group, options.invariant)
     if wanted[1] or wanted[2]:
-        d_weight, d_bias = engine.weight_gradient(
-            rows, head, options, sums, g, h, wanted[2], kept, main_grad if wanted[1] else None
+        _, d_weight, d_bias = engine.second_pass(
+            rows, head, options, sums, g, h, (False, *wanted[1:]), kept, main_grad if wanted[1] else None
         )
     dtype = rows.hidden.dtype
     return (
         None if d_hidden is None else rows.back(d_hidden.to(dtype)),
-        d_weight if wanted[1] else None,
+        d_weight,
         None if d_bias is None else d_bias.to(dtype),
     )
 
@@ -52,7 +52,9 @@ class Eager(torch.autograd.Function):
         keep = tiles.workspace() if want_weight or want_bias else 0
 
         def fold(head: Head) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
-            return engine.forward(rows, head, options, want_entropy, want_hidden, keep)
+            return engine.forward(
+                rows, head, options, want_entropy, want_hidden, want_hidden and want_entropy, keep
+            )
 
         if group is None:
             wrong = rows.check(head.vocab)
@@ -99,7 +101,9 @@ def _forward(
     options = Options(scale, temperature, softcap, invariant)
     rows, head = Rows(hidden, token_ids, mask, per_row, options), Head(weight, bias)
     wrong = rows.check(head.vocab)
-    state, U, Q, _ = engine.forward(rows, head, options, want_entropy, want_hidden)
+    state, U, Q, _ = engine.forward(
+        rows, head, options, want_entropy, want_hidden, want_hidden and want_entropy
+    )
     sums = engine.finish(state, rows.inverse_t, U, Q)
     logp, entropy = engine.results(rows, sums, want_entropy, accumulation_dtype(hidden.dtype), wrong)
     return logp, entropy, rows.back(state), *(rows.back(x) if len(x) else x for x in (U, Q))

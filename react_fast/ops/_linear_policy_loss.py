@@ -215,7 +215,7 @@ def forward(
             g, e = slopes(begin, end, sums.logp, sums.entropy)
             logits.turn(begin, end, engine.turn_stats(sums, g, e, unit), gradients)
     else:
-        state, *_ = engine.forward(rows, head, options, want_entropy=True, want_hidden=False)
+        state, *_ = engine.forward(rows, head, options, want_entropy=True, want_U=False, want_Q=False)
         state = _vocab_parallel.whole(state, head, t)
     logp, entropy = engine.results(rows, engine.finish(state, t, none, none), True, wide, wrong)
     loss, stats, *_ = _loss(logp, entropy, tokens, terms, False)
