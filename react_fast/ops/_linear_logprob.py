@@ -325,7 +325,9 @@ def second_pass(
 class _Found:
     """The gradients of `second_pass` as they grow."""
 
-    def __init__(self, live: _Live, head: Head, wanted: Sequence[bool], unit: Maybe, main_grad: Maybe) -> None:
+    def __init__(
+        self, live: _Live, head: Head, wanted: Sequence[bool], unit: Maybe, main_grad: Maybe
+    ) -> None:
         (count, dim), self._live, self._unit = live.hidden.shape, live, unit
         self._d_hidden = tiles.accumulator(count, dim, live.hidden) if wanted[0] else None
         self._anew = main_grad is None

@@ -9,12 +9,12 @@ from ..reference.objectives import Objective, PPOClip
 from ..reference.policy_loss import PolicyLoss
 from . import _check
 from ._dtensor import plain
-from ._linear_policy_loss import Eager, Tokens, compiled
-from ._objectives import OBJECTIVES
+from ._linear_policy_loss import Tokens
+from ._linear_policy_loss_op import Eager, compiled
 from ._policy_loss import denominator_value, named_metrics
 from .backend import accumulation_dtype, use_reference
 from .linear_logprob import Maybe, checked, is_eager
-from .policy_loss import check_advantages, check_cu_seqlens, check_like, checked_terms
+from .policy_loss import check_advantages, check_cu_seqlens, check_like, checked_terms, refuse_without_rows
 
 
 def linear_policy_loss(
@@ -101,12 +101,8 @@ def linear_policy_loss(
         ref_logprobs,
         like,
     )
-    if token_ids.dim() == 1 and cu_seqlens is None and aggregation.startswith("seq_"):
-        raise ValueError(
-            f"cu_seqlens must be given for packed tokens and aggregation {aggregation!r}, got None"
-        )
-    if OBJECTIVES[type(objective)].whole_rows and not use_reference():
-        raise NotImplementedError(f"linear_policy_loss takes objectives of single tokens, got {objective!r}")
+    if token_ids.dim() == 1 and cu_seqlens is None:
+        refuse_without_rows(objective, aggregation)
     if use_reference():
         if tp_group is not None:
             raise ValueError("tp_group must be None on the reference backend, got a process group")
