@@ -256,14 +256,14 @@ def turn_stats(sums: Sums, g: Tensor, h: Maybe, unit: Maybe = None) -> Tensor:
 
 
 class _Live(NamedTuple):
-    """The rows that have a gradient: all of them, or those of `index`."""
+    """The rows that have a gradient: all of them, or those at `places`."""
 
     hidden: Tensor
     ids: Tensor
     temperatures: Maybe
     stats: Tensor
     kept: list[Tensor]
-    index: Maybe
+    places: Maybe
 
 
 def _with_gradient(
@@ -274,18 +274,18 @@ def _with_gradient(
     if tiles.capturing(rows.hidden.device) or bool(live.all()):
         return _Live(rows.hidden, ids, rows.temperatures, stats, kept, None)
     temperatures = None if rows.temperatures is None else rows.temperatures[live]
-    index = live.nonzero()[:, 0]
-    return _Live(rows.hidden[live], ids[live], temperatures, stats[live], [z[live] for z in kept], index)
+    places = live.nonzero()[:, 0]
+    return _Live(rows.hidden[live], ids[live], temperatures, stats[live], [z[live] for z in kept], places)
 
 
 def second_pass(
     rows: Rows, head: Head, options: Options, sums: Sums, g: Tensor, h: Maybe, wanted: Sequence[bool],
     kept: list[Tensor], main_grad: Maybe = None,
 ) -> tuple[Maybe, Maybe, Maybe]:  # fmt: skip
-    """Gradients of this rank's columns from logits that are computed again: (dh [N, D] wide, dW [V, D], db [V] wide).
+    """Gradients of this rank's columns from logits computed again: (dh [N, D] wide, dW [V, D], db [V] wide).
 
-    One GEMM for the columns whose logits were not kept, one each for dh and dW. Vocabulary first, so that every row
-    of dW is one sum over all rows that have a gradient, in float32 or better.
+    One GEMM for the columns whose logits were not kept, one each for dh and dW. Vocabulary first, so that every
+    row of dW is one sum over all rows that have a gradient, in float32 or better.
 
     Args:
         wanted: which of the three; another is None.
@@ -293,7 +293,7 @@ def second_pass(
     """
     unit = tiles.float16_unit(rows.hidden.dtype, g, h)
     live = _with_gradient(rows, head, sums, g, h, unit, kept)
-    (count, dim), vocab = live.hidden.shape, len(head.weight)
+    count, vocab = len(live.hidden), len(head.weight)
     sizes = tiles.tiling(live.hidden, vocab, options._replace(invariant=False))
     same = sizes.dtype == live.hidden.dtype
     room = sizes.columns * (sizes.rows if same else tiles.turned_rows(live.hidden, sizes))
@@ -338,7 +338,7 @@ class _Found:
             self._d_weight.zero_()
 
     def rows_of_weight(self, first: int, last: int, apart: bool) -> Maybe:
-        """Where dW of these columns is summed: `apart` in wide numbers if its own are too narrow for several terms."""
+        """Where dW of these columns is summed: `apart`, in wide numbers, if its own are too narrow for a sum."""
         if self._d_weight is None:
             return None
         wide = accumulation_dtype(self._live.hidden.dtype)
@@ -363,12 +363,12 @@ class _Found:
             self._d_weight[first : first + len(into)] = into
 
     def finished(self, count: int) -> tuple[Maybe, Maybe, Maybe]:
-        d_hidden, index = self._d_hidden, self._live.index
+        d_hidden, places = self._d_hidden, self._live.places
         for x in (d_hidden, self._d_bias):
             if x is not None and self._unit is not None:
                 x.mul_(self._unit)
-        if d_hidden is not None and index is not None:
-            d_hidden = d_hidden.new_zeros(count, d_hidden.shape[1]).index_copy_(0, index, d_hidden)
+        if d_hidden is not None and places is not None:
+            d_hidden = d_hidden.new_zeros(count, d_hidden.shape[1]).index_copy_(0, places, d_hidden)
         return d_hidden, self._d_weight if self._anew else None, self._d_bias
 
 

@@ -1,9 +1,13 @@
-"""The blocks behind react_fast.ops.linear_policy_loss: three GEMMs, since the loss is known in the forward.
+"""The plans behind react_fast.ops.linear_policy_loss, whose gradients are computed in the forward.
 
-for a block of rows whose logits fit the budget:
+Losses of single tokens, 3 GEMMs, for a block of rows whose logits fit:
     z = h W^T                       state <- z (all tiles), so logp and H of the block
     g, e = d loss / d logp, d H     from the policy loss of the block's tokens
     z <- d loss / d z, tile by tile      dh += z W      dW += z^T h
+The logits of a block are kept where dW of the same columns will be written after they are read.
+
+Losses of whole rows, 4 GEMMs: logp and H of all rows, then g and e, then tile by tile z again and the last line,
+in which every row of dW is one sum.
 """
 
 from collections.abc import Iterator, Sequence
@@ -151,7 +155,7 @@ class _Gradients:
                 self.weight.zero_()
 
     def unwritten(self, begin: int) -> list[Tensor]:
-        """Memory [V, D] that the block from row `begin` on writes column by column, once it has read their logits."""
+        """Memory [V, D] that the block from row `begin` on writes tile by tile, after reading a tile's logits."""
         if self._options.invariant or self.weight is None:
             return []
         if self.sum is None:
@@ -176,8 +180,8 @@ class _Gradients:
 
 
 class _Logits:
-    """The logits of a block of rows, a tile of columns at a time: [rows, columns] each, for the first rows in memory
-    that gradients of the same columns will take, for the others in some of their own."""
+    """The logits of a block of rows, a tile of columns at a time: [rows, columns] each, for the first rows in
+    memory that gradients of the same columns will take, for the others in some of their own."""
 
     def __init__(self, rows: Rows, head: Head, options: Options, plan: _Plan) -> None:
         self._rows, self._head, self._options = rows, head, options
@@ -295,8 +299,8 @@ def _log_probs_first(
 ) -> Found:  # fmt: skip
     """For losses of whole rows: one GEMM for the log-probs, and three for the logits again and their gradient.
 
-    Two where hidden alone needs a gradient, from its expected embeddings as in `linear_token_logprobs` (three with an
-    entropy bonus); batch-invariant gradients of hidden are had so too.
+    Two where hidden alone needs a gradient, from its expected embeddings as in `linear_token_logprobs` (three with
+    an entropy bonus); batch-invariant gradients of hidden are had so too.
     """
     wide, t, bonus = accumulation_dtype(rows.hidden.dtype), rows.inverse_t, terms.entropy_coef != 0
     embeds = wanted[0] and (options.invariant or not any(wanted[1:]))
@@ -315,7 +319,8 @@ def _log_probs_first(
     if any(wanted[1:]):
         again = (wanted[0] and not embeds, *wanted[1:])
         apart = wanted[1] and _weight_dtype(head.weight) != head.weight.dtype
-        total = tiles.accumulator(*head.weight.shape, rows.hidden) if apart else None
+        vocab, dim = head.weight.shape
+        total = tiles.accumulator(vocab, dim, rows.hidden) if apart else None
         found, d_weight, d_bias = engine.second_pass(rows, head, options, sums, g, h, again, kept, total)
         d_hidden, d_weight = d_hidden if embeds else found, total if apart else d_weight
     return loss, stats, _whole_hidden(rows, head, options, d_hidden), d_weight, d_bias

@@ -54,8 +54,8 @@ def placed(head: Head) -> Head:
 def whole(
     state: Tensor, head: Head, inverse_t: Tensor | float, U: Tensor | None = None, Q: Tensor | None = None
 ) -> Tensor:
-    """The state [N, 5] over all ranks' columns, from one all-gather; as it is without a group. U and Q of this rank's
-    columns, if given, become relative to it."""
+    """The state [N, 5] over all ranks' columns, from one all-gather; as it is without a group. U and Q of this
+    rank's columns, if given, become relative to it."""
     if head.group is None:
         return state
     parts = [torch.empty_like(state) for _ in range(dist.get_world_size(head.group))]
