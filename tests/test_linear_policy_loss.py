@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounter
 
 import react_fast as rf
 
@@ -129,9 +130,13 @@ def test_blocks_of_rows_and_tiles_add_up(monkeypatch, loss):
 @pytest.mark.parametrize(("loss", "mib"), [("ppo", "1"), ("ppo", "64"), ("sequences", "1")])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_error_is_that_of_two_steps(monkeypatch, dtype, loss, mib):
-    """At most twice as far from float64 as linear_token_logprobs + policy_loss in the same dtype."""
+    """At most twice as far from float64 as linear_token_logprobs + policy_loss in the same dtype.
+
+    500 rows of 3000 logits: with one MiB three blocks in bfloat16, of 174 rows and those that lie in the 24
+    columns of the gradient and the 48 of its sum; more of the others.
+    """
     monkeypatch.setenv("REACT_FAST_TILE_MIB", mib)
-    leaves, given = _case("everything", loss, shape=(10, 20), dim=24, vocab=3000, dtype=dtype)
+    leaves, given = _case("everything", loss, shape=(10, 80), dim=24, vocab=3000, dtype=dtype)
     found, plain = _all(leaves, given), _two_steps(leaves, given)
     wide = {k: x.detach().double().requires_grad_() for k, x in leaves.items()}
     exact = {k: x.double() if torch.is_tensor(x) and x.is_floating_point() else x for k, x in given.items()}
@@ -141,6 +146,43 @@ def test_error_is_that_of_two_steps(monkeypatch, dtype, loss, mib):
         assert f.dtype == dtype
         ours, theirs = (float((v.double() - e).norm() / e.norm()) for v in (f, p))
         assert ours <= 2 * theirs + 2 * contract.EPS[torch.float32]
+
+
+@pytest.mark.parametrize("budget", [4, 20])
+def test_float32_logits_lie_in_a_bfloat16_gradient(monkeypatch, budget):
+    """As on a GPU, whose GEMM writes its float32 sums: 7 columns of the gradient hold 3 rows of logits, those of
+    its sum 7. `budget` rows more make two blocks, or one."""
+
+    def product(a, b, out):
+        return out.copy_(a.float() @ b.float())
+
+    monkeypatch.setattr(rf.ops._tiles, "tile_dtype", lambda hidden: torch.float32)
+    monkeypatch.setattr(rf.ops._tiles, "product", product)
+    monkeypatch.setattr(rf.ops._tiles, "budget", lambda device: budget * 300 * 4)
+    leaves, given = _case("plain", "ppo", shape=(4, 9), dim=7, vocab=300, dtype=torch.bfloat16)
+    with rf.use_backend("triton"):
+        found = _all(leaves, given)
+    wide = {k: x.detach().double().requires_grad_() for k, x in leaves.items()}
+    exact = {k: x.double() if torch.is_tensor(x) and x.is_floating_point() else x for k, x in given.items()}
+    with rf.use_backend("reference"):
+        expected = _all(wide, exact)
+    for f, e in zip(found[2:], expected[2:], strict=True):
+        # d loss / d logit and the result are rounded to bfloat16, each term of a sum on its own.
+        assert float((f.double() - e).norm() / e.norm()) <= 2 * contract.EPS[torch.bfloat16]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("objective", [rf.PPOClip(), rf.GSPO()], ids=lambda o: type(o).__name__)
+def test_ratio_is_one_when_nothing_changed(objective, dtype):
+    """Log-probs of the same weights from `linear_token_logprobs`, whatever the blocks: no bit differs."""
+    leaves, given = _case("plain", "norm", shape=(30, 5), dim=16, vocab=3000, dtype=dtype)
+    with torch.no_grad():
+        old = rf.linear_token_logprobs(
+            **leaves, token_ids=given["token_ids"], mask=given["mask"], batch_invariant=True
+        )
+    given |= {"objective": objective, "old_logprobs": old}
+    _, metrics = rf.linear_policy_loss(**leaves, **given, batch_invariant=True)
+    assert (float(metrics["ratio/max"]), float(metrics["approx_kl/k3"])) == (1.0, 0.0)
 
 
 def test_float16_gradients_survive_many_tokens():
@@ -255,6 +297,24 @@ def test_compiles_and_opcheck():
     loss, metrics = rf.linear_policy_loss(**half, **meta)
     assert (loss.shape, loss.dtype, loss.device.type) == ((), torch.float32, "meta")
     assert {x.device.type for x in metrics.values()} == {"meta"}
+
+
+@pytest.mark.parametrize("loss", ["ppo", "sequences"])
+def test_one_graph_serves_every_length(loss):
+    """One for the first length and, with the second, one for all: nothing recompiles after that."""
+    counter = CompileCounter()
+    _, given = _case("plain", loss)
+    numbers = {k: v for k, v in given.items() if v is not None and not torch.is_tensor(v)}
+    step = torch.compile(
+        lambda leaves, tensors: rf.linear_policy_loss(**leaves, **tensors, **numbers).loss,
+        backend=counter,
+        fullgraph=True,
+    )
+    for length in (6, 7, 9, 12, 17):
+        leaves, given = _case("plain", loss, shape=(4, length), dtype=torch.float32)
+        tensors = {k: v for k, v in given.items() if k not in numbers}
+        step(leaves, tensors)
+    assert counter.frame_count <= 2
 
 
 def test_a_second_backward_and_an_unscaled_one():
