@@ -1,7 +1,7 @@
 """How much of a trained policy's softmax mass lies in few tiles of the vocabulary.
 
-    react-fast train --config examples/translation.yaml --run_dir runs/mass --warm_start.steps 400 --trainer.steps 40
-    python -m bench.tile_mass NAME=runs/mass/checkpoints/rl/step-00000040 ...
+    react-fast train --config examples/translation.yaml --run_dir runs/m --warm_start.steps 400 --trainer.steps 40
+    python -m bench.tile_mass NAME=runs/m/checkpoints/rl/step-00000040 ...
 
 Decides whether a block-sparse backward pays: it may leave out a tile of logits where every row of the tile can
 spare it, a row at most `eps` of its mass in all. The policies are those of the translation demo, read at the

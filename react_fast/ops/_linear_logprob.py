@@ -3,9 +3,9 @@
 forward    z = h W^T (a tile of columns)      state <- z, z <- exp(d) du/dz      U += z W
 backward   z = h W^T                          z <- d loss / d z                  dW = z^T h
 
-No tile is left out of the backward. A block-sparse one with a bound a row would pay below 0.4 active tiles at 2^-20;
-trained small policies have 0.99 and more in blocks of 128 rows (bench/results/tile_mass.md), where vocabularies of
-150k, of which these say little, would have to be measured before it is built.
+No tile is left out of the backward. A block-sparse one with a bound a row would pay below 0.4 active tiles at
+2^-20; trained small policies have 1.0 in blocks of 128 rows (bench/results/tile_mass.md). They say little of 150k
+tokens, where it would have to be measured again before it is built.
 """
 
 from collections.abc import Iterator, Sequence
