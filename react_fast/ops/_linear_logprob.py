@@ -73,7 +73,14 @@ def fresh_state(rows: Rows) -> Tensor:
 
 
 def forward(
-    rows: Rows, head: Head, options: Options, want_entropy: bool, want_U: bool, want_Q: bool, keep: int = 0
+    rows: Rows,
+    head: Head,
+    options: Options,
+    want_entropy: bool,
+    want_U: bool,
+    want_Q: bool,
+    keep: int = 0,
+    lent: Maybe = None,
 ) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
     """(state [N, 5] of the fold, U, Q, kept logits) of this rank's columns; one GEMM, one more each for U and Q.
 
@@ -81,6 +88,8 @@ def forward(
         want_entropy: fold its moment too.
         want_U, want_Q: sum the expected embedding, for hidden's gradient; with U also Q, for the entropy's.
         keep: bytes of logits to hand back, tile after tile from the first column on, each [N, columns].
+        lent: [V, D] contiguous, memory for them instead where it holds more. Tile by tile they lie no lower than
+            the rows of the same columns, which may be written once the tile was read.
     """
     hidden, (count, dim), vocab = rows.hidden, rows.hidden.shape, len(head.weight)
     ids = rows.ids - head.first
@@ -92,10 +101,7 @@ def forward(
         padding = -count % tiles.INVARIANT_ROWS
         hidden, U, Q = (padded(x, padding) for x in (hidden, U, Q))
     width = sizes.columns
-    kept = [
-        hidden.new_empty(len(hidden), end - begin, dtype=sizes.dtype)
-        for begin, end in spans(_kept_columns(keep, len(hidden), vocab, sizes), width)
-    ]
+    kept = _kept(keep, lent, hidden, vocab, sizes)
     tile = tiles.Buffer(hidden, sizes.rows * width, sizes.dtype)
     apart = want_U and (bool(kept) or sizes.dtype != hidden.dtype)
     weights = tiles.Buffer(hidden, sizes.rows * width if apart else 0)
@@ -143,11 +149,23 @@ def _accumulate_centred(w: Tensor, *pairs: tuple[Tensor, Tensor]) -> None:
         total.addr_(e.sum(1, dtype=total.dtype), mean)
 
 
-def _kept_columns(keep: int, count: int, vocab: int, sizes: tiles.Tiling) -> int:
-    """Whole tiles of columns of all rows that fit into `keep` bytes."""
-    width = sizes.columns
-    fitting = keep // max(count * width * sizes.dtype.itemsize, 1)
-    return min(fitting * width, vocab)
+def _kept(keep: int, lent: Maybe, hidden: Tensor, vocab: int, sizes: tiles.Tiling) -> list[Tensor]:
+    """Memory for whole tiles of columns of all rows: in `keep` bytes of their own, or in `lent`."""
+    each = len(hidden) * sizes.dtype.itemsize
+    room = 0 if lent is None else lent.numel() * lent.element_size()
+    most = max(keep, room) // max(each, 1)
+    columns = vocab if most >= vocab else most // sizes.columns * sizes.columns
+    if lent is None or keep > room:
+        return [
+            hidden.new_empty(len(hidden), end - begin, dtype=sizes.dtype)
+            for begin, end in spans(columns, sizes.columns)
+        ]
+    flat = lent.view(-1).view(torch.uint8)
+    apart = max(each, lent.shape[1] * lent.element_size())  # no lower than the columns' own rows
+    return [
+        flat[begin * apart :][: (end - begin) * each].view(sizes.dtype).view(len(hidden), end - begin)
+        for begin, end in spans(columns, sizes.columns)
+    ]
 
 
 def padded(x: Tensor, rows: int) -> Tensor:
@@ -266,25 +284,22 @@ class _Live(NamedTuple):
     ids: Tensor
     temperatures: Maybe
     stats: Tensor
-    kept: list[Tensor]
     places: Maybe
 
 
-def _with_gradient(
-    rows: Rows, head: Head, sums: Sums, g: Tensor, h: Maybe, unit: Maybe, kept: list[Tensor]
-) -> _Live:
+def _with_gradient(rows: Rows, head: Head, sums: Sums, g: Tensor, h: Maybe, unit: Maybe) -> _Live:
     ids, stats = rows.ids - head.first, turn_stats(sums, g, h, unit)
     live = live_rows(sums, g, h)
     if tiles.capturing(rows.hidden.device) or bool(live.all()):
-        return _Live(rows.hidden, ids, rows.temperatures, stats, kept, None)
+        return _Live(rows.hidden, ids, rows.temperatures, stats, None)
     temperatures = None if rows.temperatures is None else rows.temperatures[live]
     places = live.nonzero()[:, 0]
-    return _Live(rows.hidden[live], ids[live], temperatures, stats[live], [z[live] for z in kept], places)
+    return _Live(rows.hidden[live], ids[live], temperatures, stats[live], places)
 
 
 def second_pass(
     rows: Rows, head: Head, options: Options, sums: Sums, g: Tensor, h: Maybe, wanted: Sequence[bool],
-    kept: list[Tensor], main_grad: Maybe = None,
+    kept: list[Tensor], main_grad: Maybe = None, lent: Maybe = None,
 ) -> tuple[Maybe, Maybe, Maybe]:  # fmt: skip
     """Gradients of this rank's columns from logits computed again: (dh [N, D] wide, dW [V, D], db [V] wide).
 
@@ -294,17 +309,20 @@ def second_pass(
     Args:
         wanted: which of the three; another is None.
         main_grad: [V, D], to which dW is added instead; then None stands in its place.
+        lent: [V, D], which becomes dW; `kept` may lie in it.
     """
     unit = tiles.float16_unit(rows.hidden.dtype, g, h)
-    live = _with_gradient(rows, head, sums, g, h, unit, kept)
+    live = _with_gradient(rows, head, sums, g, h, unit)
     count, vocab = len(live.hidden), len(head.weight)
     sizes = tiles.tiling(live.hidden, vocab, options._replace(invariant=False))
     same = sizes.dtype == live.hidden.dtype
     room = sizes.columns * (sizes.rows if same else tiles.turned_rows(live.hidden, sizes))
     turned = tiles.Buffer(live.hidden, room)
     scratch = turned if same else tiles.Buffer(live.hidden, sizes.rows * sizes.columns, sizes.dtype)
-    found = _Found(live, head, wanted, unit, main_grad)
-    for first, last, known in _column_tiles(live.kept, vocab, sizes.columns):
+    found = _Found(live, head, wanted, unit, main_grad, lent)
+    for first, last, known in _column_tiles(kept, vocab, sizes.columns):
+        if known is not None and live.places is not None:
+            known = known[live.places]
         w, b = head.columns(first, last)
         block = room // (last - first)
         into = found.rows_of_weight(first, last, apart=count > block)
@@ -330,23 +348,27 @@ class _Found:
     """The gradients of `second_pass` as they grow."""
 
     def __init__(
-        self, live: _Live, head: Head, wanted: Sequence[bool], unit: Maybe, main_grad: Maybe
+        self, live: _Live, head: Head, wanted: Sequence[bool], unit: Maybe, main_grad: Maybe, lent: Maybe
     ) -> None:
         (count, dim), self._live, self._unit = live.hidden.shape, live, unit
         self._d_hidden = tiles.accumulator(count, dim, live.hidden) if wanted[0] else None
-        self._anew = main_grad is None
-        self._d_weight = (tiles.fresh(head.weight) if main_grad is None else main_grad) if wanted[1] else None
+        self._anew, self._lent = main_grad is None, lent is not None
+        self._d_weight: Maybe = None
+        if wanted[1]:
+            given = lent if main_grad is None else main_grad
+            self._d_weight = tiles.fresh(head.weight) if given is None else given
         wide = accumulation_dtype(live.hidden.dtype)
         self._d_bias = live.hidden.new_zeros(len(head.weight), dtype=wide) if wanted[2] else None
         if self._d_weight is not None and count == 0 and self._anew:
             self._d_weight.zero_()
 
     def rows_of_weight(self, first: int, last: int, apart: bool) -> Maybe:
-        """Where dW of these columns is summed: `apart`, in wide numbers, if its own are too narrow for a sum."""
+        """Where dW of several blocks' columns is summed: `apart` if its own numbers are too narrow for a sum, or
+        their memory holds logits of later blocks."""
         if self._d_weight is None:
             return None
         wide = accumulation_dtype(self._live.hidden.dtype)
-        if apart and self._anew and self._d_weight.dtype != wide:
+        if apart and self._anew and (self._lent or self._d_weight.dtype != wide):
             return tiles.accumulator(last - first, self._live.hidden.shape[1], self._live.hidden)
         return self._d_weight[first:last]
 
@@ -363,8 +385,11 @@ class _Found:
 
     def put(self, into: Maybe, first: int) -> None:
         """The sum of these columns is complete."""
-        if self._d_weight is not None and into is not None and into.dtype != self._d_weight.dtype:
-            self._d_weight[first : first + len(into)] = into
+        if self._d_weight is None or into is None:
+            return
+        place = self._d_weight[first : first + len(into)]
+        if place.data_ptr() != into.data_ptr():
+            place.copy_(into)
 
     def finished(self, count: int) -> tuple[Maybe, Maybe, Maybe]:
         d_hidden, places = self._d_hidden, self._live.places

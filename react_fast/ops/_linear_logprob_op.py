@@ -15,7 +15,7 @@ from .backend import accumulation_dtype, register
 
 def _gradients(
     rows: Rows, head: Head, options: Options, sums: Sums, d_logp: Maybe, d_entropy: Maybe, wanted: Sequence[bool],
-    kept: list[Tensor], main_grad: Maybe,
+    kept: list[Tensor], main_grad: Maybe, lent: Maybe,
 ) -> tuple[Maybe, Maybe, Maybe]:  # fmt: skip
     """Gradients of hidden (of the rows that count), weight and bias."""
     zero = torch.zeros_like(sums.logp)
@@ -28,7 +28,16 @@ def _gradients(
             d_hidden = _vocab_parallel.total(d_hidden, head.group, options.invariant)
     if wanted[1] or wanted[2]:
         _, d_weight, d_bias = engine.second_pass(
-            rows, head, options, sums, g, h, (False, *wanted[1:]), kept, main_grad if wanted[1] else None
+            rows,
+            head,
+            options,
+            sums,
+            g,
+            h,
+            (False, *wanted[1:]),
+            kept,
+            main_grad if wanted[1] else None,
+            lent,
         )
     dtype = rows.hidden.dtype
     return (
@@ -50,10 +59,12 @@ class Eager(torch.autograd.Function):
         rows, head = Rows(hidden, token_ids, mask, per_row, options), Head(weight, bias, group)
         want_hidden, want_weight, want_bias = (recording and need for need in ctx.needs_input_grad[:3])
         keep = tiles.workspace() if want_weight or want_bias else 0
+        # The weight's gradient is written in the backward; until then its memory keeps logits.
+        lent = tiles.fresh(weight) if want_weight and main_grad is None else None
 
         def fold(head: Head) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
             return engine.forward(
-                rows, head, options, want_entropy, want_hidden, want_hidden and want_entropy, keep
+                rows, head, options, want_entropy, want_hidden, want_hidden and want_entropy, keep, lent
             )
 
         if group is None:
@@ -63,7 +74,7 @@ class Eager(torch.autograd.Function):
             head, state, U, Q, kept = _vocab_parallel.fold(rows, head, fold)
             wrong = rows.check(head.vocab)
         ctx.rows, ctx.options, ctx.want_entropy, ctx.group = rows, options, want_entropy, (group, head.shards)
-        ctx.main_grad, ctx.kept = main_grad, kept
+        ctx.main_grad, ctx.kept, ctx.lent = main_grad, kept, lent
         ctx.set_materialize_grads(False)
         compact = rows.index is not None or rows.mask is not None
         kept_hidden = rows.hidden if compact else hidden
@@ -86,8 +97,10 @@ class Eager(torch.autograd.Function):
         sums = engine.finish(state, rows.inverse_t, U, Q)
         found = _gradients(
             rows, Head(weight, bias, *ctx.group), ctx.options, sums, d_logp, d_entropy, ctx.needs_input_grad[:3],
-            ctx.kept, ctx.main_grad,
+            ctx.kept, ctx.main_grad, ctx.lent,
         )  # fmt: skip
+        if ctx.lent is not None:  # is a gradient now, and has no logits for another backward
+            ctx.kept, ctx.lent = [], None
         return *found, *[None] * 8
 
 
@@ -151,7 +164,8 @@ def _backward(
     U, Q = (rows.take(x) if x.dim() == hidden.dim() and want_hidden else x for x in (U, Q))
     sums = engine.finish(rows.take(state), rows.inverse_t, U, Q)
     found = _gradients(
-        rows, Head(weight, bias), options, sums, d_logp, d_entropy, (want_hidden, want_weight, want_bias), [], None
+        rows, Head(weight, bias), options, sums, d_logp, d_entropy, (want_hidden, want_weight, want_bias), [],
+        None, None,
     )  # fmt: skip
     return tuple(hidden.new_empty(0) if x is None else x for x in found)
 
