@@ -9,6 +9,7 @@ from . import _linear_logprob as engine
 from . import _tiles as tiles
 from . import _vocab_parallel
 from ._linear_logprob import Head, Sums
+from ._second_pass import second_pass
 from ._tiles import Maybe, Options, Rows, Tensor
 from .backend import accumulation_dtype, register
 
@@ -27,7 +28,7 @@ def _gradients(
         if head.group is not None:
             d_hidden = _vocab_parallel.total(d_hidden, head.group, options.invariant)
     if wanted[1] or wanted[2]:
-        _, d_weight, d_bias = engine.second_pass(
+        _, d_weight, d_bias = second_pass(
             rows,
             head,
             options,

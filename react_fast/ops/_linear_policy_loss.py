@@ -22,6 +22,7 @@ from . import _vocab_parallel
 from ._linear_logprob import Head
 from ._objectives import OBJECTIVES, PARAMETERS, WHOLE_ROWS
 from ._policy_loss import AGGREGATIONS, Terms, policy_loss_op
+from ._second_pass import second_pass
 from ._tiles import Maybe, Options, Rows, Tensor, part, spans
 from .backend import accumulation_dtype
 
@@ -321,7 +322,7 @@ def _log_probs_first(
         apart = wanted[1] and _weight_dtype(head.weight) != head.weight.dtype
         vocab, dim = head.weight.shape
         total = tiles.accumulator(vocab, dim, rows.hidden) if apart else None
-        found, d_weight, d_bias = engine.second_pass(rows, head, options, sums, g, h, again, kept, total)
+        found, d_weight, d_bias = second_pass(rows, head, options, sums, g, h, again, kept, total)
         d_hidden, d_weight = d_hidden if embeds else found, total if apart else d_weight
     return loss, stats, _whole_hidden(rows, head, options, d_hidden), d_weight, d_bias
 
