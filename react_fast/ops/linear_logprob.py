@@ -82,8 +82,8 @@ def linear_token_logprobs(
     Memory beyond inputs, outputs and gradients: tiles of REACT_FAST_TILE_MIB MiB (64; on a GPU 256), and for
     hidden's gradient [N, D] in float32, twice with an entropy. The memory of weight's gradient is taken in the
     forward and keeps logits for the backward, whose GEMM they save (not with `main_grad` or torch.compile): all of
-    them if N is at most D, else D in N, so that both gradients of few rows take 3 GEMMs. REACT_FAST_KEEP_MIB (0) may
-    hold more. A second backward through the same graph computes them again. An entropy with hidden's gradient
+    them if N is at most D, else D in N, so that both gradients of few rows take 3 GEMMs. REACT_FAST_KEEP_MIB (0)
+    may hold more. A second backward through the same graph computes them again. An entropy with hidden's gradient
     copies a tile's rows of W.
 
     Args:
