@@ -8,18 +8,60 @@ import react_fast as rf
 from . import contract
 from .test_linear_logprob import Gemms, _all, _call, _case
 
-ROWS, DIM, VOCAB = 64, 16, 20000
+VOCAB = 20000
 
 
-@pytest.mark.parametrize(("mib", "gemms"), [(0, 4.0), (3, 3 + (VOCAB - 3 * 4096) / VOCAB), (8, 3.0)])
-def test_kept_logits_save_their_gemm(monkeypatch, mib, gemms):
-    """A MiB holds one tile of 4096 columns of 64 float32 rows; tiles of one MiB."""
+@pytest.mark.parametrize(
+    ("mib", "rows", "dim", "gemms"),
+    [
+        (0, 64, 13, 4.0),
+        (0, 64, 16, 3 + (VOCAB - 4096) / VOCAB),
+        (0, 64, 64, 3.0),
+        (0, 20, 64, 3.0),
+        (3, 64, 16, 3 + (VOCAB - 3 * 4096) / VOCAB),
+        (8, 64, 16, 3.0),
+    ],
+)
+def test_kept_logits_save_their_gemm(monkeypatch, mib, rows, dim, gemms):
+    """A MiB holds one tile of 4096 columns of 64 float32 rows; tiles of one MiB. The memory of the weight's
+    gradient holds 20000 D logits; with D 13 less than a tile of 64 rows."""
     monkeypatch.setenv("REACT_FAST_TILE_MIB", "1")
     monkeypatch.setenv("REACT_FAST_KEEP_MIB", str(mib))
-    h, w = torch.randn(ROWS, DIM, requires_grad=True), torch.randn(VOCAB, DIM, requires_grad=True)
-    with Gemms(ROWS * DIM * VOCAB) as counted:
-        rf.linear_token_logprobs(h, w, torch.zeros(ROWS, dtype=torch.int64)).sum().backward()
+    h, w = torch.randn(rows, dim, requires_grad=True), torch.randn(VOCAB, dim, requires_grad=True)
+    with Gemms(rows * dim * VOCAB) as counted:
+        logp = rf.linear_token_logprobs(h, w, torch.zeros(rows, dtype=torch.int64))
+        found = torch.autograd.grad(logp.sum(), (h, w), retain_graph=True)
     assert counted.count == pytest.approx(gemms, abs=1e-12)
+    for a, b in zip(found, torch.autograd.grad(logp.sum(), (h, w)), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)  # the second computes logits again
+
+
+@pytest.mark.parametrize("blocks", [1, 3])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("dim", [8, 90])
+def test_logits_in_the_memory_of_the_gradient_change_nothing(monkeypatch, dim, dtype, blocks):
+    """More rows than D and fewer; with tiles of a third of the rows, a tile's gradient is a sum of three."""
+    monkeypatch.setenv("REACT_FAST_TILE_MIB", "1")
+    leaves, ids, options = _case((60, dim, 9000), "softcap", dtype)
+    options["mask"] = torch.arange(60) % 7 != 0
+
+    def slopes(**more):
+        given = leaves["hidden"], leaves["weight"]
+        logp = _call(leaves, ids, options | more, entropy=False)
+        loss = (logp * (torch.arange(len(ids)) % 3)).sum()
+        with monkeypatch.context() as backward:
+            if blocks > 1:
+                backward.setattr(rf.ops._tiles, "budget", lambda device: 20 * 2048 * dtype.itemsize)
+            return torch.autograd.grad(loss, given, allow_unused=True)
+
+    d_hidden, d_weight = slopes()
+    total = torch.zeros(9000, dim, dtype=torch.float64 if dtype == torch.float64 else torch.float32)
+    again, none = slopes(main_grad=total)  # lends nothing
+    assert none is None
+    contract.assert_bitwise(d_hidden, again)
+    # The GEMMs of other shapes round on their own, and the result once more to its dtype.
+    near = 16 * contract.EPS[dtype]
+    assert float((d_weight.double() - total.double()).norm()) <= near * float(total.double().norm())
 
 
 @pytest.mark.parametrize("name", ["plain", "everything"])
@@ -36,8 +78,12 @@ def test_kept_logits_change_nothing(monkeypatch, name, invariant):
         mixture = (logp * upstream).sum() + (entropy * (upstream - 1).clamp_min(0)).sum()
         given = list(leaves.values())
         first = torch.autograd.grad(mixture, given, retain_graph=True)
-        for a, b in zip(first, torch.autograd.grad(mixture, given), strict=True):
-            contract.assert_bitwise(a, b)
+        second = torch.autograd.grad(
+            mixture, given, retain_graph=True
+        )  # logits in the gradient's memory are gone
+        for a, b, c in zip(first, second, torch.autograd.grad(mixture, given), strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+            contract.assert_bitwise(b, c)
         return first
 
     expected = slopes()

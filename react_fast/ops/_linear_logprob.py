@@ -2,9 +2,12 @@
 
 forward    z = h W^T (a tile of columns)      state <- z, z <- exp(d) du/dz      U += z W
 backward   z = h W^T                          z <- d loss / d z                  dW = z^T h
+
+No tile is left out of the backward. A block-sparse one with a bound a row would pay below 0.4 active tiles at
+2^-20; trained small policies have 1.0 in blocks of 128 rows (bench/results/tile_mass.md). They say little of 150k
+tokens, where it would have to be measured again before it is built.
 """
 
-from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -12,7 +15,6 @@ import torch.distributed as dist
 
 from . import _tiles as tiles
 from ._tiles import Maybe, Options, Rows, Tensor, part, spans
-from .backend import accumulation_dtype
 
 STATE = 5
 
@@ -69,30 +71,37 @@ def fresh_state(rows: Rows) -> Tensor:
 
 
 def forward(
-    rows: Rows, head: Head, options: Options, want_entropy: bool, want_hidden: bool, keep: int = 0
+    rows: Rows,
+    head: Head,
+    options: Options,
+    want_entropy: bool,
+    want_U: bool,
+    want_Q: bool,
+    keep: int = 0,
+    lent: Maybe = None,
 ) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
     """(state [N, 5] of the fold, U, Q, kept logits) of this rank's columns; one GEMM, one more each for U and Q.
 
     Args:
-        want_entropy: fold its moment too; with want_hidden also Q.
+        want_entropy: fold its moment too.
+        want_U, want_Q: sum the expected embedding, for hidden's gradient; with U also Q, for the entropy's.
         keep: bytes of logits to hand back, tile after tile from the first column on, each [N, columns].
+        lent: [V, D] contiguous, memory for them instead where it holds more. Tile by tile they lie no lower than
+            the rows of the same columns, which may be written once the tile was read.
     """
     hidden, (count, dim), vocab = rows.hidden, rows.hidden.shape, len(head.weight)
     ids = rows.ids - head.first
     state = fresh_state(rows)
-    U = tiles.accumulator(count if want_hidden else 0, dim, hidden)
-    Q = tiles.accumulator(count if want_hidden and want_entropy else 0, dim, hidden)
+    U = tiles.accumulator(count if want_U else 0, dim, hidden)
+    Q = tiles.accumulator(count if want_Q else 0, dim, hidden)
     sizes = tiles.tiling(hidden, vocab, options, outputs=len(Q) > 0)
     if options.invariant:
         padding = -count % tiles.INVARIANT_ROWS
         hidden, U, Q = (padded(x, padding) for x in (hidden, U, Q))
     width = sizes.columns
-    kept = [
-        hidden.new_empty(len(hidden), end - begin, dtype=sizes.dtype)
-        for begin, end in spans(_kept_columns(keep, len(hidden), vocab, sizes), width)
-    ]
+    kept = _kept(keep, lent, hidden, vocab, sizes)
     tile = tiles.Buffer(hidden, sizes.rows * width, sizes.dtype)
-    apart = want_hidden and (bool(kept) or sizes.dtype != hidden.dtype)
+    apart = want_U and (bool(kept) or sizes.dtype != hidden.dtype)
     weights = tiles.Buffer(hidden, sizes.rows * width if apart else 0)
     twin = tiles.Buffer(hidden, sizes.rows * width if len(Q) else 0)
     for begin, stop in spans(len(hidden), sizes.rows):
@@ -105,7 +114,7 @@ def forward(
             with tiles.gemm_threads(options.invariant):
                 tiles.product(hidden[begin:stop], w.t(), z)
             weighing = {}
-            if want_hidden:
+            if want_U:
                 weighing = {"factor": factor, "shift": shift}
                 weighing |= {"weights": weights(*shape)[: end - begin]} if apart else {}
                 weighing |= {"weighted": twin(*shape)[: end - begin]} if len(Q) else {}
@@ -113,7 +122,7 @@ def forward(
                 z[: end - begin], b, ids[begin:end], part(rows.temperatures, begin, end), first, options,
                 state[begin:end], want_entropy, **weighing,
             )  # fmt: skip
-            if not want_hidden:
+            if not want_U:
                 continue
             tiles.rescale(U[begin:end], Q[begin:end] if len(Q) else None, factor, shift)
             with tiles.gemm_threads(options.invariant):
@@ -138,11 +147,23 @@ def _accumulate_centred(w: Tensor, *pairs: tuple[Tensor, Tensor]) -> None:
         total.addr_(e.sum(1, dtype=total.dtype), mean)
 
 
-def _kept_columns(keep: int, count: int, vocab: int, sizes: tiles.Tiling) -> int:
-    """Whole tiles of columns of all rows that fit into `keep` bytes."""
-    width = sizes.columns
-    fitting = keep // max(count * width * sizes.dtype.itemsize, 1)
-    return min(fitting * width, vocab)
+def _kept(keep: int, lent: Maybe, hidden: Tensor, vocab: int, sizes: tiles.Tiling) -> list[Tensor]:
+    """Memory for whole tiles of columns of all rows: in `keep` bytes of their own, or in `lent`."""
+    each = len(hidden) * sizes.dtype.itemsize
+    room = 0 if lent is None else lent.numel() * lent.element_size()
+    most = max(keep, room) // max(each, 1)
+    columns = vocab if most >= vocab else most // sizes.columns * sizes.columns
+    if lent is None or keep > room:
+        return [
+            hidden.new_empty(len(hidden), end - begin, dtype=sizes.dtype)
+            for begin, end in spans(columns, sizes.columns)
+        ]
+    flat = lent.view(-1).view(torch.uint8)
+    apart = max(each, lent.shape[1] * lent.element_size())  # no lower than the columns' own rows
+    return [
+        flat[begin * apart :][: (end - begin) * each].view(sizes.dtype).view(len(hidden), end - begin)
+        for begin, end in spans(columns, sizes.columns)
+    ]
 
 
 def padded(x: Tensor, rows: int) -> Tensor:
@@ -252,68 +273,3 @@ def turn_stats(sums: Sums, g: Tensor, h: Maybe, unit: Maybe = None) -> Tensor:
     return torch.stack(
         [sums.largest, sums.log_sum, sums.entropy, g, torch.zeros_like(g) if h is None else h], 1
     )
-
-
-def weight_gradient(
-    rows: Rows, head: Head, options: Options, sums: Sums, g: Tensor, h: Maybe, want_bias: bool,
-    kept: list[Tensor], main_grad: Maybe = None,
-) -> tuple[Maybe, Maybe]:  # fmt: skip
-    """(dW [V, D], None where it was added to main_grad; db [V] or None) of this rank's columns.
-
-    Two GEMMs, one for the columns whose logits were kept. Every row of dW is one sum over all rows that have a
-    gradient, in float32 or better.
-    """
-    hidden, ids, temperatures = rows.hidden, rows.ids - head.first, rows.temperatures
-    unit = tiles.float16_unit(hidden.dtype, g, h)
-    stats = turn_stats(sums, g, h, unit)
-    live = live_rows(sums, g, h)
-    if not tiles.capturing(hidden.device) and not bool(live.all()):
-        hidden, ids, stats = hidden[live], ids[live], stats[live]
-        temperatures = None if temperatures is None else temperatures[live]
-        kept = [z[live] for z in kept]
-    (count, dim), vocab = hidden.shape, len(head.weight)
-    sizes = tiles.tiling(hidden, vocab, options._replace(invariant=False))
-    same = sizes.dtype == hidden.dtype
-    room = sizes.columns * (sizes.rows if same else tiles.turned_rows(hidden, sizes))
-    turned = tiles.Buffer(hidden, room)
-    scratch = turned if same else tiles.Buffer(hidden, sizes.rows * sizes.columns, sizes.dtype)
-    d_weight = tiles.fresh(head.weight) if main_grad is None else main_grad
-    d_bias = hidden.new_zeros(vocab if want_bias else 0, dtype=accumulation_dtype(hidden.dtype))
-    for first, last, known in _column_tiles(kept, vocab, sizes.columns):
-        w, b = head.columns(first, last)
-        block = room // (last - first)
-        apart = main_grad is None and count > block and d_weight.dtype != d_bias.dtype
-        total = tiles.accumulator(last - first, dim, hidden) if apart else d_weight[first:last]
-        for begin, end in spans(count, block):
-            out = turned(end - begin, last - first)
-            for upper, lower in spans(end - begin, sizes.rows):
-                own = slice(begin + upper, begin + lower)
-                if known is not None:
-                    z = known[own]
-                else:
-                    z = out[upper:lower] if same else scratch(lower - upper, last - first)
-                    tiles.product(hidden[own], w.t(), z)
-                tiles.turn(
-                    z, b, ids[own], part(temperatures, own.start, own.stop), first, options, stats[own],
-                    out[upper:lower],
-                )  # fmt: skip
-            tiles.add_product(total, out.t(), hidden[begin:end], begin == 0 and main_grad is None, unit)
-            if want_bias:
-                d_bias[first:last] += out.sum(0, dtype=d_bias.dtype)
-        if apart:
-            d_weight[first:last] = total
-    if count == 0 and main_grad is None:
-        d_weight.zero_()
-    if unit is not None:
-        d_bias.mul_(unit)
-    return d_weight if main_grad is None else None, d_bias if want_bias else None
-
-
-def _column_tiles(kept: list[Tensor], vocab: int, width: int) -> Iterator[tuple[int, int, Maybe]]:
-    """(first, last, logits if they were kept) over the vocabulary."""
-    first = 0
-    for z in kept:
-        yield first, first + z.shape[1], z
-        first += z.shape[1]
-    for begin, end in spans(vocab - first, width):
-        yield first + begin, first + end, None

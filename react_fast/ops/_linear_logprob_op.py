@@ -9,13 +9,14 @@ from . import _linear_logprob as engine
 from . import _tiles as tiles
 from . import _vocab_parallel
 from ._linear_logprob import Head, Sums
+from ._second_pass import second_pass
 from ._tiles import Maybe, Options, Rows, Tensor
 from .backend import accumulation_dtype, register
 
 
 def _gradients(
     rows: Rows, head: Head, options: Options, sums: Sums, d_logp: Maybe, d_entropy: Maybe, wanted: Sequence[bool],
-    kept: list[Tensor], main_grad: Maybe,
+    kept: list[Tensor], main_grad: Maybe, lent: Maybe,
 ) -> tuple[Maybe, Maybe, Maybe]:  # fmt: skip
     """Gradients of hidden (of the rows that count), weight and bias."""
     zero = torch.zeros_like(sums.logp)
@@ -27,13 +28,22 @@ def _gradients(
         if head.group is not None:
             d_hidden = _vocab_parallel.total(d_hidden, head.group, options.invariant)
     if wanted[1] or wanted[2]:
-        d_weight, d_bias = engine.weight_gradient(
-            rows, head, options, sums, g, h, wanted[2], kept, main_grad if wanted[1] else None
+        _, d_weight, d_bias = second_pass(
+            rows,
+            head,
+            options,
+            sums,
+            g,
+            h,
+            (False, *wanted[1:]),
+            kept,
+            main_grad if wanted[1] else None,
+            lent,
         )
     dtype = rows.hidden.dtype
     return (
         None if d_hidden is None else rows.back(d_hidden.to(dtype)),
-        d_weight if wanted[1] else None,
+        d_weight,
         None if d_bias is None else d_bias.to(dtype),
     )
 
@@ -50,9 +60,13 @@ class Eager(torch.autograd.Function):
         rows, head = Rows(hidden, token_ids, mask, per_row, options), Head(weight, bias, group)
         want_hidden, want_weight, want_bias = (recording and need for need in ctx.needs_input_grad[:3])
         keep = tiles.workspace() if want_weight or want_bias else 0
+        # The weight's gradient is written in the backward; until then its memory keeps logits.
+        lent = tiles.fresh(weight) if want_weight and main_grad is None else None
 
         def fold(head: Head) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
-            return engine.forward(rows, head, options, want_entropy, want_hidden, keep)
+            return engine.forward(
+                rows, head, options, want_entropy, want_hidden, want_hidden and want_entropy, keep, lent
+            )
 
         if group is None:
             wrong = rows.check(head.vocab)
@@ -61,7 +75,7 @@ class Eager(torch.autograd.Function):
             head, state, U, Q, kept = _vocab_parallel.fold(rows, head, fold)
             wrong = rows.check(head.vocab)
         ctx.rows, ctx.options, ctx.want_entropy, ctx.group = rows, options, want_entropy, (group, head.shards)
-        ctx.main_grad, ctx.kept = main_grad, kept
+        ctx.main_grad, ctx.kept, ctx.lent = main_grad, kept, lent
         ctx.set_materialize_grads(False)
         compact = rows.index is not None or rows.mask is not None
         kept_hidden = rows.hidden if compact else hidden
@@ -84,8 +98,10 @@ class Eager(torch.autograd.Function):
         sums = engine.finish(state, rows.inverse_t, U, Q)
         found = _gradients(
             rows, Head(weight, bias, *ctx.group), ctx.options, sums, d_logp, d_entropy, ctx.needs_input_grad[:3],
-            ctx.kept, ctx.main_grad,
+            ctx.kept, ctx.main_grad, ctx.lent,
         )  # fmt: skip
+        if ctx.lent is not None:  # is a gradient now, and has no logits for another backward
+            ctx.kept, ctx.lent = [], None
         return *found, *[None] * 8
 
 
@@ -99,7 +115,9 @@ def _forward(
     options = Options(scale, temperature, softcap, invariant)
     rows, head = Rows(hidden, token_ids, mask, per_row, options), Head(weight, bias)
     wrong = rows.check(head.vocab)
-    state, U, Q, _ = engine.forward(rows, head, options, want_entropy, want_hidden)
+    state, U, Q, _ = engine.forward(
+        rows, head, options, want_entropy, want_hidden, want_hidden and want_entropy
+    )
     sums = engine.finish(state, rows.inverse_t, U, Q)
     logp, entropy = engine.results(rows, sums, want_entropy, accumulation_dtype(hidden.dtype), wrong)
     return logp, entropy, rows.back(state), *(rows.back(x) if len(x) else x for x in (U, Q))
@@ -147,7 +165,8 @@ def _backward(
     U, Q = (rows.take(x) if x.dim() == hidden.dim() and want_hidden else x for x in (U, Q))
     sums = engine.finish(rows.take(state), rows.inverse_t, U, Q)
     found = _gradients(
-        rows, Head(weight, bias), options, sums, d_logp, d_entropy, (want_hidden, want_weight, want_bias), [], None
+        rows, Head(weight, bias), options, sums, d_logp, d_entropy, (want_hidden, want_weight, want_bias), [],
+        None, None,
     )  # fmt: skip
     return tuple(hidden.new_empty(0) if x is None else x for x in found)
 

@@ -1,13 +1,17 @@
-"""The blocks behind react_fast.ops.linear_policy_loss: three GEMMs, since the loss is known in the forward.
+"""The plans behind react_fast.ops.linear_policy_loss, whose gradients are computed in the forward.
 
-for a block of rows whose logits fit the budget:
+Losses of single tokens, 3 GEMMs, for a block of rows whose logits fit:
     z = h W^T                       state <- z (all tiles), so logp and H of the block
     g, e = d loss / d logp, d H     from the policy loss of the block's tokens
     z <- d loss / d z, tile by tile      dh += z W      dW += z^T h
+The logits of a block are kept where dW of the same columns will be written after they are read.
+
+Losses of whole rows, 4 GEMMs: logp and H of all rows, then g and e, then tile by tile z again and the last line,
+in which every row of dW is one sum.
 """
 
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 
@@ -16,10 +20,11 @@ from . import _linear_logprob as engine
 from . import _tiles as tiles
 from . import _vocab_parallel
 from ._linear_logprob import Head
-from ._objectives import OBJECTIVES, PARAMETERS
-from ._policy_loss import AGGREGATIONS, METRICS, Terms, policy_loss_op
+from ._objectives import OBJECTIVES, PARAMETERS, WHOLE_ROWS
+from ._policy_loss import AGGREGATIONS, Terms, policy_loss_op
+from ._second_pass import second_pass
 from ._tiles import Maybe, Options, Rows, Tensor, part, spans
-from .backend import accumulation_dtype, register
+from .backend import accumulation_dtype
 
 
 class Tokens(NamedTuple):
@@ -90,28 +95,73 @@ class _Slopes:
         return g.double() * weights, e.double() * weights
 
 
+class _Plan(NamedTuple):
+    """Rows of every block, rows of logits that need memory of their own, and whether those become their gradient
+    where they stand: no others lie in memory that a gradient takes, and the dtype is that of the GEMM."""
+
+    blocks: list[int]
+    own: int
+    in_place: bool
+
+
+def _plan(rows: Rows, head: Head, options: Options, want_weight: bool) -> _Plan:
+    """The same on every rank, for blocks meet in collectives: as the rank with most columns needs it."""
+    hidden, count = rows.hidden, len(rows.ids)
+    dim, dtype, wide = hidden.shape[1], tiles.tile_dtype(hidden), accumulation_dtype(hidden.dtype)
+    if options.invariant:
+        blocks = [end - begin for begin, end in spans(count, tiles.INVARIANT_ROWS)]
+        return _Plan(blocks, tiles.INVARIANT_ROWS, dtype == hidden.dtype)
+    vocab = max(head.shards or (len(head.weight),))
+    own = max(1, tiles.budget(hidden.device) // (vocab * dtype.itemsize))
+    lent = summed = 0
+    narrow = want_weight and _weight_dtype(head.weight) != wide
+    if want_weight:
+        lent = dim * _weight_dtype(head.weight).itemsize // dtype.itemsize
+    if narrow:
+        summed = dim * wide.itemsize // dtype.itemsize
+    if count <= lent + summed + own:
+        return _Plan([count], max(0, count - lent), dtype == hidden.dtype and lent == 0)
+    first, next_ones = lent + summed + own, own + (lent if narrow else 0)
+    blocks = [first, *(end - begin for begin, end in spans(count - first, next_ones))]
+    return _Plan(blocks, own, dtype == hidden.dtype and lent == 0)
+
+
+def _weight_dtype(weight: Tensor) -> torch.dtype:
+    """Of the weight's gradient: float16's range may not hold it before the loss scale comes."""
+    return weight.dtype if weight.dtype == torch.bfloat16 else accumulation_dtype(weight.dtype)
+
+
 class _Gradients:
     """Gradients of the rows that count so far, block after block: hidden [N, D] and bias [V] in wide sums, weight
     [V, D] too but for bfloat16, which the last block writes."""
 
-    def __init__(self, rows: Rows, head: Head, options: Options, block: int, wanted: Sequence[bool]) -> None:
+    def __init__(
+        self, rows: Rows, head: Head, options: Options, wanted: Sequence[bool], blocks: Sequence[int]
+    ) -> None:
         want_hidden, want_weight, want_bias = wanted
         hidden, weight = rows.hidden, head.weight
         count, dim = hidden.shape
-        padded = -(-count // block) * block if options.invariant else count
+        padded = -(-count // tiles.INVARIANT_ROWS) * tiles.INVARIANT_ROWS if options.invariant else count
         self._options = options
         self.hidden = tiles.accumulator(padded if want_hidden else 0, dim, hidden)
         self.bias = hidden.new_zeros(len(weight) if want_bias else 0, dtype=self.hidden.dtype)
         self.weight: Maybe = None
         # Of the blocks before the last, where the weight's dtype is too narrow for it.
-        self._sum: Maybe = None
+        self.sum: Maybe = None
         if want_weight:
-            narrow = weight.dtype == torch.bfloat16
-            self.weight = tiles.fresh(weight, weight.dtype if narrow else self.hidden.dtype)
-            if narrow and count > block:
-                self._sum = tiles.fresh(weight, self.hidden.dtype)
+            self.weight = tiles.fresh(weight, _weight_dtype(weight))
+            if self.weight.dtype != self.hidden.dtype and len(blocks) > 1:
+                self.sum = tiles.fresh(weight, self.hidden.dtype)
             if count == 0:
                 self.weight.zero_()
+
+    def unwritten(self, begin: int) -> list[Tensor]:
+        """Memory [V, D] that the block from row `begin` on writes tile by tile, after reading a tile's logits."""
+        if self._options.invariant or self.weight is None:
+            return []
+        if self.sum is None:
+            return [self.weight] if begin == 0 else []
+        return [self.sum, self.weight] if begin == 0 else [self.weight]
 
     def add(
         self, begin: int, size: int, first: int, z: Tensor, h: Tensor, w: Tensor, last_block: bool
@@ -122,216 +172,165 @@ class _Gradients:
                 tiles.accumulate(self.hidden[begin : begin + len(z)], z, w)
         z, last = z[:size], first + z.shape[1]
         if self.weight is not None:
-            total = (self.weight if self._sum is None else self._sum)[first:last]
+            total = (self.weight if self.sum is None else self.sum)[first:last]
             tiles.add_product(total, z.t(), h, anew=begin == 0)
-            if self._sum is not None and last_block:
+            if self.sum is not None and last_block:
                 self.weight[first:last] = total
         if len(self.bias):
             self.bias[first:last] += z.sum(0, dtype=self.bias.dtype)
 
 
 class _Logits:
-    """The logits of a block of rows, tile by tile one behind the other, each [rows, columns]."""
+    """The logits of a block of rows, a tile of columns at a time: [rows, columns] each, for the first rows in
+    memory that gradients of the same columns will take, for the others in some of their own."""
 
-    def __init__(self, rows: Rows, head: Head, options: Options, block: int) -> None:
+    def __init__(self, rows: Rows, head: Head, options: Options, plan: _Plan) -> None:
         self._rows, self._head, self._options = rows, head, options
-        hidden, vocab = rows.hidden, len(head.weight)
-        # A tile of the block's gradient is added to as many rows of dW, which with few rows are the larger part.
-        dim, own = hidden.shape[1], hidden.element_size()
-        wide = accumulation_dtype(hidden.dtype).itemsize
-        sizes = tiles.tiling(
-            hidden[:block], vocab, options, beside=dim * (wide if own == wide else wide + own)
-        )
-        self._width, self._same = sizes.columns, sizes.dtype == hidden.dtype
-        self._memory = hidden.new_empty(block * vocab, dtype=sizes.dtype)
-        self._turned = tiles.Buffer(hidden, 0 if self._same else block * self._width)
+        hidden, vocab, most = rows.hidden, len(head.weight), max(plan.blocks, default=0)
+        # The next GEMM's product is a temporary where it cannot be added to a sum in place.
+        beside = hidden.shape[1] * hidden.element_size() if len(plan.blocks) > 1 else 0
+        sizes = tiles.tiling(hidden[:most], vocab, options, beside=beside)
+        self._width, self._dtype = sizes.columns, sizes.dtype
+        self._own = hidden.new_empty(vocab, plan.own, dtype=sizes.dtype)
+        self._turned = tiles.Buffer(hidden, 0 if plan.in_place else most * self._width)
+        self._in_place = plan.in_place
+        self._memory: list[Tensor] = []
 
-    def _tiles(self, size: int) -> Iterator[tuple[int, int, Tensor]]:
-        size = tiles.INVARIANT_ROWS if self._options.invariant else size
-        for first, last in spans(len(self._head.weight), self._width):
-            yield first, last, self._memory[size * first : size * last].view(size, last - first)
+    def _parts(self, size: int, first: int, last: int) -> Iterator[tuple[int, int, Tensor]]:
+        """(first row, end, logits) of a tile, counted from the block's start."""
+        lower, bytes_each = 0, (last - first) * self._dtype.itemsize
+        for memory in self._memory:
+            flat = memory[first:last].view(-1).view(torch.uint8)
+            upper = min(size, lower + len(flat) // bytes_each)
+            if upper > lower:
+                z = flat[: (upper - lower) * bytes_each].view(self._dtype)
+                yield lower, upper, z.view(upper - lower, last - first)
+            lower = upper
 
-    def compute(self, begin: int, end: int, state: Tensor) -> None:
-        """One GEMM; folds the tiles into the rows' state [end - begin, 5]."""
-        rows, head = self._rows, self._head
+    def compute(self, begin: int, end: int, state: Tensor, free: list[Tensor]) -> None:
+        """One GEMM; folds the tiles into the rows' state [end - begin, 5]. `free`: [V, D] each, see _Gradients."""
+        rows, head, self._memory = self._rows, self._head, [*free, self._own]
         h = rows.hidden[begin:end]
         if self._options.invariant:
             h = engine.padded(h, -len(h) % tiles.INVARIANT_ROWS)
-        for first, last, z in self._tiles(end - begin):
+        for first, last in spans(len(head.weight), self._width):
             w, b = head.columns(first, last)
-            with tiles.gemm_threads(self._options.invariant):
-                tiles.product(h, w.t(), z)
-            tiles.fold(
-                z[: end - begin], b, rows.ids[begin:end] - head.first, part(rows.temperatures, begin, end), first,
-                self._options, state, True,
-            )  # fmt: skip
+            for lower, upper, z in self._parts(len(h), first, last):
+                with tiles.gemm_threads(self._options.invariant):
+                    tiles.product(h[lower:upper], w.t(), z)
+                some = slice(begin + lower, min(begin + upper, end))
+                tiles.fold(
+                    z[: some.stop - some.start], b, rows.ids[some] - head.first,
+                    part(rows.temperatures, some.start, some.stop), first, self._options,
+                    state[lower : some.stop - begin], True,
+                )  # fmt: skip
 
     def turn(self, begin: int, end: int, stats: Tensor, gradients: _Gradients) -> None:
         """The tiles become d loss / d logits, and go into the gradients while they are hot."""
         rows, head, size = self._rows, self._head, end - begin
-        for first, last, z in self._tiles(size):
+        padded = tiles.INVARIANT_ROWS if self._options.invariant else size
+        for first, last in spans(len(head.weight), self._width):
             w, b = head.columns(first, last)
-            out = z if self._same else self._turned(*z.shape)
-            if size < len(out):
-                out[size:] = 0
-            tiles.turn(
-                z[:size], b, rows.ids[begin:end] - head.first, part(rows.temperatures, begin, end), first,
-                self._options, stats, out[:size],
-            )  # fmt: skip
+            out = None if self._in_place else self._turned(padded, last - first)
+            for lower, upper, z in self._parts(padded, first, last):
+                out = z if out is None else out
+                some = slice(begin + lower, min(begin + upper, end))
+                tiles.turn(
+                    z[: some.stop - some.start], b, rows.ids[some] - head.first,
+                    part(rows.temperatures, some.start, some.stop), first, self._options,
+                    stats[lower : some.stop - begin], out[lower : some.stop - begin],
+                )  # fmt: skip
+            assert out is not None
+            out[size:] = 0
             gradients.add(begin, size, first, out, rows.hidden[begin:end], w, end == len(rows.ids))
 
 
-def _block_rows(rows: Rows, head: Head, options: Options) -> int:
-    """Rows whose logits of a rank's whole vocabulary fit into the budget, of the largest rank's: blocks meet in
-    collectives, so every rank has the same."""
-    if options.invariant:
-        return tiles.INVARIANT_ROWS
-    bytes_a_row = max(head.shards or (len(head.weight),)) * tiles.tile_dtype(rows.hidden).itemsize
-    return max(1, min(len(rows.ids), tiles.budget(rows.hidden.device) // bytes_a_row))
+Found = tuple[Tensor, Tensor, Maybe, Maybe, Maybe]
 
 
 def forward(
     rows: Rows, head: Head, options: Options, tokens: Tokens, terms: Terms, wanted: Sequence[bool]
-) -> tuple[Tensor, Tensor, Maybe, Maybe, Maybe]:
+) -> Found:
     """(loss, metrics as `stats`, gradients of hidden [..., D], weight and bias), wide or the weight's dtype."""
-    wide, head = accumulation_dtype(rows.hidden.dtype), _vocab_parallel.placed(head)
+    head = _vocab_parallel.placed(head)
     wrong = rows.check(head.vocab)
+    embeds = any(wanted[:1]) and not any(wanted[1:]) and not terms.entropy_coef
+    if not any(wanted) or embeds or terms.objective in WHOLE_ROWS:
+        return _log_probs_first(rows, head, options, tokens, terms, wanted, wrong)
+    return _block_by_block(rows, head, options, tokens, terms, wanted, wrong)
+
+
+def _block_by_block(
+    rows: Rows, head: Head, options: Options, tokens: Tokens, terms: Terms, wanted: Sequence[bool],
+    wrong: tuple[Maybe, Maybe],
+) -> Found:  # fmt: skip
+    """Three GEMMs: a block's logits stay until its log-probs, and so their gradient, are known."""
+    wide, t = accumulation_dtype(rows.hidden.dtype), rows.inverse_t
     none = rows.hidden.new_empty(0, dtype=wide)
-    count, t = len(rows.ids), rows.inverse_t
-    state, gradients = engine.fresh_state(rows), None
-    unit: Maybe = None
-    if any(wanted):
-        block = _block_rows(rows, head, options)
-        slopes = _Slopes(rows, tokens, terms, wide)
-        gradients = _Gradients(rows, head, options, block, wanted)
-        logits = _Logits(rows, head, options, block)
-        unit = tiles.float16_unit(rows.hidden.dtype, slopes.usual(terms))
-        for begin, end in spans(count, block):
-            own_t = t if isinstance(t, float) else t[begin:end]
-            own = state[begin:end]
-            logits.compute(begin, end, own)
-            own.copy_(_vocab_parallel.whole(own, head, own_t))
-            sums = engine.finish(own, own_t, none, none)
-            g, e = slopes(begin, end, sums.logp, sums.entropy)
-            logits.turn(begin, end, engine.turn_stats(sums, g, e, unit), gradients)
-    else:
-        state, *_ = engine.forward(rows, head, options, want_entropy=True, want_hidden=False)
-        state = _vocab_parallel.whole(state, head, t)
+    state = engine.fresh_state(rows)
+    plan = _plan(rows, head, options, wanted[1])
+    slopes = _Slopes(rows, tokens, terms, wide)
+    gradients = _Gradients(rows, head, options, wanted, plan.blocks)
+    logits = _Logits(rows, head, options, plan)
+    unit = tiles.float16_unit(rows.hidden.dtype, slopes.usual(terms))
+    end = 0
+    for size in plan.blocks:
+        begin, end = end, end + size
+        own_t = t if isinstance(t, float) else t[begin:end]
+        own = state[begin:end]
+        logits.compute(begin, end, own, gradients.unwritten(begin))
+        own.copy_(_vocab_parallel.whole(own, head, own_t))
+        sums = engine.finish(own, own_t, none, none)
+        g, e = slopes(begin, end, sums.logp, sums.entropy)
+        logits.turn(begin, end, engine.turn_stats(sums, g, e, unit), gradients)
     logp, entropy = engine.results(rows, engine.finish(state, t, none, none), True, wide, wrong)
     loss, stats, *_ = _loss(logp, entropy, tokens, terms, False)
-    return loss, stats, *_finished(rows, head, options, gradients, wanted, unit)
-
-
-def _finished(
-    rows: Rows, head: Head, options: Options, gradients: _Gradients | None, wanted: Sequence[bool],
-    unit: Maybe,
-) -> tuple[Maybe, Maybe, Maybe]:  # fmt: skip
-    if gradients is None:
-        return None, None, None
-    hidden = gradients.hidden[: len(rows.ids)]
-    if wanted[0] and head.group is not None:
-        hidden = _vocab_parallel.total(hidden, head.group, options.invariant)
     if unit is not None:
-        for x in (hidden, gradients.weight, gradients.bias):
+        for x in (gradients.hidden, gradients.weight, gradients.bias):
             if x is not None:
                 x.mul_(unit)
-    return rows.back(hidden) if wanted[0] else None, gradients.weight, gradients.bias if wanted[2] else None
+    hidden = gradients.hidden[: len(rows.ids)] if wanted[0] else None
+    found = _whole_hidden(rows, head, options, hidden)
+    return loss, stats, found, gradients.weight, gradients.bias if wanted[2] else None
 
 
-# ---- autograd: the gradients are there, the backward scales them -----------------------------------------------
+def _log_probs_first(
+    rows: Rows, head: Head, options: Options, tokens: Tokens, terms: Terms, wanted: Sequence[bool],
+    wrong: tuple[Maybe, Maybe],
+) -> Found:  # fmt: skip
+    """For losses of whole rows: one GEMM for the log-probs, and three for the logits again and their gradient.
+
+    Two where hidden alone needs a gradient, from its expected embeddings as in `linear_token_logprobs` (three with
+    an entropy bonus); batch-invariant gradients of hidden are had so too.
+    """
+    wide, t, bonus = accumulation_dtype(rows.hidden.dtype), rows.inverse_t, terms.entropy_coef != 0
+    embeds = wanted[0] and (options.invariant or not any(wanted[1:]))
+    keep = tiles.workspace() if any(wanted[1:]) else 0
+    state, U, Q, kept = engine.forward(rows, head, options, True, embeds, embeds and bonus, keep)
+    state = _vocab_parallel.whole(state, head, t, U, Q)
+    sums = engine.finish(state, t, U, Q)
+    logp, entropy = engine.results(rows, sums, True, wide, wrong)
+    loss, stats, *slopes = _loss(logp, entropy, tokens, terms, any(wanted))
+    if not any(wanted):
+        return loss, stats, None, None, None
+    g, e = (rows.take(x).double() for x in slopes)
+    h = e if bonus else None
+    d_hidden = engine.hidden_gradient(sums, g, h, rows, head, options) if embeds else None
+    d_weight = d_bias = None
+    if any(wanted[1:]):
+        again = (wanted[0] and not embeds, *wanted[1:])
+        apart = wanted[1] and _weight_dtype(head.weight) != head.weight.dtype
+        vocab, dim = head.weight.shape
+        total = tiles.accumulator(vocab, dim, rows.hidden) if apart else None
+        found, d_weight, d_bias = second_pass(rows, head, options, sums, g, h, again, kept, total)
+        d_hidden, d_weight = d_hidden if embeds else found, total if apart else d_weight
+    return loss, stats, _whole_hidden(rows, head, options, d_hidden), d_weight, d_bias
 
 
-def _scaled(saved: Maybe, upstream: Tensor, dtype: torch.dtype) -> Maybe:
-    """Wide until here: in float16, 1 / n would vanish before the loss scale reaches it. On a CPU, where looking
-    costs nothing, a plain loss.backward() copies no gradient."""
-    if saved is None or (saved.dtype == dtype and upstream.device.type == "cpu" and float(upstream) == 1):
-        return saved
-    return (saved * upstream).to(dtype)
-
-
-class Eager(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, bias: Maybe, token_ids: Tensor, per_row: Maybe, options: Options,
-        tokens: Tokens, terms: Terms, group: Any, recording: bool,
-    ) -> Any:  # fmt: skip
-        rows = Rows(hidden, token_ids, tokens.mask, per_row, options)
-        wanted = [recording and need for need in ctx.needs_input_grad[:3]]
-        loss, stats, *gradients = forward(rows, Head(weight, bias, group), options, tokens, terms, wanted)
-        ctx.save_for_backward(*gradients)
-        ctx.dtype = hidden.dtype
-        ctx.mark_non_differentiable(stats)
-        ctx.set_materialize_grads(False)
-        return loss, stats
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, upstream: Maybe, _: Maybe) -> Any:
-        if upstream is None:
-            return (None,) * 10
-        return *(_scaled(x, upstream, ctx.dtype) for x in ctx.saved_tensors), *[None] * 7
-
-
-# ---- compiled --------------------------------------------------------------------------------------------------
-
-
-def _run(
-    hidden: Tensor, weight: Tensor, bias: Maybe, token_ids: Tensor, per_row: Maybe, old_logprobs: Maybe,
-    advantages: Tensor, mask: Tensor, ref_logprobs: Maybe, importance: Maybe, cu_seqlens: Maybe,
-    denominator_tensor: Maybe, scale: float, temperature: float, softcap: float, invariant: bool,
-    denominator: float, objective: int, parameters: list[float], aggregation: int, kl_coef: float,
-    kl_estimator: int, kl_gradient: int, entropy_coef: float, want_hidden: bool, want_weight: bool,
-    want_bias: bool,
-) -> tuple[Tensor, ...]:  # fmt: skip
-    options = Options(scale, temperature, softcap, invariant)
-    tokens = Tokens(old_logprobs, advantages, mask, ref_logprobs, importance, cu_seqlens, denominator_tensor)
-    terms = Terms(
-        denominator, objective, parameters, aggregation, kl_coef, kl_estimator, kl_gradient, entropy_coef
-    )
-    rows = Rows(hidden, token_ids, mask, per_row, options)
-    wanted = (want_hidden, want_weight, want_bias)
-    loss, stats, *found = forward(rows, Head(weight, bias), options, tokens, terms, wanted)
-    return loss, stats, *(loss.new_empty(0) if x is None else x for x in found)
-
-
-def _fake(hidden: Tensor, weight: Tensor, bias: Maybe, *rest: Any) -> tuple[Tensor, ...]:
-    wide = accumulation_dtype(hidden.dtype)
-    own = torch.bfloat16 if hidden.dtype == torch.bfloat16 else wide
-    want_hidden, want_weight, want_bias = rest[-3:]
-    return (
-        hidden.new_empty((), dtype=wide),
-        hidden.new_empty(len(METRICS), dtype=wide),
-        hidden.new_empty(hidden.shape if want_hidden else (0,), dtype=wide),
-        hidden.new_empty(weight.shape if want_weight else (0,), dtype=own if want_weight else wide),
-        hidden.new_empty(weight.shape[0] if want_bias else 0, dtype=wide),
-    )
-
-
-def _setup(ctx: Any, inputs: tuple, output: tuple) -> None:
-    ctx.mark_non_differentiable(*output[1:])
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*output[2:])
-    ctx.dtype = inputs[0].dtype
-
-
-def _grad(ctx: Any, upstream: Maybe, *_: Any) -> tuple:
-    if upstream is None:
-        return (None,) * 27
-    found = zip(ctx.saved_tensors, ctx.needs_input_grad[:3], strict=True)
-    return *((x * upstream).to(ctx.dtype) if need else None for x, need in found), *[None] * 24
-
-
-compiled = register(
-    "linear_policy_loss",
-    "(Tensor hidden, Tensor weight, Tensor? bias, Tensor token_ids, Tensor? per_row, Tensor? old_logprobs, "
-    "Tensor advantages, Tensor mask, Tensor? ref_logprobs, Tensor? importance, Tensor? cu_seqlens, "
-    "Tensor? denominator_tensor, float scale, float temperature, float softcap, bool invariant, "
-    "float denominator, int objective, float[] parameters, int aggregation, float kl_coef, int kl_estimator, "
-    "int kl_gradient, float entropy_coef, bool want_hidden, bool want_weight, bool want_bias) "
-    "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
-    cpu=_run,
-    triton=_run,
-    fake=_fake,
-    setup_context=_setup,
-    backward=_grad,
-)
+def _whole_hidden(rows: Rows, head: Head, options: Options, d_hidden: Maybe) -> Maybe:
+    """hidden's gradient over all ranks, in the caller's shape."""
+    if d_hidden is None:
+        return None
+    if head.group is not None:
+        d_hidden = _vocab_parallel.total(d_hidden, head.group, options.invariant)
+    return rows.back(d_hidden)

@@ -51,14 +51,17 @@ def placed(head: Head) -> Head:
     return head._replace(shards=tuple(torch.cat(parts).tolist()))
 
 
-def whole(state: Tensor, head: Head, inverse_t: Tensor | float) -> Tensor:
-    """The state [N, 5] over all ranks' columns, from one all-gather; as it is without a group."""
+def whole(
+    state: Tensor, head: Head, inverse_t: Tensor | float, U: Tensor | None = None, Q: Tensor | None = None
+) -> Tensor:
+    """The state [N, 5] over all ranks' columns, from one all-gather; as it is without a group. U and Q of this
+    rank's columns, if given, become relative to it."""
     if head.group is None:
         return state
     parts = [torch.empty_like(state) for _ in range(dist.get_world_size(head.group))]
     dist.all_gather(parts, state.contiguous(), group=head.group)
     none = state.new_empty(0)
-    return joined(parts, state, none, none, inverse_t)
+    return joined(parts, state, none if U is None else U, none if Q is None else Q, inverse_t)
 
 
 def _check_group(group: Any) -> None:

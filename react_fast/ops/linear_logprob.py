@@ -76,13 +76,15 @@ def linear_token_logprobs(
 
     Where hidden needs a gradient, the forward also sums the expected embedding sum_j p_j W_j, so that the backward
     needs no GEMM: d logp / d hidden = logit_scale / T (W[id] - sum_j p_j W_j). GEMMs of N x V x D, forward and
-    backward together: 1 without gradient, 2 for hidden alone, 3 for weight alone, 4 for both; with an entropy and
-    hidden one more. Rows whose upstream gradient is 0 are left out of the backward's.
+    backward together: 1 without gradient, 2 for hidden alone, at most 3 for weight alone, at most 4 for both; with
+    an entropy and hidden one more. Rows whose upstream gradient is 0 are left out of the backward's.
 
     Memory beyond inputs, outputs and gradients: tiles of REACT_FAST_TILE_MIB MiB (64; on a GPU 256), and for
-    hidden's gradient [N, D] in float32, twice with an entropy. REACT_FAST_KEEP_MIB (0) may hold logits from the
-    forward to the backward, whose GEMM is then saved: all N V of them make 3 of the 4. An entropy with hidden's
-    gradient copies a tile's rows of W.
+    hidden's gradient [N, D] in float32, twice with an entropy. The memory of weight's gradient is taken in the
+    forward and keeps logits for the backward, whose GEMM they save (not with `main_grad` or torch.compile): all of
+    them if N is at most D, else D in N, so that both gradients of few rows take 3 GEMMs. REACT_FAST_KEEP_MIB (0)
+    may hold more. A second backward through the same graph computes them again. An entropy with hidden's gradient
+    copies a tile's rows of W.
 
     Args:
         hidden: [..., D] float32, bfloat16, float16 or float64.

@@ -9,12 +9,12 @@ from ..reference.objectives import Objective, PPOClip
 from ..reference.policy_loss import PolicyLoss
 from . import _check
 from ._dtensor import plain
-from ._linear_policy_loss import Eager, Tokens, compiled
-from ._objectives import OBJECTIVES
+from ._linear_policy_loss import Tokens
+from ._linear_policy_loss_op import Eager, compiled
 from ._policy_loss import denominator_value, named_metrics
 from .backend import accumulation_dtype, use_reference
 from .linear_logprob import Maybe, checked, is_eager
-from .policy_loss import check_advantages, check_cu_seqlens, check_like, checked_terms
+from .policy_loss import check_advantages, check_cu_seqlens, check_like, checked_terms, refuse_without_rows
 
 
 def linear_policy_loss(
@@ -47,18 +47,23 @@ def linear_policy_loss(
         logp, H = linear_token_logprobs(hidden, weight, token_ids, ..., return_entropy=True)
         loss, metrics = policy_loss(logp, old_logprobs, advantages, mask, entropy=H, ...)
 
-    The loss of a token is known once its log-prob is, so the forward turns the logits into their gradient
-    where they stand: three GEMMs of N x V x D for everything, two where hidden or weight alone needs a
-    gradient, one without; entropy bonus, KL and metrics cost none. Every aggregation is had this way, since
-    its weights follow from the mask; an objective whose tokens depend on other tokens' log-probs (a sequence
-    ratio, GSPO) would need a first pass over the log-probs, four GEMMs: none is among the objectives of
-    `policy_loss` yet. The gradients are computed in the forward; the backward scales them.
+    The loss of a token is known once its log-prob is, so the forward turns the logits into their gradient as soon
+    as it has them. GEMMs of N x V x D, forward and backward together: 3 for everything, 2 where hidden or weight
+    alone needs a gradient, 1 without. Every aggregation is had this way, seq_mean_* too, since its weights follow
+    from the mask; entropy bonus, KL and metrics cost none.
+    Where a token's loss depends on other tokens' log-probs (GSPO, GSPOToken, LUSPO, GMPO, VESPO: its sequence;
+    KLCov, ClipCov: the batch), the log-probs of all rows come first and the logits are computed again: 4 for
+    everything, 3 for weight alone, 2 for hidden alone (with an entropy bonus 3; batch_invariant with a bonus and
+    all gradients 5). Rows without a gradient, a clipped sequence's, are left out of all but the first.
+    The gradients are computed in the forward; the backward scales them.
 
-    Memory beyond inputs and gradients: REACT_FAST_TILE_MIB MiB (64; on a GPU 256) for the logits of a block
-    of rows, hidden's gradient in float32, for bfloat16 with more than one block the sum of the weight's
-    gradient in float32, [V, D], and for float16 that sum until the backward. A block reads and writes it
-    once: a larger budget makes fewer blocks. A backward whose upstream gradient is not 1 (on a GPU always)
-    writes scaled copies: scale the loss by `denominator` instead where memory is short.
+    Memory beyond inputs and gradients: REACT_FAST_TILE_MIB MiB (64; on a GPU 256) for logits, a tile that fits the
+    cache, and hidden's gradient in float32. With three GEMMs a block of rows keeps its logits, of the first D rows
+    in the memory of the weight's gradient until that is written; bfloat16 with more rows than both hold takes
+    [V, D] float32 more, for logits or, with several blocks, for the sum over them, and float16 that sum until the
+    backward. A block reads and writes the sum once: a larger budget makes fewer blocks. A backward whose upstream
+    gradient is not 1 (on a GPU always) writes scaled copies: scale the loss by `denominator` instead where memory
+    is short.
 
     Args:
         hidden: [B, T, D], or packed [N, D]; float32, bfloat16, float16 or float64.
@@ -68,7 +73,7 @@ def linear_policy_loss(
         advantages: like those, or one per sequence [B].
         mask: [B, T] or [N], bool or 0/1. Only rows that count reach a GEMM; nothing in the others is looked at.
         objective, aggregation, kl_coef, kl_estimator, kl_gradient, entropy_coef, denominator, cu_seqlens: see
-            `policy_loss`. H is the policy's own entropy.
+            `policy_loss`, which has a Triton kernel for some objectives only. H is the policy's own entropy.
     Returns: PolicyLoss(loss, metrics) as `policy_loss`, with metrics["entropy"] always; differentiable once in
         hidden, weight and bias. Equal to the two lines above to rounding.
     Raises: as `linear_token_logprobs` and `policy_loss`.
@@ -101,12 +106,8 @@ def linear_policy_loss(
         ref_logprobs,
         like,
     )
-    if token_ids.dim() == 1 and cu_seqlens is None and aggregation.startswith("seq_"):
-        raise ValueError(
-            f"cu_seqlens must be given for packed tokens and aggregation {aggregation!r}, got None"
-        )
-    if OBJECTIVES[type(objective)].whole_rows and not use_reference():
-        raise NotImplementedError(f"linear_policy_loss takes objectives of single tokens, got {objective!r}")
+    if token_ids.dim() == 1 and cu_seqlens is None:
+        refuse_without_rows(objective, aggregation)
     if use_reference():
         if tp_group is not None:
             raise ValueError("tp_group must be None on the reference backend, got a process group")
