@@ -21,7 +21,7 @@ from .logprob import HIGH, LOW
 Tensor = torch.Tensor
 Maybe = torch.Tensor | None
 
-# The fold's unit (kUnit of csrc/linear_logprob.cpp): with tiles of whole units the sums do not depend on the width.
+# The fold's unit (kUnit of csrc/linear_logprob.cpp): with tiles of whole units no sum depends on the width.
 UNIT = 2048
 # Rows of a GEMM that must give every row the same bits wherever it stands: always this many, padded with zeros.
 INVARIANT_ROWS = 64
