@@ -1,5 +1,5 @@
-// What the passes of policy_loss.cpp share: one source for float lanes and for float64 scalars, the walk over
-// blocks and rows, and the weight of a token. Included by that source alone, once per instruction set.
+// What the passes of policy_loss.cpp and q_loss.cpp share: one source for float lanes and for float64 scalars, the
+// walk over blocks and rows, and the weight of a token. Included by sources that are compiled per instruction set.
 #pragma once
 
 #include <cmath>
