@@ -117,9 +117,10 @@ def soft_backward_kernel(
     row = tl.program_id(0).to(tl.int64)
     j = tl.program_id(1) * TILE + tl.arange(0, TILE)
     largest = tl.load(stats + row)
-    counts = largest != float("-inf")
+    live = tl.where(largest == float("-inf"), 0, 1)
     if MASKED:
-        counts = counts & (tl.load(mask + row) != 0)
+        live = tl.where(tl.load(mask + row) != 0, live, 0)
+    counts = (tl.zeros([TILE], tl.int32) + live) != 0
     inverse = (1.0 / tl.full([], alpha, tl.float64)).to(WIDE)
     x = tl.load(q + _base(row, inner, outer_stride, stride) + j, (j < vocab) & counts, float("-inf")).to(WIDE)
     d = (x - largest) * inverse - tl.load(stats + rows + row)
