@@ -21,12 +21,12 @@ template <class V>
 Slope<V> regress(Regression kind, V parameter, V e) {
   const V half = all<V>(0.5), two = all<V>(2.0), one = all<V>(1.0);
   if (kind == Regression::expectile) {
-    const V side = select(e > V{}, one - parameter, parameter);
+    const V side = select(gt(e, V{}), one - parameter, parameter);
     return {side * e * e, two * side * e};
   }
   if (kind == Regression::squared) return {half * e * e, e};
   const V size = abs(e);
-  const Flag<V> far = size > parameter;
+  const Flag<V> far = gt(size, parameter);
   const V bound = bounded(e, -parameter, parameter);
   return {select(far, parameter * (size - half * parameter), half * e * e), bound};
 }
@@ -91,7 +91,7 @@ class QPass {
         lanes[kQAbsolute] += abs(e);
         lanes[kQErrorMax] = larger(abs(e), lanes[kQErrorMax]);
         lanes[kQPrediction] += prediction;
-        lanes[kQAbove] += select(e > V{}, one, V{});
+        lanes[kQAbove] += select(gt(e, V{}), one, V{});
         void* slope = head == 0 ? args_.d_first : args_.d_second;
         if (slope != nullptr) {
           store_some(static_cast<Real*>(slope) + i, count, select(counts, token_weight * scale * found.slope, V{}));
