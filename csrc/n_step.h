@@ -10,29 +10,15 @@
 // without them. Included by q_learning.cpp alone, once per instruction set.
 #pragma once
 
+#include "buffer.h"
 #include "memory.h"
 #include "parallel.h"
 #include "q_learning.h"
-#include "simd.h"
+#include "steps.h"
 
 namespace rf {
 namespace RF_ISA {
 namespace {
-
-inline double real_of(double x) { return x; }
-template <class T>
-float real_of(T x) {
-  return to_float(x);
-}
-
-template <class T>
-struct Buffer1 {
-  T* data;
-  explicit Buffer1(int64_t count) : data(new T[static_cast<size_t>(count)]) {}
-  ~Buffer1() { delete[] data; }
-  Buffer1(const Buffer1&) = delete;
-  Buffer1& operator=(const Buffer1&) = delete;
-};
 
 // gamma^0 .. gamma^n
 inline void fill_powers(double* powers, double gamma, int64_t n) {
@@ -128,8 +114,12 @@ inline i32v flags_at(const uint8_t* flags, int64_t t, int64_t count, bool missin
   return out;
 }
 template <class T>
-f32v values_at(const T* p, int64_t count) {
-  return count >= kLanes ? load(p) : load_tail(p, count, 0.0f);
+f32v load_some(const T* p, int64_t count, float fill = 0.0f) {
+  return count >= kLanes ? load(p) : load_tail(p, count, fill);
+}
+template <class T>
+void store_some(T* p, int64_t count, f32v x) {
+  count >= kLanes ? store(p, x) : store_tail(p, count, x);
 }
 
 // y_t = r_t + gamma V'_t, V' behind its step: nothing is carried, so vectors.
@@ -140,16 +130,12 @@ void one_step_row(const NStepArgs& args, const T* r, const T* v, float* out, int
   const f32v gamma = splat(static_cast<float>(in.gamma)), nothing{};
   for (int64_t t = begin; t < end; t += kLanes) {
     const int64_t count = end - t;
-    f32v behind = values_at(v + t, count);
-    if (boot != nullptr) behind = select(flags_at(in.truncated, t, count, false), values_at(boot + t, count), behind);
+    f32v behind = load_some(v + t, count);
+    if (boot != nullptr) behind = select(flags_at(in.truncated, t, count, false), load_some(boot + t, count), behind);
     behind = select(flags_at(in.terminated, t, count, false), nothing, behind);
-    f32v found = gamma * behind + values_at(r + t, count);
+    f32v found = mul_add(gamma, behind, load_some(r + t, count));
     found = select(flags_at(in.mask, t, count, true), found, nothing);
-    if (count >= kLanes) {
-      store(out + t, found);
-    } else {
-      store_tail(out + t, count, found);
-    }
+    store_some(out + t, count, found);
   }
 }
 inline void one_step_row(const NStepArgs&, const double*, const double*, double*, int64_t, int64_t) {}
@@ -166,20 +152,20 @@ void n_step_dtype(const NStepArgs& args) {
   if (sizeof(Real) == sizeof(float) && in.n == 1 && in.behind && last_values == nullptr) {
     return for_rows_of(in, [&](int64_t, int64_t begin, int64_t end) { one_step_row(args, r, v, out, begin, end); });
   }
-  const Buffer1<double> powers(in.n + 1);
+  const Buffer<double> powers(in.n + 1);
   fill_powers(powers.data, in.gamma, in.n);
   for_rows_of(in, [&](int64_t i, int64_t row_begin, int64_t row_end) {
     clear_masked(in, out, row_begin, row_end);
     for_segments(in, row_begin, row_end, [&](int64_t begin, int64_t end, int64_t last, int cut) {
-      double tail = in.behind && cut < 2 ? real_of(v[last]) : 0.0;
-      if (cut == 1 && boot != nullptr) tail = real_of(boot[last]);
-      if (cut == 0 && last_values != nullptr) tail = real_of(last_values[i]);
+      double tail = in.behind && cut < 2 ? real(v[last]) : 0.0;
+      if (cut == 1 && boot != nullptr) tail = real(boot[last]);
+      if (cut == 0 && last_values != nullptr) tail = real(last_values[i]);
       const double bonus = cut == 2 ? 0.0 : in.gamma * tail;
-      const auto x = [&](int64_t t) { return static_cast<double>(real_of(r[t])) + (t == last ? bonus : 0.0); };
+      const auto x = [&](int64_t t) { return static_cast<double>(real(r[t])) + (t == last ? bonus : 0.0); };
       const Walk<1> walk{in.mask, begin, end};
       windows(walk, in.n, powers.data, out, x,
               [&](int64_t t, double sum, bool full, int64_t farthest, int64_t beyond) {
-                if (full && farthest != last) sum += powers.data[in.n] * real_of(v[in.behind ? farthest : beyond]);
+                if (full && farthest != last) sum += powers.data[in.n] * real(v[in.behind ? farthest : beyond]);
                 out[t] = static_cast<Real>(sum);
               });
     });
@@ -195,7 +181,7 @@ void n_step_backward_dtype(const NStepBackwardArgs& args) {
   Real* d_values = static_cast<Real*>(args.d_values);
   Real* d_last = static_cast<Real*>(args.d_last_values);
   Real* d_boot = static_cast<Real*>(args.d_bootstrap_values);
-  const Buffer1<double> powers(in.n + 1);
+  const Buffer<double> powers(in.n + 1);
   fill_powers(powers.data, in.gamma, in.n);
   for_rows_of(in, [&](int64_t i, int64_t row_begin, int64_t row_end) {
     clear_masked(in, d_rewards, row_begin, row_end);

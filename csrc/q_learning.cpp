@@ -33,11 +33,6 @@ void for_counting(const VocabShape& shape, const Body& body) {
   });
 }
 
-template <class T>
-f32v load_some(const T* p, int64_t count, float fill) {
-  return count >= kLanes ? load(p) : load_tail(p, count, fill);
-}
-
 // ---- the best token of a row -------------------------------------------------------------------------------
 
 struct Best {
@@ -62,17 +57,11 @@ inline bool any(i32v flags) {
   return found != 0;
 }
 
-inline double at(double x) { return x; }
-template <class T>
-double at(T x) {
-  return static_cast<double>(to_float(x));
-}
-
 template <class T>
 double lower_at(const T* q, const T* other, int64_t j) {
-  const double x = at(q[j]);
+  const double x = real(q[j]);
   if (other == nullptr) return x;
-  const double y = at(other[j]);
+  const double y = real(other[j]);
   return x < y ? x : y;
 }
 
@@ -128,7 +117,7 @@ struct Softmax {
     if (!(top > largest)) return;
     const double factor = largest == -HUGE_VAL ? 0.0 : std::exp((largest - top) * inverse);
     sum *= factor;
-    moment *= factor;
+    moment = factor == 0 ? 0 : moment * factor;  // inf of tokens whose probability is 0 after all
     largest = top;
   }
 };
@@ -147,7 +136,7 @@ double expected_of(const T* logits, const T* q, int64_t vocab, double inverse) {
     const f32v reference = splat(static_cast<float>(found.largest));
     f32v sum{}, moment{};
     for (int64_t j = begin; j < end; j += kLanes) {
-      const f32v x = load_some(logits + j, end - j, kNone), value = load_some(q + j, end - j, 0.0f);
+      const f32v x = load_some(logits + j, end - j, kNone), value = load_some(q + j, end - j);
       const f32v e = exp_nonpositive((x - reference) * scale);
       sum += e;
       moment += select(e == f32v{}, f32v{}, e * value);
@@ -191,11 +180,7 @@ void soft_row(const T* q, float largest, float log_sum, float g, double alpha, i
   for (int64_t j = 0; j < vocab; j += kLanes) {
     const f32v d = (load_some(q + j, vocab - j, kNone) - reference) * scale - shift;
     const f32v found = slope * exp_nonpositive(d > nothing ? nothing : d);
-    if (vocab - j >= kLanes) {
-      store(d_q + j, found);
-    } else {
-      store_tail(d_q + j, vocab - j, found);
-    }
+    store_some(d_q + j, vocab - j, found);
   }
 }
 void soft_row(const double* q, double largest, double log_sum, double g, double alpha, int64_t vocab, double* d_q) {
@@ -224,25 +209,21 @@ template <class T>
 void guide_row(const T* logits, const T* q, const T* other, float value, double beta, int64_t vocab, float* out) {
   const f32v weight = splat(static_cast<float>(beta)), baseline = splat(value), none = splat(kNone);
   for (int64_t j = 0; j < vocab; j += kLanes) {
-    const f32v x = load_some(logits + j, vocab - j, 0.0f);
-    f32v advantage = load_some(q + j, vocab - j, 0.0f);
+    const f32v x = load_some(logits + j, vocab - j);
+    f32v advantage = load_some(q + j, vocab - j);
     if (other != nullptr) {
-      const f32v y = load_some(other + j, vocab - j, 0.0f);
+      const f32v y = load_some(other + j, vocab - j);
       advantage = (advantage < y) | (advantage != advantage) ? advantage : y;
     }
-    const f32v found = select(x == none, none, x + weight * (advantage - baseline));
-    if (vocab - j >= kLanes) {
-      store(out + j, found);
-    } else {
-      store_tail(out + j, vocab - j, found);
-    }
+    const f32v found = select((x == none) | (advantage == none), none, x + weight * (advantage - baseline));
+    store_some(out + j, vocab - j, found);
   }
 }
 void guide_row(const double* logits, const double* q, const double* other, double value, double beta, int64_t vocab,
                double* out) {
   for (int64_t j = 0; j < vocab; ++j) {
     const double lowest = other == nullptr || q[j] != q[j] || q[j] < other[j] ? q[j] : other[j];
-    out[j] = logits[j] == -HUGE_VAL ? logits[j] : logits[j] + beta * (lowest - value);
+    out[j] = logits[j] == -HUGE_VAL || lowest == -HUGE_VAL ? -HUGE_VAL : logits[j] + beta * (lowest - value);
   }
 }
 
@@ -255,15 +236,6 @@ void guide_dtype(const GuideArgs& args) {
               values != nullptr ? values[row] : Real(0), args.beta, vocab, static_cast<Real*>(args.out) + row * vocab);
   });
 }
-
-#define RF_BY_DTYPE(function, dtype)                                 \
-  switch (dtype) {                                                   \
-    case DType::float32: return function<float, float>(args);        \
-    case DType::float64: return function<double, double>(args);      \
-    case DType::float16: return function<f16, float>(args);          \
-    case DType::bfloat16: return function<bf16, float>(args);        \
-    default: return;                                                 \
-  }
 
 void best(const BestArgs& args) { RF_BY_DTYPE(best_dtype, args.shape.dtype) }
 void expected(const ExpectedArgs& args) { RF_BY_DTYPE(expected_dtype, args.shape.dtype) }

@@ -49,7 +49,7 @@ struct SoftBackwardArgs {
   void* d_q;  // [rows, vocab] contiguous, dtype of q
 };
 
-// logits_j + beta (min(q_j, other_j) - v); -inf logits stay.
+// logits_j + beta (min(q_j, other_j) - v); -inf where the logit or the lower q is.
 struct GuideArgs {
   VocabShape shape;
   VocabRows logits, q, other;

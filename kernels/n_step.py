@@ -43,8 +43,8 @@ def link_kernel(
     ENDS: tl.constexpr, CUTS: tl.constexpr, MASKED: tl.constexpr, PACKED: tl.constexpr, BACK: tl.constexpr,
     WIDE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """link: right to left, the nearest counting step to the right; back: left to right, the nearest one to the left,
-    unless a cut lies between."""
+    """link: right to left, the nearest counting step to the right; back: left to right, the nearest to the left;
+    -1 where a cut lies between."""
     begin, n = _bounds(offsets, length, total, PACKED)
     i = tl.arange(0, BLOCK)
     nowhere = tl.full([], 1 << 62, tl.int64)
@@ -141,7 +141,7 @@ def finish_kernel(
     total, at, x, link, values, mask, out, gain: tl.float64, last_gain: tl.float64, count,
     MASKED: tl.constexpr, BEHIND: tl.constexpr, WIDE: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    """y = R + gamma^(n-1) x(last) + gamma^n V, V of the step behind the last one of the window, if there is one."""
+    """y = R + gamma^(n-1) x(last) + gamma^n V, V of the step behind the window's last one, if there is one."""
     t = tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE)
     live = t < count
     counts = _flag(mask, t, live, MASKED, True)
@@ -164,7 +164,7 @@ def finish_backward_kernel(
     LAST: tl.constexpr, BOOT: tl.constexpr, ENDS: tl.constexpr, CUTS: tl.constexpr, MASKED: tl.constexpr,
     PACKED: tl.constexpr, BEHIND: tl.constexpr, WIDE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """d_values and the tails start as zeros; d_values of the next step is written from here, by this step alone."""
+    """d_values and the tails start as zeros; d_values of the next step is written here, by this step alone."""
     begin, n = _bounds(offsets, length, total, PACKED)
     i = tl.arange(0, BLOCK)
     for k in range(tl.cdiv(n, BLOCK)):
@@ -203,12 +203,17 @@ def finish_backward_kernel(
 
 
 def _window(x: Tensor, link: Tensor, gamma: float, n: int) -> tuple[Tensor, Tensor]:
-    """(sum of the first n - 1 steps of every window, its n-th step or -1)."""
+    """(sum of the first n - 1 steps of every window, its n-th step or -1).
+
+    How the sums associate follows from n alone, whatever the rows' length. Doubling ends where a window is as long
+    as any row: from there on its sum is that of the rest of its row, and nothing follows.
+    """
     count = x.numel()
     at = torch.arange(count, device=x.device)
     total, base, m, k, bits = torch.zeros_like(x), x, 0, 1, n - 1
     while bits:
-        take, grow = bits & 1 == 1, bits > 1
+        longest = k >= x.shape[-1]
+        take, grow = bits & 1 == 1 or longest, bits > 1 and not longest
         new = [torch.empty_like(y) if wanted else y for y, wanted in
                ((total, take), (at, take), (base, grow), (link, grow))]  # fmt: skip
         double_kernel[(triton.cdiv(count, TILE),)](
@@ -216,7 +221,7 @@ def _window(x: Tensor, link: Tensor, gamma: float, n: int) -> tuple[Tensor, Tens
             TILE=TILE,
         )  # fmt: skip
         total, at, base, link = new
-        m, k, bits = m + k * take, 2 * k, bits >> 1
+        m, k, bits = m + k * take, 2 * k, bits >> 1 if grow else 0
     return total, at
 
 
@@ -243,7 +248,6 @@ def n_step(
     count = rewards.numel()
     if count == 0:
         return out
-    n = max(1, min(n, rewards.shape[-1]))
     flags, options = _flags_of(terminated, truncated, mask, rewards)
     (link,) = _links(rewards, flags, options, shared, rows, False)
     x = torch.empty_like(out)
@@ -271,7 +275,6 @@ def n_step_backward(
     d_last = upstream.new_zeros(rows if has_last else 0)
     d_bootstrap = upstream.new_zeros(upstream.shape if has_bootstrap else (0,))
     if upstream.numel():
-        n = max(1, min(n, upstream.shape[-1]))
         flags, options = _flags_of(terminated, truncated, mask, upstream)
         link, back = _links(upstream, flags, options, shared, rows, True)
         summed, at = _window(upstream, back, gamma, n)

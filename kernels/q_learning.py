@@ -1,4 +1,4 @@
-"""Vocabulary kernels of Q-learning: the best token, the mean under a policy, the soft maximum's gradient, guidance.
+"""Vocabulary kernels of Q-learning: the best token, the policy's mean, the soft maximum's gradient, guidance.
 
     best       max_j min(q_j, other_j) and the lowest id that has it
     expected   sum_j p_j q_j,  p = softmax(logits / temperature), with a running largest logit
@@ -102,7 +102,7 @@ def expected_kernel(
             factor = tl.where(top == largest, 1.0, tl.exp((largest - reference) * inverse))
             e = tl.exp((x - reference) * inverse)
             total = factor * total + tl.sum(e, 0)
-            moment = factor * moment + tl.sum(tl.where(e == 0.0, 0.0, e * v), 0)
+            moment = tl.where(factor == 0.0, 0.0, factor * moment) + tl.sum(tl.where(e == 0.0, 0.0, e * v), 0)
             largest = top
         found = tl.where(largest == float("-inf"), float("-inf"), moment / tl.where(total == 0.0, 1.0, total))
         found = tl.where(unordered > 0, float("nan"), found)
@@ -138,14 +138,16 @@ def guided_kernel(
     j = tl.program_id(1) * TILE + tl.arange(0, TILE)
     inside = j < vocab
     x = tl.load(logits + _base(row, inner, outer_stride, stride) + j, inside, 0.0).to(WIDE)
-    advantage = tl.load(q + _base(row, q_inner, q_outer_stride, q_stride) + j, inside, 0.0).to(WIDE)
+    lowest = tl.load(q + _base(row, q_inner, q_outer_stride, q_stride) + j, inside, 0.0).to(WIDE)
     if TWIN:
         second = tl.load(other + _base(row, other_inner, other_outer_stride, other_stride) + j, inside, 0.0)
-        advantage = _lower(advantage, second.to(WIDE))
+        lowest = _lower(lowest, second.to(WIDE))
+    advantage = lowest
     if VALUES:
-        advantage = advantage - tl.load(values + row)
+        advantage = lowest - tl.load(values + row)
     found = x + tl.full([], beta, tl.float64).to(WIDE) * advantage
-    tl.store(out + row * vocab + j, tl.where(x == float("-inf"), x, found), inside)
+    forbidden = (x == float("-inf")) | (lowest == float("-inf"))
+    tl.store(out + row * vocab + j, tl.where(forbidden, float("-inf"), found), inside)
 
 
 # ---- launchers: `layout` of react_fast/ops/_logprob.py describes an input of any strides -----------------------

@@ -127,7 +127,7 @@ def q_loss(
     inputs: list[torch.Tensor | None], layout: Layout, weights: TokenWeights, kind: int, parameter: float,
     loss: torch.Tensor, stats: torch.Tensor, d_first: torch.Tensor | None, d_second: torch.Tensor | None,
 ) -> None:  # fmt: skip
-    """Fill loss, stats and the gradients (None: not wanted); `inputs`: both heads, targets, weights, contiguous."""
+    """Fill loss, stats, gradients (None: not wanted); `inputs`: both heads, targets, weights, contiguous."""
     first, second, targets, token_weights = inputs
     assert first is not None
     programs, steps = programs_of(layout.tokens)
@@ -143,8 +143,8 @@ def q_loss(
             *layout.row_arguments()[1:], steps, parameter,
             KIND=kind, TWIN=second is not None, WEIGHTED=token_weights is not None,
             PACKED=layout.cu_seqlens is not None, ROW_WEIGHTS=weights.counts is not None,
-            WANT_FIRST=d_first is not None, WANT_SECOND=d_second is not None, WIDE=wide(first.dtype), BLOCK=BLOCK,
-            num_warps=warps(first.dtype),
+            WANT_FIRST=d_first is not None, WANT_SECOND=d_second is not None, WIDE=wide(first.dtype),
+            BLOCK=BLOCK, num_warps=warps(first.dtype),
         )  # fmt: skip
     q_finish_kernel[(1,)](partial, loss, stats, programs, HEADS=1 if second is None else 2, FOLD=FOLD)
 

@@ -19,9 +19,10 @@ _ABSENT = (0, [1, 0, 0])
 # ---- n-step returns -----------------------------------------------------------------------------------------
 
 
-def _longest(x: Tensor, cu_seqlens: Maybe, n: int) -> int:
-    """A window as long as a row is the row: nothing is gained by a longer one."""
-    return max(1, min(n, x.shape[-1]))
+def _window(x: Tensor, n: int) -> int:
+    """A window as long as a row is the row, and the core's table of powers no longer. n = 1 has a path of its own,
+    which a row's length must not choose."""
+    return min(n, max(2, x.shape[-1]))
 
 
 def _n_step_cpu(
@@ -34,7 +35,7 @@ def _n_step_cpu(
     pointers: Any = [address(x) for x in kept]
     _core.n_step(  # type: ignore[call-arg]
         *pointers, address(offsets), rows, length, DTYPE[rewards.dtype], gamma,
-        _longest(rewards, cu_seqlens, n), behind, out.data_ptr(), torch.get_num_threads(),
+        _window(rewards, n), behind, out.data_ptr(), torch.get_num_threads(),
     )  # fmt: skip
     return out
 
@@ -84,7 +85,7 @@ def _n_step_backward_cpu(
     pointers: Any = [address(x) for x in kept]
     _core.n_step_backward(  # type: ignore[call-arg]
         *pointers, address(offsets), rows, length, DTYPE[upstream.dtype], gamma,
-        _longest(upstream, cu_seqlens, n), behind, grads[0].data_ptr(), grads[1].data_ptr(),
+        _window(upstream, n), behind, grads[0].data_ptr(), grads[1].data_ptr(),
         address(grads[2] if has_last else None), address(grads[3] if has_bootstrap else None),
         torch.get_num_threads(),
     )  # fmt: skip
@@ -130,7 +131,7 @@ _n_step_backward = register(
 
 
 def _operand(x: Maybe) -> tuple[Maybe, int, list[int]]:
-    """(what keeps the memory, address, [inner, outer_stride, stride]) of a [..., V] tensor."""
+    """(what keeps the memory alive, address, [inner, outer_stride, stride]) of a [..., V] tensor."""
     if x is None:
         return None, *_ABSENT
     laid, _, _, *strides = layout(x)
@@ -153,7 +154,7 @@ def _best_outputs(online: Tensor) -> tuple[Tensor, Tensor]:
 
 def _best_cpu(online: Tensor, online_other: Maybe, target: Maybe, target_other: Maybe, mask: Maybe) -> Tensor:
     values, ids = _best_outputs(online)
-    (a, pa, sa), (b, pb, sb), m = _operand(online), _operand(online_other), _flat(mask)
+    (_a, pa, sa), (_b, pb, sb), m = _operand(online), _operand(online_other), _flat(mask)
     _core.best_token(
         pa, sa, pb, sb, DTYPE[online.dtype], address(m), ids.numel(), online.shape[-1], values.data_ptr(),
         ids.data_ptr(), torch.get_num_threads(),
@@ -190,10 +191,10 @@ best_values = register(
 
 def _expected_cpu(logits: Tensor, q: Tensor, mask: Maybe, temperature: float) -> Tensor:
     out = _best_outputs(logits)[0]
-    (a, pa, sa), (b, pb, sb), m = _operand(logits), _operand(q), _flat(mask)
+    (_a, pa, sa), (_b, pb, sb), m = _operand(logits), _operand(q), _flat(mask)
     _core.expected_values(
-        pa, sa, pb, sb, DTYPE[logits.dtype], address(m), out.numel(), logits.shape[-1], temperature, out.data_ptr(),
-        torch.get_num_threads(),
+        pa, sa, pb, sb, DTYPE[logits.dtype], address(m), out.numel(), logits.shape[-1], temperature,
+        out.data_ptr(), torch.get_num_threads(),
     )  # fmt: skip
     return out
 
@@ -249,10 +250,10 @@ def _soft_grad(ctx: Any, upstream: Maybe, _: None) -> tuple:
 
 def _soft_backward_cpu(q: Tensor, mask: Maybe, stats: Tensor, upstream: Tensor, alpha: float) -> Tensor:
     d_q = q.new_empty(q.shape)
-    (laid, pointer, strides), m, g = _operand(q), _flat(mask), upstream.contiguous()
+    (_laid, pointer, strides), m, g = _operand(q), _flat(mask), upstream.contiguous()
     _core.soft_values_backward(
-        pointer, strides, DTYPE[q.dtype], address(m), g.numel(), q.shape[-1], stats.data_ptr(), g.data_ptr(), alpha,
-        d_q.data_ptr(), torch.get_num_threads(),
+        pointer, strides, DTYPE[q.dtype], address(m), g.numel(), q.shape[-1], stats.data_ptr(), g.data_ptr(),
+        alpha, d_q.data_ptr(), torch.get_num_threads(),
     )  # fmt: skip
     return d_q
 
@@ -292,7 +293,12 @@ _soft_backward = register(
 
 def _guide_cpu(logits: Tensor, q: Tensor, other: Maybe, values: Maybe, beta: float) -> Tensor:
     out = _guide_fake(logits)
-    (a, pa, sa), (b, pb, sb), (c, pc, sc), v = _operand(logits), _operand(q), _operand(other), _wide(values)
+    (_a, pa, sa), (_b, pb, sb), (_c, pc, sc), v = (
+        _operand(logits),
+        _operand(q),
+        _operand(other),
+        _wide(values),
+    )
     _core.guided_logits(
         pa, sa, pb, sb, pc, sc, DTYPE[logits.dtype], logits.shape[:-1].numel(), logits.shape[-1], address(v), beta,
         out.data_ptr(), torch.get_num_threads(),

@@ -1,7 +1,7 @@
 """Q-learning for language models: n-step targets, values over a vocabulary, soft values, guided decoding.
 
-Every token is an action, every vocabulary entry a choice. Retrace's targets come from `retrace`: give it as
-`next_values` the `expected_q_values` (or `double_q_values`) of the state behind each token.
+Every token is an action, every vocabulary entry a choice. Retrace's targets come from `retrace`, whose
+`next_values` are the `expected_q_values` of the state behind each token.
 """
 
 import torch
@@ -83,6 +83,8 @@ def q_targets(
 
     V'_t is the value *behind* step t; k = n, or fewer where the episode ends or is cut. One step of (s, a, r, s')
     in any order is n = 1 with `double_q_values` of s'.
+
+    The data's own n steps, uncorrected; for another policy's data `retrace` weighs them, from `expected_q_values`.
 
     Args:
         rewards, next_values: [B, T], or packed [N] with `cu_seqlens`, of one dtype. `next_values` is 0 where
@@ -276,12 +278,12 @@ def guided_logits(logits: torch.Tensor, q: Pair, values: Maybe = None, *, beta: 
 
         logits_a + beta (Q_a - V)
 
-    Softmax of it is pi(a) exp(beta (Q_a - V)) up to a constant a row, as ILQL decodes. `values` and the normaliser of
-    the logits do not move the distribution, only what is compared across rows. One pass, no gradient.
+    Softmax of it is pi(a) exp(beta (Q_a - V)) up to a constant a row, as ILQL decodes. `values` and the normaliser
+    of the logits do not move the distribution, only what is compared across rows. One pass, no gradient.
 
     Args:
         logits: [..., V] float32, bfloat16, float16 or float64, any strides. -inf stays -inf, whatever q is.
-        q: like `logits`; two heads: the lower of the two at every token.
+        q: like `logits`; two heads: the lower of the two at every token. -inf forbids the token.
         values: [...] of the state, like `logits` or float32; None: 0.
         beta: a number, not negative.
     Returns: [..., V] float32 (float64 for float64).
@@ -316,7 +318,7 @@ def _count(name: str, value: int) -> int:
         raise TypeError(f"{name} must be an int, got {type(value).__name__}")
     if value < 1:
         raise ValueError(f"{name} must be at least 1, got {value}")
-    return value
+    return min(value, 2**62)  # an operator takes 64 bits; no row is longer
 
 
 def _check_next(rewards: torch.Tensor, next_values: torch.Tensor, cu_seqlens: Maybe) -> None:

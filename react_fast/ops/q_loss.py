@@ -1,5 +1,5 @@
-"""Losses of the Q-learning family: TD error, expectile value, conservative term, ILQL. Value, gradient and metrics
-of a regression come out of one pass."""
+"""Losses of the Q-learning family: TD error, expectile value, conservative term, ILQL. A regression's value,
+gradient and metrics come out of one pass."""
 
 from typing import Any
 
@@ -46,8 +46,8 @@ def q_loss(
         weights: like `targets`, a factor for every token (prioritised replay); a constant.
         aggregation, denominator: what w_t is, see `policy_loss`.
         cu_seqlens: [B + 1] int32 or int64 for packed input; needed for the seq_mean_* kinds.
-    Returns: QLoss(loss, metrics): a 0-d float32 (float64 for float64), 0 if nothing counts, and 0-d tensors without
-        gradient: tokens; means over the counting tokens and heads of e, |e|, prediction, target and e > 0
+    Returns: QLoss(loss, metrics): a 0-d float32 (float64 for float64), 0 if nothing counts, and 0-d tensors
+        without gradient: tokens; means over the counting tokens and heads of e, |e|, prediction, target and e > 0
         (td_error/mean, td_error/abs, prediction/mean, target/mean, above); td_error/max, the largest |e|.
     Raises: TypeError for a wrong type or dtype, ValueError for a wrong shape, device or value.
     Source: Mnih et al. 2015 (DQN); Huber 1964.
@@ -106,7 +106,8 @@ def cql_loss(
 ) -> torch.Tensor:
     """Conservative term: pushes Q of all tokens down and of the taken one up.
 
-        loss = sum_t w_t (alpha log sum_a exp(q_ta / alpha) - q_t[token_t]) = -alpha sum_t w_t log softmax(q_t / alpha)
+        loss = sum_t w_t (alpha log sum_a exp(q_ta / alpha) - q_t[token_t])
+             = -alpha sum_t w_t log softmax(q_t / alpha)[token_t]
 
     The log-probability of the taken token under the softmax of Q, so its kernel is `token_logprobs`; where Q comes
     from a linear head, `linear_token_logprobs` gives the same without [..., V].
@@ -171,39 +172,38 @@ def ilql_loss(
     Returns: QLoss(loss, metrics); metrics of L_Q and L_V as in `q_loss` under q/ and value/, and
         loss/{q,value,cql,awac} before their coefficients.
     Raises: see `q_loss`.
-    Source: Snell et al. 2022 (arXiv:2206.11871); L_V: Kostrikov et al. 2021 (arXiv:2110.06169); L_CQL: Kumar et al.
-        2020 (arXiv:2006.04779); L_AWAC: Nair et al. 2020 (arXiv:2006.09359).
+    Source: Snell et al. 2022 (arXiv:2206.11871); L_V: Kostrikov et al. 2021 (arXiv:2110.06169); L_CQL: Kumar et
+        al. 2020 (arXiv:2006.04779); L_AWAC: Nair et al. 2020 (arXiv:2006.09359).
     """
     coefs = {"q_coef": q_coef, "value_coef": value_coef, "cql_coef": cql_coef, "awac_coef": awac_coef}
-    for name, coef in {**coefs, "awac_beta": awac_beta, "awac_max": awac_max}.items():
-        _check.number(name, coef, low=0.0, infinite=name == "awac_max")
+    for name, number in {**coefs, "awac_beta": awac_beta, "awac_max": awac_max}.items():
+        _check.number(name, number, low=0.0, infinite=name == "awac_max")
     for name, given, coef in (("q_logprobs", q_logprobs, "cql_coef"), ("logprobs", logprobs, "awac_coef")):
         if coefs[coef] and given is None:
             raise ValueError(
                 f"{name} must be given when {coef} is not 0, got None and {coef} {coefs[coef]:g}"
             )
+    _check_ilql(
+        q_values, target_q_values, values, rewards, q_logprobs, logprobs, last_values, bootstrap_values
+    )
     shared: dict[str, Any] = {
         "aggregation": aggregation,
         "denominator": denominator,
         "cu_seqlens": cu_seqlens,
     }
-    wide = accumulation_dtype(_check.floating("values", values).dtype)
-    tails = [None if x is None else x.to(wide) for x in (last_values, bootstrap_values)]
+    wide = accumulation_dtype(values.dtype)
+    constants = [None if x is None else x.detach().to(wide) for x in (values, last_values, bootstrap_values)]
     targets = n_step_returns(
-        rewards.to(wide), values.detach().to(wide), gamma=gamma, n=n, last_values=tails[0], terminated=terminated,
-        truncated=truncated, bootstrap_values=tails[1], mask=mask, cu_seqlens=cu_seqlens,
-    ).detach()  # fmt: skip
+        rewards.detach().to(wide), constants[0], gamma=gamma, n=n, last_values=constants[1], terminated=terminated,
+        truncated=truncated, bootstrap_values=constants[2], mask=mask, cu_seqlens=cu_seqlens,
+    )  # fmt: skip
     heads = target_q_values if isinstance(target_q_values, tuple) else (target_q_values,)
-    for x in heads:
-        _check.floating("target_q_values", x)
-        _check.shape("target_q_values", x, values.shape, "values")
     target_q = (heads[0] if len(heads) == 1 else torch.minimum(*heads)).detach().to(wide)
     td = q_loss(q_values, targets, mask, **shared)
     value = expectile_loss(values, target_q, mask, tau=tau, **shared)
     loss = 2 * q_coef * td.loss + value_coef * value.loss
-    metrics = {f"q/{k}": x for k, x in td.metrics.items()} | {
-        f"value/{k}": x for k, x in value.metrics.items()
-    }
+    metrics = {f"q/{k}": x for k, x in td.metrics.items()}
+    metrics |= {f"value/{k}": x for k, x in value.metrics.items()}
     metrics |= {"loss/q": 2 * td.loss.detach(), "loss/value": value.loss.detach()}
     if q_logprobs is not None:
         found = q_logprobs if isinstance(q_logprobs, tuple) else (q_logprobs,)
@@ -217,6 +217,42 @@ def ilql_loss(
         loss = loss + awac_coef * awac
         metrics["loss/awac"] = awac.detach()
     return QLoss(loss, metrics)
+
+
+def _check_ilql(
+    q_values: Pair,
+    target_q_values: Pair,
+    values: torch.Tensor,
+    rewards: torch.Tensor,
+    q_logprobs: Pair | None,
+    logprobs: Maybe,
+    last_values: Maybe,
+    bootstrap_values: Maybe,
+) -> None:
+    """What later checks would name otherwise: every tensor is of the shape of `values`; dtypes may differ."""
+    _check.floating("values", values)
+    alike = {
+        "q_values": q_values,
+        "target_q_values": target_q_values,
+        "rewards": rewards,
+        "q_logprobs": q_logprobs,
+        "logprobs": logprobs,
+        "bootstrap_values": bootstrap_values,
+    }
+    for name, given in alike.items():
+        for x in given if isinstance(given, tuple) else () if given is None else (given,):
+            _check.floating(name, x)
+            _check.shape(name, x, values.shape, "values")
+            _check.device(name, x, values.device, "values")
+    for name, pair in (
+        ("q_values", q_values),
+        ("target_q_values", target_q_values),
+        ("q_logprobs", q_logprobs),
+    ):
+        if isinstance(pair, tuple) and len(pair) != 2:
+            raise ValueError(f"{name} must be a tensor or a pair of two, got {len(pair)}")
+    if last_values is not None:
+        _check.floating("last_values", last_values)
 
 
 def _log_loss(

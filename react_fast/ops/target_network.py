@@ -28,9 +28,9 @@ def polyak_update(target: Parameters, online: Parameters, *, tau: float) -> None
         target, online: modules, or iterables of tensors, alike in number, shape, dtype and device.
         tau: in [0, 1].
     Raises: ValueError for another number of tensors, another shape, device or placement, tau outside [0, 1], or
-        memory that target and online share; TypeError for a wrong type or dtype, and for a bfloat16 or float16
-        target with tau below 1: steps below half a unit of the last place are lost, so that it would stop moving.
-        Keep a float32 target, or copy with tau = 1.
+        one tensor given as both; TypeError for a wrong type or dtype, and for a bfloat16 or float16 target with
+        tau below 1: steps below half a unit of the last place are lost, so that it would stop moving. Keep a
+        float32 target, or copy with tau = 1.
     Source: Lillicrap et al. 2016 (arXiv:1509.02971).
     """
     tau = _check.number("tau", tau, low=0.0, high=1.0)
@@ -52,7 +52,7 @@ class TargetUpdate:
     Args:
         target, online: see `polyak_update`; modules, or lists of tensors.
         every: steps from one update to the next, at least 1.
-        tau: how far an update goes; 1 copies. every = 1 and a small tau: Polyak; every = 1000 and tau = 1: periodic.
+        tau: how far an update goes; 1 copies. every = 1 and a small tau: Polyak; every = 1000, tau = 1: periodic.
     """
 
     def __init__(self, target: Parameters, online: Parameters, *, every: int = 1, tau: float = 1.0) -> None:
@@ -110,9 +110,9 @@ def _check_alike(target: list[torch.Tensor], online: list[torch.Tensor], tau: fl
         if mine is yours:
             raise ValueError(f"{name} must not be {like} itself, got the same tensor twice")
         if mine.dtype in _NARROW and tau < 1:
+            kind = str(mine.dtype).removeprefix("torch.")
             raise TypeError(
-                f"{name} must be float32 or float64 with tau {tau:g}, got {str(mine.dtype).removeprefix('torch.')}: "
-                "small steps would round away"
+                f"{name} must be float32 or float64 with tau {tau:g}, got {kind}: small steps would round away"
             )
 
 

@@ -210,11 +210,10 @@ def soft_values(
 def guided_logits(
     logits: torch.Tensor, q: Pair, values: torch.Tensor | None = None, *, beta: float
 ) -> torch.Tensor:
-    advantage = _lower(_pair(q))
-    if values is not None:
-        advantage = advantage - _wide(values).unsqueeze(-1)
-    z = _wide(logits)
-    return torch.where(z == float("-inf"), z, z + beta * advantage).detach()
+    lowest, z = _lower(_pair(q)), _wide(logits)
+    advantage = lowest if values is None else lowest - _wide(values).unsqueeze(-1)
+    forbidden = (z == float("-inf")) | (lowest == float("-inf"))
+    return torch.where(forbidden, float("-inf"), z + beta * advantage).detach()
 
 
 @torch.no_grad()
