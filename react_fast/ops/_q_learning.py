@@ -140,6 +140,8 @@ def _operand(x: Maybe) -> tuple[Maybe, int, list[int]]:
 
 def _gathered(values: Tensor, ids: Tensor, targets: tuple[Maybe, ...]) -> Tensor:
     """The lower of the targets at the ids; where there is no id, what stands in `values`."""
+    if all(t is None or t.shape[-1] == 0 for t in targets):
+        return values
     at = ids.clamp_min(0).unsqueeze(-1)
     picked = [t.gather(-1, at).squeeze(-1).to(values.dtype) for t in targets if t is not None]
     found = picked[0] if len(picked) == 1 else torch.minimum(picked[0], picked[1])
@@ -159,7 +161,7 @@ def _best_cpu(online: Tensor, online_other: Maybe, target: Maybe, target_other: 
         pa, sa, pb, sb, DTYPE[online.dtype], address(m), ids.numel(), online.shape[-1], values.data_ptr(),
         ids.data_ptr(), torch.get_num_threads(),
     )  # fmt: skip
-    return values if target is None else _gathered(values, ids, (target, target_other))
+    return _gathered(values, ids, (target, target_other))
 
 
 def _best_triton(
@@ -170,7 +172,7 @@ def _best_triton(
     values, ids = _best_outputs(online)
     kernels.best_token(layout(online), None if online_other is None else layout(online_other), _flat(mask), values,
                        ids)  # fmt: skip
-    return values if target is None else _gathered(values, ids, (target, target_other))
+    return _gathered(values, ids, (target, target_other))
 
 
 def _best_fake(online: Tensor, *_: Any) -> Tensor:
