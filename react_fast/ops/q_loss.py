@@ -8,6 +8,7 @@ import torch
 from .. import reference
 from ..reference.q_loss import QLoss
 from . import _check
+from ._logprob import HIGH, LOW
 from ._policy_loss import AGGREGATIONS, denominator_value
 from ._q_loss import METRICS, REGRESSIONS
 from ._q_loss import q_loss as _q_loss
@@ -121,6 +122,11 @@ def cql_loss(
     Raises: see `token_logprobs` and `policy_loss`.
     Source: Kumar et al. 2020 (arXiv:2006.04779), eq. 4 (CQL(H)).
     """
+    if _check.floating("q", q).dim() not in (2, 3):
+        raise ValueError(f"q must be [B, T, V] or packed [N, V], got {list(q.shape)}")
+    _check.shape("token_ids", _check.integer("token_ids", token_ids), q.shape[:-1], "q[..., 0]")
+    _check.device("token_ids", token_ids, q.device, "q")
+    alpha = _check.number("alpha", alpha, low=LOW, high=HIGH)
     logprobs = token_logprobs(q, token_ids, temperature=alpha, mask=mask)
     return alpha * _log_loss(logprobs, None, mask, aggregation, denominator, cu_seqlens)
 
@@ -229,7 +235,7 @@ def _check_ilql(
     last_values: Maybe,
     bootstrap_values: Maybe,
 ) -> None:
-    """What later checks would name otherwise: every tensor is of the shape of `values`; dtypes may differ."""
+    """What later checks would name otherwise: every tensor is like `values`, or float32 beside narrower ones."""
     _check.floating("values", values)
     alike = {
         "q_values": q_values,
@@ -241,9 +247,7 @@ def _check_ilql(
     }
     for name, given in alike.items():
         for x in given if isinstance(given, tuple) else () if given is None else (given,):
-            _check.floating(name, x)
-            _check.shape(name, x, values.shape, "values")
-            _check.device(name, x, values.device, "values")
+            _constant(name, x, values, "values")
     for name, pair in (
         ("q_values", q_values),
         ("target_q_values", target_q_values),
@@ -252,7 +256,7 @@ def _check_ilql(
         if isinstance(pair, tuple) and len(pair) != 2:
             raise ValueError(f"{name} must be a tensor or a pair of two, got {len(pair)}")
     if last_values is not None:
-        _check.floating("last_values", last_values)
+        _precision("last_values", last_values, values, "values")
 
 
 def _log_loss(
@@ -329,11 +333,14 @@ def _heads(name: str, predictions: Pair) -> tuple[torch.Tensor, Maybe]:
     return first, second
 
 
-def _constant(name: str, x: torch.Tensor, like: torch.Tensor, other: str) -> None:
+def _precision(name: str, x: torch.Tensor, like: torch.Tensor, other: str) -> None:
     """Of the dtype of `like`, or of the one that ops return for it."""
-    _check.floating(name, x)
-    if x.dtype != accumulation_dtype(like.dtype):
+    if _check.floating(name, x).dtype != accumulation_dtype(like.dtype):
         _check.dtype(name, x, like.dtype, other)
+
+
+def _constant(name: str, x: torch.Tensor, like: torch.Tensor, other: str) -> None:
+    _precision(name, x, like, other)
     _check.shape(name, x, like.shape, other)
     _check.device(name, x, like.device, other)
 
