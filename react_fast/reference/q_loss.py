@@ -25,7 +25,7 @@ def _huber(e: torch.Tensor, parameter: float) -> torch.Tensor:
 
 
 def _expectile(e: torch.Tensor, parameter: float) -> torch.Tensor:
-    return torch.where(e > 0, 1 - parameter, parameter) * e**2
+    return torch.where(e > 0, (1 - parameter) * e**2, parameter * e**2)
 
 
 REGRESSIONS: dict[str, Callable[[torch.Tensor, float], torch.Tensor]] = {
@@ -92,7 +92,9 @@ def _metrics(
         "tokens": error.new_tensor(len(error) / heads),
         "td_error/mean": error.sum() / n,
         "td_error/abs": error.abs().sum() / n,
-        "td_error/max": error.abs().max() if len(error) else error.new_zeros(()),
+        "td_error/max": torch.where(error.isnan(), 0, error.abs()).max()
+        if len(error)
+        else error.new_zeros(()),
         "prediction/mean": prediction.sum() / n,
         "target/mean": target.sum() / n,
         "above": (error > 0).sum().to(error.dtype) / n,
