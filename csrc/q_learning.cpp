@@ -193,6 +193,7 @@ void soft_backward_dtype(const SoftBackwardArgs& args) {
   const Real* log_sum = largest + args.shape.rows;
   const Real* upstream = static_cast<const Real*>(args.upstream);
   const int64_t vocab = args.shape.vocab;
+  if (vocab == 0) return;
   for_counting(args.shape, [&](int64_t row, bool counts) {
     T* d_q = static_cast<T*>(args.d_q) + row * vocab;
     if (!counts || largest[row] == static_cast<Real>(-HUGE_VAL)) {

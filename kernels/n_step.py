@@ -307,10 +307,10 @@ def _variants() -> list[Variant]:
         by_step = signature | {"total": wide}
         if dtype != "*bf16":
             found.append(Variant(link_kernel, by_row, rows | {"BACK": True}))
-            found.append(Variant(double_kernel, by_step, flat | {"TAKE": True, "GROW": True}))
+            found.append(Variant(double_kernel, by_step, flat | {"TAKE": True, "GROW": True}, 4, ("count",)))
             found.append(Variant(finish_backward_kernel, by_row, tails))
         found.append(Variant(reward_kernel, by_row, tails))
-        found.append(Variant(finish_kernel, by_step, flat | {"MASKED": True, "BEHIND": True}))
+        found.append(Variant(finish_kernel, by_step, flat | {"MASKED": True, "BEHIND": True}, 4, ("count",)))
     return found
 
 

@@ -133,7 +133,7 @@ def test_n_steps_evaluate_who_wrote_the_data():
 
 @pytest.mark.parametrize("lam", [0.0, 0.7, 1.0])
 def test_retrace_evaluates_the_policy_from_other_peoples_data(lam):
-    """At Q^pi each delta r + gamma V^pi(s') - Q^pi(s, a) of a deterministic MDP is 0: no noise is left, for any lam."""
+    """At Q^pi each r + gamma V^pi(s') - Q^pi(s, a) of a deterministic MDP is 0: no noise, for any lam."""
     mdp = MDP()
     pi, mu = mdp.policy.log_softmax(1), mdp.behavior.log_softmax(1)
     exact = mdp.solve(lambda q: (pi.exp() * q).sum(1))
