@@ -14,6 +14,8 @@
 namespace py = pybind11;
 using namespace pybind11::literals;
 
+void bind_q_learning(py::module_& m);  // bind_q_learning.cpp
+
 namespace {
 
 using Address = std::uintptr_t;
@@ -439,5 +441,6 @@ PYBIND11_MODULE(_core, m) {
   bind_off_policy(m);
   bind_policy_loss(m);
   bind_attribution(m);
+  bind_q_learning(m);
   bind_stream(m);
 }

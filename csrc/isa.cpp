@@ -12,6 +12,8 @@
   extern const OffPolicy off_policy_table;    \
   extern const PolicyLoss policy_loss_table;  \
   extern const Attribution attribution_table; \
+  extern const QLearning q_learning_table;    \
+  extern const QLoss q_loss_table;            \
   extern const Stream stream_table;           \
   extern const Whiten whiten_table;           \
   }                                           \
@@ -20,8 +22,8 @@
 #define RF_ENTRY(isa)                                                          \
   {                                                                            \
     #isa, &isa::logprob_table, &isa::linear_logprob_table, &isa::advantage_table, \
-        &isa::off_policy_table, &isa::policy_loss_table, &isa::attribution_table, &isa::stream_table,     \
-        &isa::whiten_table                                                     \
+        &isa::off_policy_table, &isa::policy_loss_table, &isa::attribution_table, &isa::q_learning_table, \
+        &isa::q_loss_table, &isa::stream_table, &isa::whiten_table                                        \
   }
 
 RF_TABLES(baseline)

@@ -16,6 +16,8 @@
 #include "logprob.h"
 #include "off_policy.h"
 #include "policy_loss.h"
+#include "q_learning.h"
+#include "q_loss.h"
 #include "stream.h"
 #include "whiten.h"
 
@@ -29,6 +31,8 @@ struct Kernels {
   const OffPolicy* off_policy;
   const PolicyLoss* policy_loss;
   const Attribution* attribution;
+  const QLearning* q_learning;
+  const QLoss* q_loss;
   const Stream* stream;
   const Whiten* whiten;
 };

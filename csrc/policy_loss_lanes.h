@@ -1,10 +1,11 @@
-// What the passes of policy_loss.cpp share: one source for float lanes and for float64 scalars, the walk over
-// blocks and rows, and the weight of a token. Included by that source alone, once per instruction set.
+// What the passes of policy_loss.cpp and q_loss.cpp share: one source for float lanes and for float64 scalars, the
+// walk over blocks and rows, and the weight of a token. Included by sources that are compiled per instruction set.
 #pragma once
 
 #include <cmath>
 #include <type_traits>
 
+#include "buffer.h"
 #include "lane_flags.h"
 #include "parallel.h"
 #include "policy_loss.h"
@@ -223,16 +224,6 @@ inline LogRatio<V> log_ratio(V logprob, V other) {
 }
 
 // ---- blocks and rows ---------------------------------------------------------------------------------------
-
-template <class T>
-struct Buffer {
-  T* data;
-  explicit Buffer(int64_t count) : data(new T[static_cast<size_t>(count > 0 ? count : 1)]) {}
-  ~Buffer() { delete[] data; }
-  Buffer(const Buffer&) = delete;
-  Buffer& operator=(const Buffer&) = delete;
-  T& operator[](int64_t i) { return data[i]; }
-};
 
 inline int64_t block_count(int64_t tokens) { return (tokens + kBlock - 1) / kBlock; }
 inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }

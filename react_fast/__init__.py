@@ -17,6 +17,18 @@ from .ops.logprob import token_logprobs
 from .ops.moments import RunningMoments
 from .ops.off_policy import retrace, vtrace
 from .ops.policy_loss import PolicyLoss, policy_loss, value_loss
+from .ops.q_learning import (
+    double_q_values,
+    expected_q_values,
+    guided_logits,
+    max_q_values,
+    n_step_returns,
+    path_consistency,
+    q_targets,
+    soft_values,
+)
+from .ops.q_loss import QLoss, cql_loss, expectile_loss, ilql_loss, q_loss
+from .ops.target_network import TargetUpdate, polyak_update
 from .ops.whiten import merge_moments, moments, whiten
 from .reference.objectives import (
     CISPO,
@@ -66,22 +78,33 @@ __all__ = [
     "KLCov",
     "PPOClip",
     "PolicyLoss",
+    "QLoss",
     "Reinforce",
     "RunningMoments",
+    "TargetUpdate",
     "__version__",
     "attribution_scores",
+    "cql_loss",
     "discounted_returns",
+    "double_q_values",
+    "expected_q_values",
+    "expectile_loss",
     "gae",
     "get_backend",
     "group_advantages",
     "high_entropy_mask",
+    "guided_logits",
+    "ilql_loss",
     "importance_weights",
     "kl_rewards",
     "linear_policy_loss",
     "linear_token_logprobs",
+    "max_q_values",
     "merge_moments",
     "moments",
     "off_policy_mask",
+    "n_step_returns",
+    "path_consistency",
     "policy_loss",
     "presets",
     "recipes",
@@ -91,6 +114,10 @@ __all__ = [
     "segment_sum",
     "set_backend",
     "td_lambda_returns",
+    "polyak_update",
+    "q_loss",
+    "q_targets",
+    "soft_values",
     "token_logprobs",
     "use_backend",
     "value_loss",

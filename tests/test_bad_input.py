@@ -143,6 +143,82 @@ OPS: dict[str, tuple[Callable[..., Any], Arguments, Arguments]] = {
         },
         {"gamma": 0.9},
     ),
+    "n_step_returns": (
+        rf.n_step_returns,
+        {**_episodes(2, 3), "values": _floats(2, 3)},
+        {"gamma": 0.9, "n": 2},
+    ),
+    "n_step_returns packed": (
+        rf.n_step_returns,
+        {**_episodes(5), "values": _floats(5), "cu_seqlens": _edges()},
+        {"gamma": 0.9, "n": 2},
+    ),
+    "q_targets": (rf.q_targets, {**_episodes(2, 3), "next_values": _floats(2, 3)}, {"gamma": 0.9}),
+    "path_consistency": (
+        rf.path_consistency,
+        {
+            **_episodes(2, 3),
+            "values": _floats(2, 3),
+            "logprobs": _floats(2, 3),
+            "ref_logprobs": _floats(2, 3),
+        },
+        {"gamma": 0.9, "alpha": 0.1},
+    ),
+    "max_q_values": (rf.max_q_values, {"q": _floats(2, 3, 4), "mask": _flags(2, 3)}, {}),
+    "double_q_values": (
+        rf.double_q_values,
+        {"q_online": _floats(2, 3, 4), "q_target": _floats(2, 3, 4), "mask": _flags(2, 3)},
+        {},
+    ),
+    "expected_q_values": (
+        rf.expected_q_values,
+        {"q": _floats(2, 3, 4), "logits": _floats(2, 3, 4), "mask": _flags(2, 3)},
+        {},
+    ),
+    "soft_values": (
+        rf.soft_values,
+        {"q": _floats(2, 3, 4), "prior_logprobs": _floats(2, 3, 4), "mask": _flags(2, 3)},
+        {"alpha": 0.5},
+    ),
+    "guided_logits": (
+        rf.guided_logits,
+        {"logits": _floats(2, 3, 4), "q": _floats(2, 3, 4), "values": _floats(2, 3)},
+        {"beta": 0.5},
+    ),
+    "q_loss": (
+        rf.q_loss,
+        {
+            "q_values": _floats(2, 3),
+            "targets": _floats(2, 3),
+            "mask": _flags(2, 3),
+            "weights": _floats(2, 3),
+        },
+        {"huber": 1.0},
+    ),
+    "q_loss packed": (
+        rf.q_loss,
+        {"q_values": _floats(5), "targets": _floats(5), "mask": _flags(5), "cu_seqlens": _edges()},
+        {"aggregation": "seq_mean_token_mean"},
+    ),
+    "expectile_loss": (
+        rf.expectile_loss,
+        {"values": _floats(2, 3), "q_targets": _floats(2, 3), "mask": _flags(2, 3)},
+        {"tau": 0.7},
+    ),
+    "cql_loss": (
+        rf.cql_loss,
+        {"q": _floats(2, 3, 4), "token_ids": _ids(2, 3), "mask": _flags(2, 3)},
+        {},
+    ),
+    "ilql_loss": (
+        rf.ilql_loss,
+        {
+            "values": _floats(2, 3),
+            **{k: _floats(2, 3) for k in ("q_values", "target_q_values", "q_logprobs", "logprobs")},
+            **_episodes(2, 3),
+        },
+        {"gamma": 0.9, "cql_coef": 0.1, "awac_coef": 0.1},
+    ),
     "reverse_linear_scan": (
         rf.reverse_linear_scan,
         {"a": _floats(2, 3), "b": _floats(2, 3), "init": _floats(2)},
@@ -313,6 +389,22 @@ NUMBERS: dict[str, dict[str, tuple[Any, ...]]] = {
         "advantage_rho_clip": (-1.0, NAN),
     },
     "retrace": {"gamma": (1.5, -0.1, NAN, INF), "lam": (1.5, -0.1, NAN, INF)},
+    "n_step_returns": {"gamma": (1.5, -0.1, NAN, INF), "n": (0, -1)},
+    "q_targets": {"gamma": (1.5, -0.1, NAN, INF), "n": (0, -1)},
+    "path_consistency": {"gamma": (1.5, -0.1, NAN, INF), "alpha": (-1.0, NAN, INF), "span": (0, -1)},
+    "expected_q_values": {"temperature": (0, -1.0, NAN, INF)},
+    "soft_values": {"alpha": (0, -1.0, NAN, INF)},
+    "guided_logits": {"beta": (-1.0, NAN, INF)},
+    "q_loss": {"huber": (0, -1.0, NAN, INF), "denominator": (0, -1.0, NAN, INF)},
+    "expectile_loss": {"tau": (1.5, -0.1, NAN, INF), "denominator": (0, -1.0, NAN, INF)},
+    "cql_loss": {"alpha": (0, -1.0, NAN, INF), "denominator": (0, -1.0, NAN, INF)},
+    "ilql_loss": {
+        "gamma": (1.5, -0.1, NAN, INF),
+        "tau": (1.5, -0.1, NAN, INF),
+        "n": (0, -1),
+        **dict.fromkeys(("q_coef", "value_coef", "cql_coef", "awac_coef", "awac_beta"), (-1.0, NAN, INF)),
+        "awac_max": (-1.0, NAN),
+    },
     "group_advantages": {"eps": (-1.0, NAN), "min_std": (-1.0, NAN), "ddof": (2, -1)},
     "whiten": {"eps": (-1.0, NAN), "ddof": (2, -1)},
     "policy_loss": {"kl_coef": (NAN, INF), "entropy_coef": (NAN, INF), "denominator": (0, -1.0, NAN, INF)},
@@ -348,6 +440,7 @@ def test_every_public_op_is_here():
         "get_backend",
         "set_backend",
         "use_backend",
+        "polyak_update",  # of modules: tests/test_target_network.py
         "presets",  # tests/test_presets.py
         "recipes",  # compositions: tests/test_recipes.py
         "reference",
