@@ -144,7 +144,7 @@ def test_equals_the_printed_equation(backend, objective, aggregation, denominato
 @pytest.mark.parametrize("objective", _named(OBJECTIVES))
 @pytest.mark.parametrize("gradient", ["value", "ratio"])
 def test_gradcheck(backend, objective, gradient):
-    b = batch((2, 5), torch.float64)
+    b = batch((2, 5) if backend == "cpu" else (1, 4), torch.float64)
     for estimator in KL:
         contract.assert_gradcheck(
             lambda logprobs, entropy, estimator=estimator: (
