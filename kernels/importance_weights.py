@@ -27,7 +27,7 @@ from .policy_loss_layout import (
 )
 
 # Partial sums that the last program loads at a time.
-FOLD = 128
+FOLD = 64
 
 # Slots of the sums.
 COUNT = tl.constexpr(0)
@@ -66,9 +66,9 @@ def row_kernel(
     logprobs, behavior, mask, cu_seqlens, row_logs, firsts, tokens, rows, row_length,
     PACKED: tl.constexpr, WIDE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """row_logs [3, rows]: sum and mean of a row's log-ratios, clamped to +-20, and the smallest; firsts [rows]: its
-    first counting token, or -1. Blocks start at the row's beginning, so that the sum does not depend on where the
-    row lies."""
+    """row_logs [3, rows]: sum and mean of a row's log-ratios, clamped to +-20, and the smallest; firsts [rows]:
+    its first counting token, or -1. Blocks start at the row's beginning, so that the sum does not depend on where
+    the row lies."""
     row = tl.program_id(0).to(tl.int64)
     begin, end = bounds_of(row, cu_seqlens, tokens, row_length, PACKED)
     total = tl.zeros([1], tl.float64)
@@ -89,7 +89,9 @@ def row_kernel(
     one = tl.arange(0, 1)
     most = tl.full([1], 20.0, tl.float64)
     tl.store(row_logs + row + one, within(total, -most, most).to(WIDE))
-    tl.store(row_logs + rows + row + one, within(total / tl.maximum(n, 1).to(tl.float64), -most, most).to(WIDE))
+    tl.store(
+        row_logs + rows + row + one, within(total / tl.maximum(n, 1).to(tl.float64), -most, most).to(WIDE)
+    )
     tl.store(row_logs + 2 * rows + row + one, least)
     tl.store(firsts + row + one, tl.where(n > 0, found, -1))
 
@@ -122,7 +124,12 @@ def weights_kernel(
             y = own if BOUND == TOKEN else load_wide(row_logs + (BOUND - 1) * rows, row, live, on, WIDE)
             held, _ = exp20(y, WIDE)
         outside = on & ((held < real(low, WIDE)) | (held > real(high, WIDE)))
-        kept = tl.where(outside, 0.0, raw) if DROP else tl.where(on, within(raw, real(low, WIDE), real(high, WIDE)), 0.0)
+        kept = (
+            tl.where(outside, 0.0, raw)
+            if DROP
+            else tl.where(on, within(raw, real(low, WIDE), real(high, WIDE)), 0.0)
+        )
+        sums = _put(sums, OUTSIDE, tl.sum(outside.to(tl.int32), 0))
         if VETO:
             vetoed = on & (load_wide(row_logs + 2 * rows, row, live, on, WIDE) < real(log_veto, WIDE))
             kept = tl.where(vetoed, 0.0, kept)
@@ -134,7 +141,6 @@ def weights_kernel(
         sums = _put(sums, APPLIED, tl.sum(kept, 0))
         sums = _raise(sums, APPLIED_MAX, kept)
         sums = _put(sums, SQUARES, tl.sum(kept * kept, 0))
-        sums = _put(sums, OUTSIDE, tl.sum(outside.to(tl.int32), 0))
     tl.store(partial + tl.program_id(0) * SLOTS + tl.arange(0, SLOTS), sums)
 
 
@@ -183,7 +189,7 @@ def importance_weights(
     low: float, high: float, bound_level: int, veto: float, normalize: int, weights: torch.Tensor,
     stats: torch.Tensor,
 ) -> None:  # fmt: skip
-    """Fill weights and stats from contiguous inputs; choices as csrc/policy_loss.h numbers them, `veto` 0: none."""
+    """Fill weights and stats from contiguous inputs; choices as csrc/policy_loss.h numbers them; veto 0: none."""
     programs, steps = programs_of(layout.tokens)
     packed, kind = layout.cu_seqlens is not None, wide(logprobs.dtype)
     bounds, rows, row_length, search_steps = layout.row_arguments()
@@ -203,7 +209,9 @@ def importance_weights(
             num_warps=warps(logprobs.dtype),
         )  # fmt: skip
     scale = weights.new_empty(1)
-    finish_kernel[(1,)](partial, weights, firsts, stats, scale, programs, rows, NORMALIZE=normalize, FOLD=FOLD)
+    finish_kernel[(1,)](
+        partial, weights, firsts, stats, scale, programs, rows, NORMALIZE=normalize, FOLD=FOLD
+    )
     if normalize:
         weights.mul_(scale)
 
@@ -222,12 +230,16 @@ def _variants() -> list[Variant]:
             flags = {"LEVEL": level, "BOUND": bound, "VETO": veto, "DROP": packed, "PACKED": packed}
             found.append(Variant(weights_kernel, signature, flags | tile, divisible=even))
         found.extend(
-            Variant(row_kernel, signature, {"PACKED": packed} | tile, divisible=even) for packed in (False, True)
+            Variant(row_kernel, signature, {"PACKED": packed} | tile, divisible=even)
+            for packed in (False, True)
         )
     finish = {"partial": "*fp64", "stats": "*fp32", "scale_out": "*fp32", "programs": "i32"} | arrays | sizes
     return [
         *found,
-        *(Variant(finish_kernel, finish, {"NORMALIZE": how, "FOLD": FOLD}) for how in (0, BY_SEQUENCES.value)),
+        *(
+            Variant(finish_kernel, finish, {"NORMALIZE": how, "FOLD": FOLD})
+            for how in (0, BY_SEQUENCES.value)
+        ),
     ]
 
 

@@ -86,7 +86,7 @@ def _sapo(A, ratio, live_ratio, tau_pos, tau_neg, WIDE: tl.constexpr):
 
 
 @triton.jit
-def _dppo(logp, old, A, ratio, x, decrease, increase, cap, KL: tl.constexpr, WIDE: tl.constexpr):
+def _dppo(logp, old, A, x, ratio, on, decrease, increase, cap, KL: tl.constexpr, WIDE: tl.constexpr):
     """-min(r, cap) A log p while the divergence of (p, 1 - p) is small, or A pulls back towards p_old."""
     most = real(20.0, WIDE)
     p, p_less = exp20(within(logp, -most, most), WIDE)  # 1 - p = -(exp(log p) - 1), without cancellation
@@ -101,7 +101,7 @@ def _dppo(logp, old, A, ratio, x, decrease, increase, cap, KL: tl.constexpr, WID
     else:
         kept = away <= limit
     value, slope = weighted_logp(logp, A, tl.where(kept, tl.where(ratio > cap, cap, ratio), 0.0))
-    return value, slope, (kept == 0) & (A < 0.0), (kept == 0) & (A > 0.0), kept & (ratio > cap)
+    return value, slope, (kept == 0) & (A < 0.0), (kept == 0) & (A > 0.0), on & kept & (ratio > cap)
 
 
 @triton.jit
@@ -114,10 +114,23 @@ def _kl_cov(A, ratio, live_ratio, x, clamped, selected, coef):
 
 @triton.jit
 def token_surrogate(
-    logp, old, A, x, clamped, ratio, selected, p0, p1, p2, p3, OBJECTIVE: tl.constexpr, WIDE: tl.constexpr
+    logp,
+    old,
+    A,
+    x,
+    clamped,
+    ratio,
+    live_ratio,
+    on,
+    p0,
+    p1,
+    p2,
+    p3,
+    OBJECTIVE: tl.constexpr,
+    WIDE: tl.constexpr,
 ):
-    """x: log p - log p_old in +-20, `clamped` where it was; ratio: exp(x)."""
-    live_ratio = tl.where(clamped, 0.0, ratio)
+    """x: log p - log p_old in +-20, `clamped` where it was; ratio: exp(x), live_ratio: 0 where clamped; on: what
+    counts, and of KLCov and ClipCov what was selected of it. A is 0 where nothing counts."""
     if OBJECTIVE == REINFORCE:
         value, slope = weighted_logp(logp, A, 1.0)
         low = A < A
@@ -129,10 +142,8 @@ def token_surrogate(
         value, slope, low, high, dual = _cispo(logp, A, ratio, p0, p1)
     elif OBJECTIVE == SAPO:
         value, slope, low, high, dual = _sapo(A, ratio, live_ratio, p0, p1, WIDE)
-    elif OBJECTIVE == DPPO_TV or OBJECTIVE == DPPO_KL:
-        value, slope, low, high, dual = _dppo(
-            logp, old, A, ratio, x, p0, p1, p2, OBJECTIVE == DPPO_KL, WIDE
-        )
+    elif (OBJECTIVE == DPPO_TV) | (OBJECTIVE == DPPO_KL):
+        value, slope, low, high, dual = _dppo(logp, old, A, ratio, x, p0, p1, p2, OBJECTIVE == DPPO_KL, WIDE)
     elif OBJECTIVE == DRO:
         value, slope = weighted_logp(logp, A, 1.0)
         value += 0.5 * p0 * x * x
@@ -141,13 +152,13 @@ def token_surrogate(
         high = low
         dual = low
     elif OBJECTIVE == KL_COV:
-        value, slope, low, high, dual = _kl_cov(A, ratio, live_ratio, x, clamped, selected, p1)
+        value, slope, low, high, dual = _kl_cov(A, ratio, live_ratio, x, clamped, on, p1)
     else:
         unbounded = real(float("inf"), WIDE)
         value, slope, low, high, _ = clip(A, ratio, live_ratio, p0, p1, unbounded, unbounded)
-        value = tl.where(selected, 0.0, value)
-        slope = tl.where(selected, 0.0, slope)
-        dual = selected
+        value = tl.where(on, 0.0, value)
+        slope = tl.where(on, 0.0, slope)
+        dual = on
     return value, slope, low, high, dual
 
 

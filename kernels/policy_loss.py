@@ -18,6 +18,7 @@ import triton.language as tl
 
 from .aot import Variant
 from .objectives import (
+    CISPO,
     CLIP_COV,
     GMPO,
     GSPO,
@@ -127,7 +128,6 @@ def policy_loss_kernel(
     SELECTS: tl.constexpr = (OBJECTIVE == KL_COV) | (OBJECTIVE == CLIP_COV)
     sums = tl.zeros([SLOTS], tl.float64)
     weight = tl.load(flat_weight).to(WIDE)
-    q0, q1, q2, q3 = real(p0, WIDE), real(p1, WIDE), real(p2, WIDE), real(p3, WIDE)
     for step in range(steps):
         start = (tl.program_id(0).to(tl.int64) * steps + step) * BLOCK
         token = start + tl.arange(0, BLOCK)
@@ -147,27 +147,32 @@ def policy_loss_kernel(
             old = load_wide(old_logprobs, token, live, on, WIDE)
         x, clamped = log_ratio(logp, old)
         ratio, minus_one = exp20(x, WIDE)
-        A = load_wide(advantages, at, live, on, WIDE)
+        moved = ratio
         if BY_ROW:
             row_ratio = load_wide(states, row, live, on, WIDE)
+            if OBJECTIVE != GMPO:
+                moved = row_ratio
+        sums = _moved(sums, x, clamped, minus_one, moved, on)
+        live_ratio = tl.where(clamped, 0.0, ratio)
+        A = load_wide(advantages, at, live, on, WIDE)
+        q0, q1, q2, q3 = real(p0, WIDE), real(p1, WIDE), real(p2, WIDE), real(p3, WIDE)
+        if BY_ROW:
             a = load_wide(states + rows, row, live, on, WIDE)
             b = load_wide(states + 2 * rows, row, live, on, WIDE)
             value, slope, low, high, dual = row_surrogate(
                 logp, A, x, clamped, row_ratio, a, b, q0, q1, q2, q3, OBJECTIVE, WIDE
             )
-            sums = _moved(sums, x, clamped, minus_one, ratio if OBJECTIVE == GMPO else row_ratio, on)
         else:
             chosen = on
             if SELECTS:
                 chosen = on & (tl.load(selected + token, live, 0) != 0)
             value, slope, low, high, dual = token_surrogate(
-                logp, old, A, x, clamped, ratio, chosen, q0, q1, q2, q3, OBJECTIVE, WIDE
+                logp, old, A, x, clamped, ratio, live_ratio, chosen, q0, q1, q2, q3, OBJECTIVE, WIDE
             )
-            sums = _moved(sums, x, clamped, minus_one, ratio, on)
         if OBJECTIVE != REINFORCE:
-            sums = count(sums, CLIP_LOW, on & low)
-            sums = count(sums, CLIP_HIGH, on & high)
-            sums = count(sums, CLIP_DUAL, on & dual)
+            sums = count(sums, CLIP_LOW, low)
+            sums = count(sums, CLIP_HIGH, high)
+            sums = count(sums, CLIP_DUAL, dual)
         if HAS_IMPORTANCE:
             v = load_wide(importance, token, live, on, WIDE)
             if OBJECTIVE != VESPO:  # the row has used it
@@ -179,7 +184,6 @@ def policy_loss_kernel(
             sums = raise_to(sums, IMPORTANCE_MAX, v)
         if REF:
             ref = load_wide(ref_logprobs, token, live, on, WIDE)
-            live_ratio = tl.where(clamped, 0.0, ratio)
             k, k_value, k_slope = _penalty(logp, ref, ratio, live_ratio, ESTIMATOR, GRADIENT, WIDE)
             value += real(kl_coef, WIDE) * k_value
             slope += real(kl_coef, WIDE) * k_slope
@@ -279,7 +283,9 @@ def policy_loss(
         strides = row_stride, token_stride
         states = row_states(logprobs, old, advantages, strides, importance, layout, objective, parameters)
     elif objective in (KL_COV.value, CLIP_COV.value):
-        selected = selection(logprobs, old, advantages, (row_stride, token_stride), layout, objective, parameters)
+        selected = selection(
+            logprobs, old, advantages, (row_stride, token_stride), layout, objective, parameters
+        )
     programs, steps = programs_of(layout.tokens)
     partial = partials(layout, programs)
 
@@ -290,8 +296,8 @@ def policy_loss(
         policy_loss_kernel[(programs,)](
             logprobs, given(old), advantages, given(ref), given(entropy), given(importance), layout.mask,
             layout.row_arguments()[0], weights.flat, given(weights.counts), given(states), given(selected),
-            given(d_logprobs), given(d_entropy), partial, layout.tokens, *layout.row_arguments()[1:], steps, row_stride,
-            token_stride, *parameters[:4], kl_coef, entropy_coef,
+            given(d_logprobs), given(d_entropy), partial, layout.tokens, *layout.row_arguments()[1:], steps,
+            row_stride, token_stride, *parameters[:4], kl_coef, entropy_coef,
             OBJECTIVE=objective, ESTIMATOR=kl_estimator, GRADIENT=kl_gradient,
             OLD=old is not None, REF=ref is not None, HAS_ENTROPY=entropy is not None,
             HAS_IMPORTANCE=importance is not None, PACKED=layout.cu_seqlens is not None,
@@ -322,11 +328,17 @@ def value_loss(
 
 
 def _variants() -> list[Variant]:
-    """Reinforce and PPOClip alone, and PPOClip with every input, in both layouts; float64 in the last."""
+    """Every objective with every input; the first two also alone, PPOClip in both layouts and every dtype."""
     sizes = ("tokens", "rows", "row_length", "search_steps", "steps", "row_stride", "token_stride")
-    numbers = ("low", "high", "dual", "cap", "kl_coef", "entropy_coef")
+    numbers = ("p0", "p1", "p2", "p3", "kl_coef", "entropy_coef")
     names = ("logprobs", "old_logprobs", "advantages", "ref_logprobs", "entropy", "importance")
-    layout = {"mask": "*i1", "cu_seqlens": "*i32", "flat_weight": "*fp64", "counts": "*i64"}
+    layout = {
+        "mask": "*i1",
+        "selected": "*i1",
+        "cu_seqlens": "*i32",
+        "flat_weight": "*fp64",
+        "counts": "*i64",
+    }
     choices = ("REF", "HAS_ENTROPY", "HAS_IMPORTANCE", "ROW_ADVANTAGES", "ROW_WEIGHTS", "WANT_ENTROPY")
     even = ("tokens", "row_length")
     found = []
@@ -334,22 +346,20 @@ def _variants() -> list[Variant]:
         double = dtype == "*fp64"
         tile = {"WIDE": tl.float64 if double else tl.float32, "BLOCK": BLOCK}
         num_warps = warps(torch.float64 if double else torch.float32)
-        outputs = dict.fromkeys(("d_logprobs", "d_entropy", "d_values"), real_dtype) | {"partial": "*fp64"}
-        signature = dict.fromkeys(names, dtype) | layout | outputs
+        outputs = dict.fromkeys(("states", "d_logprobs", "d_entropy", "d_values"), real_dtype)
+        signature = dict.fromkeys(names, dtype) | layout | outputs | {"partial": "*fp64"}
         signature |= dict.fromkeys(sizes, "i32") | dict.fromkeys(numbers, "fp64")
-        for objective, full, packed in (
-            (0, False, False),
-            (1, False, False),
-            (1, True, False),
-            (1, True, True),
-        ):
-            flags = {"OBJECTIVE": objective, "ESTIMATOR": 2, "GRADIENT": 2, "OLD": objective == 1}
+        cases = [(1, True, False), (1, True, True)]
+        if dtype == "*fp32":
+            cases += [(0, False, False), (1, False, False)]
+            cases += [(objective, True, False) for objective in range(CISPO.value, VESPO.value + 1)]
+        for objective, full, packed in cases:
+            flags = {"OBJECTIVE": objective, "ESTIMATOR": 2, "GRADIENT": 2, "OLD": objective != 0}
             flags |= dict.fromkeys(choices, full) | {"PACKED": packed, "WANT_LOGPROBS": True}
             flags |= tile | ({} if full else {"token_stride": 1})
-            if full or not double:
-                found.append(Variant(policy_loss_kernel, signature, flags, num_warps, even))
+            found.append(Variant(policy_loss_kernel, signature, flags, num_warps, even))
         value = dict.fromkeys(("values", "old_values", "returns"), dtype) | layout | outputs
-        value |= {"tokens": "i32", "steps": "i32", "clip": "fp64"}
+        value |= {"tokens": "i32", "steps": "i32", "clip": "fp64", "partial": "*fp64"}
         flags = {"CLIP": True, "WANTED": True} | tile
         found.append(Variant(value_loss_kernel, value, flags, num_warps, even))
     finish = {"partial": "*fp64", "loss": "*fp32", "stats": "*fp32", "programs": "i32"}

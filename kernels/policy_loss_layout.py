@@ -209,8 +209,8 @@ def programs_of(tokens: int) -> tuple[int, int]:
 
 
 def warps(dtype: torch.dtype) -> int:
-    """4; a float64 takes two registers, so its block is spread over 8."""
-    return 8 if dtype == torch.float64 else 4
+    """4; a float64 takes two registers, so its block is spread over 16."""
+    return 16 if dtype == torch.float64 else 4
 
 
 def wide(dtype: torch.dtype) -> tl.dtype:

@@ -2,11 +2,11 @@
 
     c_t = (A_t - mean A) (log p_t - mean log p)
     KLCov     the largest c: key -c
-    ClipCov   those with cov_min < c < cov_max that the clip does not hold, drawn by a hash of their rank: key hash
+    ClipCov   of those with cov_min < c < cov_max that the clip does not hold, drawn: key a hash of the rank
 
-Roofline: two streams of log-probs, advantages and mask (18 bytes a token in float32), one key of 8 bytes written, then
-torch's stable radix sort of the keys, which is the cost: some 100 bytes a token. Nothing waits for the device: how many
-to choose stays there.
+Roofline: two streams of log-probs, advantages and mask (18 bytes a token in float32) and one key of 4 or 8 bytes
+written, then torch's stable radix sort of the keys, which is the cost: some 100 bytes a token. Nothing waits for
+the device: how many to choose stays there.
 """
 
 import torch
@@ -132,7 +132,9 @@ def keys_kernel(
             x, _ = log_ratio(logp, load_wide(old_logprobs, token, live, on, WIDE))
         ratio, _ = exp20(x, WIDE)
         held = ((A < 0.0) & (ratio < real(low, WIDE))) | ((A > 0.0) & (ratio > real(high, WIDE)))
-        drawn = possible & (covariance > real(cov_min, WIDE)) & (covariance < real(cov_max, WIDE)) & (held == 0)
+        drawn = (
+            possible & (covariance > real(cov_min, WIDE)) & (covariance < real(cov_max, WIDE)) & (held == 0)
+        )
         key = tl.where(drawn, _hash(tl.load(ranks + token, live, 1) - 1, seed), NEVER)
         tl.store(keys + token, key, live)
     else:
@@ -150,7 +152,9 @@ def selection(
     if not programs:
         return selected
     draws = objective == CLIP_COV.value
-    low, high, fraction, cov_min, cov_max, seed = parameters if draws else [0.0, 0.0, parameters[0], 0.0, 0.0, 0.0]
+    low, high, fraction, cov_min, cov_max, seed = (
+        parameters if draws else [0.0, 0.0, parameters[0], 0.0, 0.0, 0.0]
+    )
     bounds, rows, row_length, search_steps = layout.row_arguments()
     shared = {
         "ROW_ADVANTAGES": strides[0] != 0, "PACKED": layout.cu_seqlens is not None, "WIDE": kind, "BLOCK": BLOCK,

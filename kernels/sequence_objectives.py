@@ -4,10 +4,11 @@
     GMPO                      g = exp(mean of x held)     a: slope of every live token
     VESPO                     W = exp(sum x + log v)      a: phi(W) for A >= 0, b: for A < 0
 
-with x = log p - log p_old in +-20 and v the importance weight. Roofline: the sweep reads what the pass over the
-tokens reads, 17 bytes a token in float32 with importance weights; GSPO and LUSPO read it twice, the second time from
-the second-level cache for rows up to its size. One program walks a row from its own begin, so that other rows and
-padding change nothing.
+with x = log p - log p_old in +-20 and v the importance weight. One program walks a row from its own begin, so that
+other rows and padding change nothing.
+
+Roofline: the sweep reads what the pass over the tokens reads, 17 bytes a token in float32 with importance weights;
+GSPO and LUSPO read part of it again, from the second-level cache for rows up to its size.
 """
 
 import torch
@@ -66,11 +67,10 @@ def row_state_kernel(
             if HAS_IMPORTANCE:
                 A = A * load_wide(importance, token, live, on, WIDE)
             gain += tl.sum(A, 0).to(tl.float64)
-        if OBJECTIVE == VESPO:
-            if HAS_IMPORTANCE:
-                v = load_wide(importance, token, live, on, WIDE)
-                v = within(v, real(1e-8, WIDE), real(485165195.4097903, WIDE))
-                x += tl.where(on, tl.log(v), 0.0)
+        if (OBJECTIVE == VESPO) & HAS_IMPORTANCE:
+            v = load_wide(importance, token, live, on, WIDE)
+            v = within(v, real(1e-8, WIDE), real(485165195.4097903, WIDE))
+            x += tl.where(on, tl.log(v), 0.0)
         total += tl.sum(x, 0).to(tl.float64)
     per_token = 1.0 / tl.maximum(n, 1).to(tl.float64)
     a = tl.zeros([1], tl.float64)
@@ -86,7 +86,7 @@ def row_state_kernel(
             a = -ratio * per_token * gain
         if OBJECTIVE == LUSPO:
             b = n.to(tl.float64)
-        if OBJECTIVE == GSPO or OBJECTIVE == LUSPO:
+        if (OBJECTIVE == GSPO) | (OBJECTIVE == LUSPO):
             one = real(1.0, WIDE)
             for first in range(begin, end, BLOCK):
                 token = first + tl.arange(0, BLOCK)
@@ -132,7 +132,9 @@ def _variants() -> list[Variant]:
     found = []
     names = ("logprobs", "old_logprobs", "advantages", "importance")
     sizes = ("tokens", "rows", "row_length", "row_stride", "token_stride")
-    for dtype, objective in [("*fp32", o) for o in range(GSPO.value, VESPO.value + 1)] + [("*fp64", GSPO.value)]:
+    for dtype, objective in [("*fp32", o) for o in range(GSPO.value, VESPO.value + 1)] + [
+        ("*fp64", GSPO.value)
+    ]:
         double = dtype == "*fp64"
         signature = dict.fromkeys(names, dtype) | {"mask": "*i1", "cu_seqlens": "*i32"}
         signature |= {"states": "*fp64" if double else "*fp32"} | dict.fromkeys(sizes, "i32")
