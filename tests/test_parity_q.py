@@ -159,6 +159,7 @@ def test_polyak_of_torchrl_and_sb3():
     )
     table = module.value_network_params["module", "0", "module", "q"]
     theirs = module.target_value_network_params["module", "0", "module", "q"]
+    updater = objectives.SoftUpdate(module, tau=0.1)  # copies once
     with torch.no_grad():
         for parameter in (*online.parameters(), table):
             parameter.add_(torch.randn_like(parameter))
@@ -167,8 +168,6 @@ def test_polyak_of_torchrl_and_sb3():
         utils.polyak_update(online.parameters(), targets[0].parameters(), 0.1)
         rf.polyak_update(targets[1], online, tau=0.1)
         rf.polyak_update([ours], [table.detach()], tau=0.1)
-    updater = objectives.SoftUpdate(module, tau=0.1)
-    for _ in range(3):
         updater.step()
     for mine, other in zip(targets[1].parameters(), targets[0].parameters(), strict=True):
         _close(mine.detach(), other.detach())
