@@ -1,7 +1,10 @@
-// Rewards relative to their group: a few thousand numbers in any order, so in double and on one thread. Built
-// once, for every instruction set.
+// Rewards relative to their group, in any order: few numbers, so in double and on one thread. Built once, for every
+// instruction set.
 //
 //   c_i = r_i - b_i      A_i = c_i / (max(std, min_std) + eps), or c_i
+//
+// Roofline: 16 bytes read and 8 written a reward; the members of a group are brought together by a hash of its id and a
+// counting sort, three random accesses a reward, which are the cost.
 #include "advantage.h"
 
 #include <algorithm>
@@ -102,21 +105,60 @@ struct Group {
   }
 };
 
+// Members of every group side by side, in the order of the batch; groups in the order of their first members.
+struct Grouped {
+  std::vector<int64_t> members, begins;  // group g: members [begins[g], begins[g + 1])
+
+  Grouped(const std::vector<int64_t>& kept, const int64_t* ids) : members(kept.size()), begins(1, 0) {
+    std::vector<int32_t> group(kept.size());
+    int bits = 4;
+    while ((size_t{1} << bits) < 2 * kept.size()) ++bits;
+    std::vector<int32_t> table(size_t{1} << bits, -1);
+    std::vector<int64_t> names;
+    for (size_t i = 0; i < kept.size(); ++i) {
+      const int64_t id = ids[kept[i]];
+      if (i > 0 && id == ids[kept[i - 1]]) {
+        group[i] = group[i - 1];
+      } else {
+        group[i] = find(table, bits, names, id);
+        if (begins.size() == names.size()) begins.push_back(0);
+      }
+      ++begins[static_cast<size_t>(group[i]) + 1];
+    }
+    std::partial_sum(begins.begin(), begins.end(), begins.begin());
+    std::vector<int64_t> next(begins.begin(), begins.end() - 1);
+    for (size_t i = 0; i < kept.size(); ++i) members[static_cast<size_t>(next[static_cast<size_t>(group[i])]++)] = kept[i];
+  }
+
+ private:
+  // The place of `id` in `names`, where it is put if it is new. Linear probing, at most half full.
+  static int32_t find(std::vector<int32_t>& table, int bits, std::vector<int64_t>& names, int64_t id) {
+    const size_t last = table.size() - 1;
+    size_t slot = static_cast<size_t>((static_cast<uint64_t>(id) * 0x9e3779b97f4a7c15u) >> (64 - bits));
+    for (; table[slot] >= 0; slot = (slot + 1) & last) {
+      if (names[static_cast<size_t>(table[slot])] == id) return table[slot];
+    }
+    table[slot] = static_cast<int32_t>(names.size());
+    names.push_back(id);
+    return table[slot];
+  }
+};
+
 }  // namespace
 
 void group_advantages(const GroupArgs& args) {
   std::vector<int64_t> order;
+  order.reserve(static_cast<size_t>(args.count));
   for (int64_t i = 0; i < args.count; ++i) {
     args.out[i] = 0;
     if ((args.valid == nullptr || args.valid[i]) && !std::isnan(args.rewards[i])) order.push_back(i);
   }
-  const int64_t* const end = order.data() + order.size();
-  const Spread batch = args.scale == 2 ? describe(args, order.data(), end) : Spread{};
-  std::stable_sort(order.begin(), order.end(), [&](int64_t a, int64_t b) { return args.groups[a] < args.groups[b]; });
+  const Spread batch = args.scale == 2 ? describe(args, order.data(), order.data() + order.size()) : Spread{};
+  const Grouped grouped(order, args.groups);
   double along = 0;
-  for (const int64_t* first = order.data(); first != end;) {
-    const int64_t* last = first;
-    while (last != end && args.groups[*last] == args.groups[*first]) ++last;
+  for (size_t g = 0; g + 1 < grouped.begins.size(); ++g) {
+    const int64_t* const first = grouped.members.data() + grouped.begins[g];
+    const int64_t* const last = grouped.members.data() + grouped.begins[g + 1];
     const Group group(args, first, last, batch);
     if (last - first == 1 && args.raw_singleton) {
       args.out[*first] = args.upstream != nullptr ? args.upstream[*first] : args.rewards[*first];
@@ -127,7 +169,6 @@ void group_advantages(const GroupArgs& args) {
         along += group.write_gradient();
       }
     }
-    first = last;
   }
   if (args.upstream == nullptr || args.scale != 2) return;
   const double shared = slope(args, batch, along);
