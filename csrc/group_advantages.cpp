@@ -105,42 +105,55 @@ struct Group {
   }
 };
 
-// Members of every group side by side, in the order of the batch; groups in the order of their first members.
-struct Grouped {
-  std::vector<int64_t> members, begins;  // group g: members [begins[g], begins[g + 1])
-
-  Grouped(const std::vector<int64_t>& kept, const int64_t* ids) : members(kept.size()), begins(1, 0) {
-    std::vector<int32_t> group(kept.size());
-    int bits = 4;
-    while ((size_t{1} << bits) < 2 * kept.size()) ++bits;
-    std::vector<int32_t> table(size_t{1} << bits, -1);
-    std::vector<int64_t> names;
-    for (size_t i = 0; i < kept.size(); ++i) {
-      const int64_t id = ids[kept[i]];
-      if (i > 0 && id == ids[kept[i - 1]]) {
-        group[i] = group[i - 1];
-      } else {
-        group[i] = find(table, bits, names, id);
-        if (begins.size() == names.size()) begins.push_back(0);
-      }
-      ++begins[static_cast<size_t>(group[i]) + 1];
+// The number of every distinct id, in the order of their first appearance: a hash table, at most half full, that grows
+// with the ids and so stays in cache.
+class Numbering {
+ public:
+  int64_t operator()(int64_t id) {
+    size_t slot = home(id);
+    for (; table_[slot] >= 0; slot = (slot + 1) & (table_.size() - 1)) {
+      if (ids_[static_cast<size_t>(table_[slot])] == id) return table_[slot];
     }
+    ids_.push_back(id);
+    const int64_t number = table_[slot] = size() - 1;
+    if (2 * ids_.size() > table_.size()) grow();
+    return number;
+  }
+  int64_t size() const { return static_cast<int64_t>(ids_.size()); }
+
+ private:
+  size_t home(int64_t id) const {
+    return static_cast<size_t>((static_cast<uint64_t>(id) * 0x9e3779b97f4a7c15u) >> (64 - bits_));
+  }
+  void grow() {
+    table_.assign(size_t{1} << ++bits_, -1);
+    for (size_t i = 0; i < ids_.size(); ++i) {
+      size_t slot = home(ids_[i]);
+      while (table_[slot] >= 0) slot = (slot + 1) & (table_.size() - 1);
+      table_[slot] = static_cast<int64_t>(i);
+    }
+  }
+
+  int bits_ = 8;
+  std::vector<int64_t> table_ = std::vector<int64_t>(256, -1), ids_;
+};
+
+// Members of every group side by side, in the order of the batch: group g has [begins[g], begins[g + 1]).
+struct Grouped {
+  std::vector<int64_t> members, begins;
+
+  Grouped(const std::vector<int64_t>& kept, const int64_t* ids) : members(kept.size()) {
+    std::vector<int64_t> group(kept.size());
+    Numbering number;
+    for (size_t i = 0; i < kept.size(); ++i) {
+      const bool same = i > 0 && ids[kept[i]] == ids[kept[i - 1]];
+      group[i] = same ? group[i - 1] : number(ids[kept[i]]);
+    }
+    begins.assign(static_cast<size_t>(number.size()) + 1, 0);
+    for (const int64_t g : group) ++begins[static_cast<size_t>(g) + 1];
     std::partial_sum(begins.begin(), begins.end(), begins.begin());
     std::vector<int64_t> next(begins.begin(), begins.end() - 1);
     for (size_t i = 0; i < kept.size(); ++i) members[static_cast<size_t>(next[static_cast<size_t>(group[i])]++)] = kept[i];
-  }
-
- private:
-  // The place of `id` in `names`, where it is put if it is new. Linear probing, at most half full.
-  static int32_t find(std::vector<int32_t>& table, int bits, std::vector<int64_t>& names, int64_t id) {
-    const size_t last = table.size() - 1;
-    size_t slot = static_cast<size_t>((static_cast<uint64_t>(id) * 0x9e3779b97f4a7c15u) >> (64 - bits));
-    for (; table[slot] >= 0; slot = (slot + 1) & last) {
-      if (names[static_cast<size_t>(table[slot])] == id) return table[slot];
-    }
-    table[slot] = static_cast<int32_t>(names.size());
-    names.push_back(id);
-    return table[slot];
   }
 };
 
