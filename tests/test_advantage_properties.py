@@ -123,6 +123,19 @@ def test_equals_float64_reference(op, drawn):
             assert float((x.double() - y).abs().max()) <= 70 * 350 * contract.EPS[x.dtype]
 
 
+@pytest.mark.parametrize("gap", [1, 16, 17, 1000])
+def test_scaled_rewards_and_a_gap(backend, gap):
+    """A power of two scales every result to the bit; masked steps, as many as a vector and more, change none."""
+    rewards, values = torch.randn(2, 2, 21)
+    plain = rf.gae(rewards, values, gamma=0.9, lam=0.8)
+    for found, one in zip(rf.gae(4 * rewards, 4 * values, gamma=0.9, lam=0.8), plain, strict=True):
+        contract.assert_bitwise(found, 4 * one)
+    hole = torch.full((2, gap if backend == "cpu" else min(gap, 40)), float("nan"))
+    wide = [torch.cat([x[:, :9], hole, x[:, 9:]], 1) for x in (rewards, values)]
+    for found, one in zip(rf.gae(*wide, gamma=0.9, lam=0.8, mask=~wide[0].isnan()), plain, strict=True):
+        contract.assert_bitwise(torch.cat([found[:, :9], found[:, 9 + hole.shape[1] :]], 1), one)
+
+
 @pytest.mark.parametrize("op", OPS)
 def test_split_at_a_truncation(op, backend):
     """What follows a cut is another episode: a row of two is two rows."""

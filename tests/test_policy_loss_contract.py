@@ -223,6 +223,21 @@ def test_small_gradients_survive_a_loss_scale(backend, dtype):
     assert bool((gradient == -(2.0**-2)).all())
 
 
+@pytest.mark.parametrize("log_ratio", [20.0, -20.0, 200.0, -200.0, float("inf"), -float("inf")])
+def test_ratios_without_bound_stay_finite(backend, log_ratio):
+    """Of either sign of the advantage, and of both zeros, whose loss and gradient are 0."""
+    old, mask = torch.full((1, 1), -log_ratio).double(), torch.ones(1, 1).bool()
+    for A in (2.0, -2.0, 0.0, -0.0):
+        logp = torch.full((1, 1), -0.5, dtype=torch.float64, requires_grad=True)
+        for objective in (PPOClip(dual_clip=3.0), Reinforce()):
+            loss = rf.policy_loss(logp, old, torch.full((1, 1), A).double(), mask, objective=objective).loss
+            (gradient,) = torch.autograd.grad(loss, logp)
+            assert bool(loss.isfinite())
+            assert bool(gradient.isfinite())
+            assert A != 0 or (float(loss.detach()), float(gradient)) == (0.0, 0.0)
+            assert abs(float(loss.detach())) <= 3 * abs(A)
+
+
 def test_upstream_gradient_and_partial_gradients(backend):
     b = batch((3, 20), torch.float64)
     _, d_logprobs, d_entropy = b.gradients(**FULL)

@@ -180,6 +180,8 @@ def ilql_loss(
     Raises: see `q_loss`.
     Source: Snell et al. 2022 (arXiv:2206.11871); L_V: Kostrikov et al. 2021 (arXiv:2110.06169); L_CQL: Kumar et
         al. 2020 (arXiv:2006.04779); L_AWAC: Nair et al. 2020 (arXiv:2006.09359).
+        Elsewhere: trlx does not bound the weight of L_AWAC (awac_max=inf); the authors' code averages it over the
+        tokens of states as well, and takes L_CQL at a temperature: `q_logprobs` of that temperature.
     """
     coefs = {"q_coef": q_coef, "value_coef": value_coef, "cql_coef": cql_coef, "awac_coef": awac_coef}
     for name, number in {**coefs, "awac_beta": awac_beta, "awac_max": awac_max}.items():
