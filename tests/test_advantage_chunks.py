@@ -1,0 +1,131 @@
+"""Few long rows in chunks: to the bit what walking them gives, in the launches that are promised."""
+
+import numpy as np
+import pytest
+import torch
+from triton.runtime import interpreter
+
+import react_fast as rf
+from react_fast.kernels import advantage, advantage_chunks
+
+from . import contract
+
+OPS = ("gae", "td_lambda_returns", "discounted_returns")
+GAMMA, LAM = 0.99, 0.95
+# The interpreter's block has 16 steps: a ragged multiple of it; in the pack, rows of all lengths about a block, empty
+# ones at both ends and in the middle, and one that begins and ends at a multiple of a block.
+SHAPE = (3, 101)
+LENGTHS = (0, 5, 16, 11, 0, 32, 97, 1, 0)
+
+
+@pytest.fixture(autouse=True)
+def _triton():
+    with rf.use_backend("triton"):
+        yield
+
+
+@pytest.fixture
+def launches(monkeypatch):
+    """Names of the kernels launched so far."""
+    seen, run = [], interpreter.GridExecutor.__call__
+
+    def counted(self, *args, **kwargs):
+        seen.append(self.fn.__name__)
+        return run(self, *args, **kwargs)
+
+    monkeypatch.setattr(interpreter.GridExecutor, "__call__", counted)
+    return seen
+
+
+def _scan_by_doubling(self, given):
+    """The interpreter's scan in log2(n) joins of whole blocks, as GPUs do it, instead of one join an element."""
+    found, shift = [x.handle.data for x in given], 1
+    while shift < found[0].size:
+        near = [self.to_tensor(np.roll(part, shift), x.dtype) for part, x in zip(found, given, strict=True)]
+        far = [self.to_tensor(part, x.dtype) for part, x in zip(found, given, strict=True)]
+        joined = self.combine_fn.fn(*near, *far)
+        found = [np.where(np.arange(part.size) < shift, part, y.handle.data)
+                 for part, y in zip(found, joined, strict=True)]  # fmt: skip
+        shift *= 2
+    return [self.to_tensor(part, x.dtype) for part, x in zip(found, given, strict=True)]
+
+
+@pytest.fixture(autouse=True)
+def _fast_scan(monkeypatch):
+    monkeypatch.setattr(interpreter.ScanOps, "generic_scan", _scan_by_doubling)
+
+
+def _batch(shape, rows, dtype, every=True):
+    rewards = torch.randn(shape).to(dtype)
+    values = torch.randn(shape).to(dtype)
+    if not every:
+        return {"rewards": rewards, "values": values, "lam": LAM}
+    mask = torch.rand(shape) > 0.4
+    mask[..., -20:] = False
+    return {
+        "rewards": rewards.masked_fill(~mask, float("nan")), "values": values.masked_fill(~mask, float("nan")),
+        "mask": mask, "terminated": torch.rand(shape) < 0.05, "truncated": torch.rand(shape) < 0.05,
+        "bootstrap_values": torch.randn(shape).to(dtype), "last_values": torch.randn(rows).to(dtype),
+        "lam": torch.rand(rows).double(),
+    }  # fmt: skip
+
+
+def _run(op, batch, gamma=GAMMA, **more):
+    given = dict(batch)
+    if op == "discounted_returns":
+        del given["values"], given["lam"]
+    found = getattr(rf, op)(given.pop("rewards"), gamma=gamma, **given, **more)
+    return found if isinstance(found, tuple) else (found,)
+
+
+@pytest.mark.parametrize("every", [False, True], ids=["plain", "every option"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("op", OPS)
+def test_is_the_walk_and_the_reference(op, dtype, every, monkeypatch, launches):
+    for shape, rows, more in (
+        (SHAPE, SHAPE[0], {}),
+        ((sum(LENGTHS),), len(LENGTHS), {"cu_seqlens": torch.tensor([0, *LENGTHS]).cumsum(0)}),
+    ):
+        batch = _batch(shape, rows, dtype, every)
+        walked = _run(op, batch, **more)
+        launches.clear()
+        with monkeypatch.context() as patch:
+            patch.setattr(advantage_chunks, "LONG_ROW", 1)
+            chunked = _run(op, batch, **more)
+        assert launches == ["tally_kernel", "list_kernel"] * every + ["summary_kernel", "gae_kernel"]
+        with rf.use_backend("reference"):
+            wide = {k: x.double() if k != "lam" and x.is_floating_point() else x for k, x in batch.items()
+                    if isinstance(x, torch.Tensor)}  # fmt: skip
+            expected = _run(op, {**batch, **wide}, **more)
+        for c, w, e in zip(chunked, walked, expected, strict=True):
+            contract.assert_bitwise(c, w)
+            # Sums of some hundred discounted terms of size 1.
+            tolerance = 200 * contract.EPS[w.dtype]
+            torch.testing.assert_close(c.double(), e, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize(("gamma", "lam", "bound"), [(1.0, 1.0, 1e-5), (0.999, 0.95, 2e-6)], ids=str)
+@pytest.mark.parametrize("gaps", [False, True], ids=["full", "gaps"])
+def test_long_row_keeps_its_digits(gamma, lam, bound, gaps, monkeypatch, launches):
+    """131,072 float32 steps in the blocks of 1024 that GPUs use, relative to the largest result."""
+    monkeypatch.setattr(advantage, "INTERPRETED_BLOCK", advantage.BLOCK)
+    shape = (1, 131072)
+    rewards, values = torch.randn(shape), torch.randn(shape)
+    options = {"mask": torch.rand(shape) > 0.2} if gaps else {}
+    found = rf.gae(rewards, values, gamma=gamma, lam=lam, **options)
+    assert launches == ["tally_kernel", "list_kernel"] * gaps + ["summary_kernel", "gae_kernel"]
+    with rf.use_backend("cpu"):
+        exact = rf.gae(rewards.double(), values.double(), gamma=gamma, lam=lam, **options)
+    for f, e in zip(found, exact, strict=True):
+        assert float((f - e).abs().max() / e.abs().max()) < bound
+
+
+def test_only_few_long_rows_are_chunked():
+    limit = advantage_chunks.LONG_ROW
+    few = advantage_chunks.ROWS.value
+    assert advantage_chunks.is_long(1, limit)
+    assert advantage_chunks.is_long(few, few * limit)
+    assert not advantage_chunks.is_long(1, limit - 1)
+    assert not advantage_chunks.is_long(few + 1, (few + 1) * limit)
+    assert not advantage_chunks.is_long(few, few * limit - 1)  # the mean row counts
+    assert not advantage_chunks.is_long(0, 0)
