@@ -21,7 +21,7 @@ import triton
 import triton.language as tl
 
 from . import advantage_chunks as chunks
-from .advantage_chunks import BLOCK, FREE, _carried, _chunk_of, _listed_steps, gae_signature
+from .advantage_chunks import BLOCK, FREE, WARPS, _carried, _chunk_of, _listed_steps, gae_signature
 from .advantage_rows import (
     _after,
     _bounds,
@@ -36,7 +36,6 @@ from .advantage_rows import (
     _places,
 )
 from .aot import Variant
-from .whiten import _merge_block
 
 # The interpreter takes a scan element by element: short blocks, and with them many carries, for its tests.
 INTERPRETED_BLOCK = 16
@@ -52,12 +51,16 @@ def gae_kernel(
 ):  # fmt: skip
     i = tl.arange(0, BLOCK)
     discount = tl.full([], gamma, tl.float64).to(WIDE)
+    zero = tl.full([], 0, tl.int32)
     n_seen = tl.zeros([], tl.float64)
-    mean = tl.zeros([], tl.float64)
-    m2 = tl.zeros([], tl.float64)
-    for item in range(tl.program_id(0), items, tl.num_programs(0)):
-        row = item
-        first = tl.full([], 0, tl.int32)
+    shift = tl.zeros([], tl.float64)
+    plain = tl.zeros([], tl.float64)  # sum of A - shift, and of its square
+    square = tl.zeros([], tl.float64)
+    beyond, stride = tl.program_id(0) + 1, 1
+    if MOMENTS:  # all items on the programs of a fixed grid
+        beyond, stride = items, tl.num_programs(0)
+    for item in tl.range(tl.program_id(0), beyond, stride, disable_licm=tl.float64 == WIDE):
+        row, first = item, zero
         if CHUNKED:
             row, first = _chunk_of(item, offsets, length, total, rows, PACKED, BLOCK)
         begin, n = _bounds(row, offsets, length, total, PACKED)
@@ -66,8 +69,10 @@ def gae_kernel(
         if CHUNKED:  # one block of the row
             count, low, listed = _listed_steps(counts, row, n, MASKED)
             blocks = tl.cdiv(count, BLOCK)
-            last = tl.minimum(first + 1, blocks)
             m = _carried(slopes, shifts, item - first, item - first + tl.minimum(first, blocks), m)
+            if first >= blocks:  # no block stands in this slot
+                first, count, blocks = zero, zero, zero + 1
+            last = first + 1  # a single round, which the compiler sees
         else:  # all blocks, from the row's end on
             count, low, listed = _counting_steps(
                 mask + begin, places + begin, returns + begin, advantages + begin, n, MASKED, ADVANTAGES, BLOCK,
@@ -89,14 +94,19 @@ def gae_kernel(
             tl.store(returns + begin + at, target, inside)
             if ADVANTAGES:
                 tl.store(advantages + begin + at, target - v, inside)
-            if MOMENTS:
-                n_seen, mean, m2 = _merge_block(n_seen, mean, m2, target - v, inside)
             m = _pick(message, i, 0)
+            if MOMENTS:
+                shift = tl.where(n_seen == 0.0, _pick(target - v, i, 0).to(tl.float64), shift)
+                gap = tl.where(inside, (target - v).to(tl.float64) - shift, 0.0)
+                n_seen += tl.minimum(count - (blocks - 1 - k) * BLOCK, BLOCK).to(tl.float64)
+                plain += tl.sum(gap, 0)
+                square += tl.sum(gap * gap, 0)
     if MOMENTS:
         part = parts + tl.program_id(0)
+        off = plain / tl.maximum(n_seen, 1.0)
         tl.store(part, n_seen)
-        tl.store(part + tl.num_programs(0), mean)
-        tl.store(part + 2 * tl.num_programs(0), m2)
+        tl.store(part + tl.num_programs(0), shift + off)
+        tl.store(part + 2 * tl.num_programs(0), tl.maximum(square - plain * off, 0.0))
 
 
 @triton.jit(do_not_specialize=FREE)
@@ -257,6 +267,7 @@ def gae(
         "ENDS": terminated is not None, "CUTS": truncated is not None, "MASKED": mask is not None,
         "PER_ROW": lams is not None,
     }  # fmt: skip
+    shared["num_warps"] = chunks.WARPS[shared["WIDE"]]
     chunked = chunks.is_long(rows, rewards.numel())
     items, maps = rows, dict.fromkeys(("counts", "slopes", "shifts"), rewards)
     if chunked:
@@ -338,7 +349,9 @@ def _variants() -> list[Variant]:
             wants = {"VALUES": True, "WANT_VALUES": True, "WANT_LAST": every, "WANT_BOOTSTRAP": every}
             forward = {"VALUES": True, "ADVANTAGES": True, "LAST": every, **steps}
             found += [
-                Variant(gae_kernel, signature, {**forward, "CHUNKED": chunked, "MOMENTS": moments})
+                Variant(
+                    gae_kernel, signature, {**forward, "CHUNKED": chunked, "MOMENTS": moments}, WARPS[WIDE]
+                )
                 for chunked in (False, True)
                 for moments in (False, True)
             ]

@@ -30,8 +30,9 @@ ROWS = tl.constexpr(64)
 # the longest row of a pack is known on the device alone; it is no shorter.
 LONG_ROW = 8192
 # Steps of a block: 8 a thread at 4 warps, so that three floats a step stay in registers, and rows of a few hundred
-# tokens, the common case, take one block without an idle warp.
+# tokens, the common case, take one block without an idle warp. Doubles take 8 warps: moments spill at 4.
 BLOCK = 1024
+WARPS = {tl.float32: 4, tl.float64: 8}
 # Sizes that no kernel of the returns is specialised on: see kernels/advantage.py.
 FREE = ["length", "total", "rows", "items"]
 
@@ -127,7 +128,7 @@ def summary_kernel(
 @triton.jit
 def _carried(slopes, shifts, first, last, m):
     """m behind the blocks of these slots, one after another as a walk takes them."""
-    for slot in tl.range(first, last, loop_unroll_factor=8):  # the loads of eight blocks on their way at once
+    for slot in tl.range(first, last, loop_unroll_factor=4):  # the loads of four blocks on their way at once
         m = _after(tl.load(slopes + slot), tl.load(shifts + slot), m)
     return m
 
@@ -155,7 +156,7 @@ def summaries(
     device = inputs["returns"].device
     counts = torch.empty(rows, dtype=torch.int32, device=device)
     slopes, shifts = torch.empty((2, slots), dtype=inputs["returns"].dtype, device=device)
-    places = {"rows": rows, **{k: v for k, v in shared.items() if k != "WIDE"}}
+    places = {"rows": rows, **{k: v for k, v in shared.items() if k not in ("WIDE", "num_warps")}}
 
     def given(*names: str) -> dict[str, Any]:
         return {name: inputs[name] for name in names}
@@ -200,7 +201,7 @@ def _variants() -> list[Variant]:
         for every in (False, True):
             shape = {"PACKED": every, "BLOCK": BLOCK}
             steps = {"ENDS": every, "CUTS": every, "MASKED": every, "PER_ROW": every, "WIDE": WIDE, **shape}
-            found.append(Variant(summary_kernel, signature, {"VALUES": every, **steps}))
+            found.append(Variant(summary_kernel, signature, {"VALUES": every, **steps}, WARPS[WIDE]))
             if pointer != "*bf16":
                 found.append(Variant(tally_kernel, signature, {"ADVANTAGES": True, **shape}))
             if pointer == "*fp32":

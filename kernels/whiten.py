@@ -50,24 +50,16 @@ def _merge(n_a, mean_a, m2_a, n_b, mean_b, m2_b):
 
 
 @triton.jit
-def _merge_block(n_a, mean_a, m2_a, x, counts):
-    """As `_merge`, with a block's counting elements."""
-    x = tl.where(counts, x.to(tl.float64), 0.0)
-    n_b = tl.sum(counts.to(tl.int32), 0).to(tl.float64)
-    mean_b = tl.sum(x, 0) / tl.maximum(n_b, 1.0)
-    gap = tl.where(counts, x - mean_b, 0.0)
-    return _merge(n_a, mean_a, m2_a, n_b, mean_b, tl.sum(gap * gap, 0))
-
-
-@triton.jit
 def moments_kernel(x, mask, parts, total, MASKED: tl.constexpr, BLOCK: tl.constexpr):
     block = tl.program_id(0).to(tl.int64)
     at, counts = _counting(x, mask, block * BLOCK, total, MASKED, BLOCK)
-    nothing = tl.zeros([], tl.float64)
-    n, mean, m2 = _merge_block(nothing, nothing, nothing, tl.load(x + at, counts, 0.0), counts)
+    value = tl.load(x + at, counts, 0.0).to(tl.float64)
+    n = tl.sum(counts.to(tl.int32), 0).to(tl.float64)
+    mean = tl.sum(value, 0) / tl.maximum(n, 1.0)
+    gap = tl.where(counts, value - mean, 0.0)
     tl.store(parts + block, n)
     tl.store(parts + tl.num_programs(0) + block, mean)
-    tl.store(parts + 2 * tl.num_programs(0) + block, m2)
+    tl.store(parts + 2 * tl.num_programs(0) + block, tl.sum(gap * gap, 0))
 
 
 @triton.jit

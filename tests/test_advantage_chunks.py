@@ -10,12 +10,11 @@ from react_fast.kernels import advantage, advantage_chunks
 
 from . import contract
 
-OPS = ("gae", "td_lambda_returns", "discounted_returns")
 GAMMA, LAM = 0.99, 0.95
-# The interpreter's block has 16 steps: a ragged multiple of it; in the pack, rows of all lengths about a block, empty
-# ones at both ends and in the middle, and one that begins and ends at a multiple of a block.
-SHAPE = (3, 101)
-LENGTHS = (0, 5, 16, 11, 0, 32, 97, 1, 0)
+# The interpreter's block has 16 steps: a ragged multiple of it; in the pack, rows of all lengths about a block,
+# empty ones at both ends and in the middle, and one that begins and ends at a multiple of a block.
+SHAPE = (2, 53)
+LENGTHS = (0, 5, 16, 11, 0, 32, 37, 1, 0)
 
 
 @pytest.fixture(autouse=True)
@@ -78,9 +77,17 @@ def _run(op, batch, gamma=GAMMA, **more):
     return found if isinstance(found, tuple) else (found,)
 
 
-@pytest.mark.parametrize("every", [False, True], ids=["plain", "every option"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
-@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize(
+    ("op", "dtype", "every"),
+    [
+        ("gae", torch.float32, False),
+        ("gae", torch.float32, True),
+        ("gae", torch.bfloat16, True),
+        ("td_lambda_returns", torch.float64, True),
+        ("discounted_returns", torch.float32, True),
+    ],
+    ids=str,
+)
 def test_is_the_walk_and_the_reference(op, dtype, every, monkeypatch, launches):
     for shape, rows, more in (
         (SHAPE, SHAPE[0], {}),
@@ -104,9 +111,10 @@ def test_is_the_walk_and_the_reference(op, dtype, every, monkeypatch, launches):
             torch.testing.assert_close(c.double(), e, rtol=tolerance, atol=tolerance)
 
 
-@pytest.mark.parametrize(("gamma", "lam", "bound"), [(1.0, 1.0, 1e-5), (0.999, 0.95, 2e-6)], ids=str)
-@pytest.mark.parametrize("gaps", [False, True], ids=["full", "gaps"])
-def test_long_row_keeps_its_digits(gamma, lam, bound, gaps, monkeypatch, launches):
+@pytest.mark.parametrize(
+    ("gamma", "lam", "gaps", "bound"), [(1.0, 1.0, False, 1e-5), (0.999, 0.95, True, 2e-6)], ids=str
+)
+def test_long_row_keeps_its_digits(gamma, lam, gaps, bound, monkeypatch, launches):
     """131,072 float32 steps in the blocks of 1024 that GPUs use, relative to the largest result."""
     monkeypatch.setattr(advantage, "INTERPRETED_BLOCK", advantage.BLOCK)
     shape = (1, 131072)
@@ -118,6 +126,30 @@ def test_long_row_keeps_its_digits(gamma, lam, bound, gaps, monkeypatch, launche
         exact = rf.gae(rewards.double(), values.double(), gamma=gamma, lam=lam, **options)
     for f, e in zip(found, exact, strict=True):
         assert float((f - e).abs().max() / e.abs().max()) < bound
+
+
+@pytest.mark.parametrize("shape", [(7, 33), (1, 200)], ids=["walked", "chunked"])
+def test_whitened_in_two_launches(shape, monkeypatch, launches):
+    """The scan and the scaling, and before them what chunks need; with a gradient too."""
+    monkeypatch.setattr(advantage_chunks, "LONG_ROW", 200)
+    few = ["tally_kernel", "list_kernel", "summary_kernel"] if shape[0] == 1 else []
+    batch = {"rewards": torch.randn(shape), "values": torch.randn(shape), "mask": torch.rand(shape) > 0.3}
+    batch |= {"gamma": GAMMA, "lam": LAM}
+    advantages, returns = rf.gae(**batch)
+    expected = rf.whiten(advantages, mask=batch["mask"])
+    for leaf in (batch["values"], batch["values"].clone().requires_grad_()):
+        launches.clear()
+        found, same = rf.gae(**{**batch, "values": leaf}, whiten=True)
+        assert launches == [*few, "gae_kernel", "whiten_kernel"]
+        contract.assert_bitwise(same.detach(), returns)
+        # The moments are other float64 sums: a rounding of the result.
+        tolerance = 2 * contract.EPS[torch.float32]
+        torch.testing.assert_close(found.detach(), expected, rtol=tolerance, atol=tolerance)
+
+
+def test_whitened_twice_is_the_same():
+    batch = {"rewards": torch.randn(30, 20), "values": torch.randn(30, 20), "gamma": GAMMA, "lam": LAM}
+    contract.assert_bitwise(rf.gae(**batch, whiten=True)[0], rf.gae(**batch, whiten=True)[0])
 
 
 def test_only_few_long_rows_are_chunked():
