@@ -19,7 +19,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .advantage_rows import _after, _bounds, _lam_of, _messages, _pick, _places
+from .advantage_rows import _bounds, _lam_of, _messages, _pick, _places
 from .aot import Variant
 
 # Rows that are chunked at most: a walk has one program for each, and these leave half of an H100's 132
@@ -127,9 +127,10 @@ def summary_kernel(
 
 @triton.jit
 def _carried(slopes, shifts, first, last, m):
-    """m behind the blocks of these slots, one after another as a walk takes them."""
+    """m behind the blocks of these slots, one after another by `_after`, as a walk takes them."""
     for slot in tl.range(first, last, loop_unroll_factor=4):  # the loads of four blocks on their way at once
-        m = _after(tl.load(slopes + slot), tl.load(shifts + slot), m)
+        slope, shift = tl.load(slopes + slot), tl.load(shifts + slot)
+        m = tl.where(slope == 0.0, shift, shift + slope * m)
     return m
 
 
