@@ -79,7 +79,7 @@ def gae_kernel(
             )  # fmt: skip
             blocks = tl.cdiv(count, BLOCK)
             last = blocks
-        for k in range(first, last):
+        for k in tl.range(first, last, disable_licm=not MOMENTS and tl.float32 == WIDE):
             rank = (blocks - 1 - k) * BLOCK + i
             inside = rank < count
             at = _places(places + begin, low, listed, rank, MASKED)

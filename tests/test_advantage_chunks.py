@@ -1,6 +1,5 @@
 """Few long rows in chunks: to the bit what walking them gives, in the launches that are promised."""
 
-import numpy as np
 import pytest
 import torch
 from triton.runtime import interpreter
@@ -34,24 +33,6 @@ def launches(monkeypatch):
 
     monkeypatch.setattr(interpreter.GridExecutor, "__call__", counted)
     return seen
-
-
-def _scan_by_doubling(self, given):
-    """The interpreter's scan in log2(n) joins of whole blocks, as GPUs do it, instead of one join an element."""
-    found, shift = [x.handle.data for x in given], 1
-    while shift < found[0].size:
-        near = [self.to_tensor(np.roll(part, shift), x.dtype) for part, x in zip(found, given, strict=True)]
-        far = [self.to_tensor(part, x.dtype) for part, x in zip(found, given, strict=True)]
-        joined = self.combine_fn.fn(*near, *far)
-        found = [np.where(np.arange(part.size) < shift, part, y.handle.data)
-                 for part, y in zip(found, joined, strict=True)]  # fmt: skip
-        shift *= 2
-    return [self.to_tensor(part, x.dtype) for part, x in zip(found, given, strict=True)]
-
-
-@pytest.fixture(autouse=True)
-def _fast_scan(monkeypatch):
-    monkeypatch.setattr(interpreter.ScanOps, "generic_scan", _scan_by_doubling)
 
 
 def _batch(shape, rows, dtype, every=True):
