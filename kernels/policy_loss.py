@@ -10,16 +10,31 @@ A program adds the sums of its blocks in order, and one program adds the program
 follows from the number of tokens alone, so the result is the same in every run. Nothing waits for the device.
 """
 
+import math
+
 import torch
 import triton
 import triton.language as tl
 
 from .aot import Variant
+from .objectives import (
+    CISPO,
+    CLIP_COV,
+    GMPO,
+    GSPO,
+    GSPO_TOKEN,
+    KL_COV,
+    REINFORCE,
+    VESPO,
+    row_surrogate,
+    token_surrogate,
+)
 from .policy_loss_layout import (
     BLOCK,
     Layout,
     TokenWeights,
     exp20,
+    kl_estimate,
     load_wide,
     log_ratio,
     programs_of,
@@ -28,6 +43,8 @@ from .policy_loss_layout import (
     warps,
     wide,
 )
+from .selection import selection
+from .sequence_objectives import row_states
 
 # Partial sums that the last program loads at a time.
 FOLD = 64
@@ -68,47 +85,15 @@ def raise_to(sums, SLOT: tl.constexpr, x):
 
 
 @triton.jit
-def _reinforce(logp, A):
-    """L = -A log p: (loss, d loss / d log p)."""
-    forbidden = logp == float("-inf")
-    return tl.where(forbidden, 0.0, -A * logp), tl.where(forbidden, 0.0, -A)
-
-
-@triton.jit
-def _ppo_clip(A, ratio, live_ratio, low, high, dual, cap):
-    """L = -A bound: A's sign decides which bound binds; the gradient passes where that is the ratio."""
-    capped = tl.where(ratio > cap, cap, ratio)
-    clipped = tl.where(ratio < low, low, tl.where(ratio > high, high, ratio))
-    upper = tl.where(capped < clipped, clipped, capped)
-    upper = tl.where(upper > dual, dual, upper)
-    bound = tl.where(A < 0.0, upper, tl.where(capped > clipped, clipped, capped))
-    raised = bound > ratio
-    lowered = bound < ratio
-    passing = tl.where(raised | lowered, 0.0, live_ratio)
-    return -A * bound, -A * passing, raised, lowered & (A > 0.0), lowered & (A < 0.0)
-
-
-@triton.jit
 def _penalty(
     logp, ref, ratio, live_ratio, ESTIMATOR: tl.constexpr, GRADIENT: tl.constexpr, WIDE: tl.constexpr
 ):
     """KL(policy || reference): (estimate, what enters the loss, its d / d log p)."""
     x, clamped = log_ratio(logp, ref)
-    inside = tl.where(clamped, 0.0, 1.0).to(WIDE)
-    k = x
-    slope = inside
-    if ESTIMATOR == 1:
-        k = 0.5 * x * x
-        slope = x * inside
-    if ESTIMATOR == 2:
-        _, m = exp20(-x, WIDE)
-        k = m + x
-        slope = -m * inside
-    if ESTIMATOR == 3:
-        k = tl.abs(x)
-        slope = tl.where(x > 0.0, inside, tl.where(x < 0.0, -inside, x * 0.0))
+    k, slope = kl_estimate(x, ESTIMATOR, WIDE)
     if GRADIENT == 1:
-        slope = x * inside
+        slope = x
+    slope = tl.where(clamped, 0.0, slope)
     value = k
     if GRADIENT == 2:
         value = ratio * k
@@ -117,48 +102,30 @@ def _penalty(
 
 
 @triton.jit
-def _ratios(sums, logp, old, on, WIDE: tl.constexpr):
-    """(sums, ratio, d ratio / d log p): the latter is 0 where the log-ratio was clamped."""
-    x, clamped = log_ratio(logp, old)
-    ratio, minus_one = exp20(x, WIDE)
+def _moved(sums, x, clamped, minus_one, ratio, on):
+    """How far the policy has moved: `ratio` is the row's where the objective has one of the row."""
     counted = tl.where(on, ratio, 0.0)
     sums = count(sums, TOKENS, on)
     sums = count(sums, CLAMPED, clamped)
     sums = add(sums, APPROX_K1, -x)
     sums = add(sums, APPROX_K3, minus_one - x)
     sums = add(sums, RATIO, counted)
-    sums = raise_to(sums, RATIO_MAX, counted)
-    return sums, ratio, tl.where(clamped, 0.0, ratio)
-
-
-@triton.jit
-def _surrogate(
-    sums, logp, A, ratio, live_ratio, low, high, dual, cap, OBJECTIVE: tl.constexpr, WIDE: tl.constexpr
-):
-    """(sums, loss, d loss / d log p) of the objective, as csrc/policy_loss.h numbers them."""
-    if OBJECTIVE == 0:
-        value, slope = _reinforce(logp, A)
-    else:
-        value, slope, below, above, over = _ppo_clip(
-            A, ratio, live_ratio, real(low, WIDE), real(high, WIDE), real(dual, WIDE), real(cap, WIDE)
-        )
-        sums = count(sums, CLIP_LOW, below)
-        sums = count(sums, CLIP_HIGH, above)
-        sums = count(sums, CLIP_DUAL, over)
-    return sums, value, slope
+    return raise_to(sums, RATIO_MAX, counted)
 
 
 @triton.jit
 def policy_loss_kernel(
     logprobs, old_logprobs, advantages, ref_logprobs, entropy, importance, mask, cu_seqlens, flat_weight,
-    counts, d_logprobs, d_entropy, partial, tokens, rows, row_length, search_steps, steps, row_stride,
-    token_stride, low: tl.float64, high: tl.float64, dual: tl.float64, cap: tl.float64, kl_coef: tl.float64,
+    counts, states, selected, d_logprobs, d_entropy, partial, tokens, rows, row_length, search_steps, steps,
+    row_stride, token_stride, p0: tl.float64, p1: tl.float64, p2: tl.float64, p3: tl.float64, kl_coef: tl.float64,
     entropy_coef: tl.float64,
     OBJECTIVE: tl.constexpr, ESTIMATOR: tl.constexpr, GRADIENT: tl.constexpr, OLD: tl.constexpr,
     REF: tl.constexpr, HAS_ENTROPY: tl.constexpr, HAS_IMPORTANCE: tl.constexpr, PACKED: tl.constexpr,
     ROW_ADVANTAGES: tl.constexpr, ROW_WEIGHTS: tl.constexpr, WANT_LOGPROBS: tl.constexpr,
     WANT_ENTROPY: tl.constexpr, WIDE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
+    BY_ROW: tl.constexpr = OBJECTIVE >= GSPO
+    SELECTS: tl.constexpr = (OBJECTIVE == KL_COV) | (OBJECTIVE == CLIP_COV)
     sums = tl.zeros([SLOTS], tl.float64)
     weight = tl.load(flat_weight).to(WIDE)
     for step in range(steps):
@@ -168,7 +135,7 @@ def policy_loss_kernel(
         on = live & (tl.load(mask + token, live, 0) != 0)
         at = token * token_stride
         w = weight
-        if ROW_ADVANTAGES or ROW_WEIGHTS:
+        if ROW_ADVANTAGES or ROW_WEIGHTS or BY_ROW:
             row = row_of(token, start, cu_seqlens, rows, row_length, search_steps, PACKED, BLOCK)
             if ROW_ADVANTAGES:
                 at += row * row_stride
@@ -178,15 +145,40 @@ def policy_loss_kernel(
         old = logp
         if OLD:
             old = load_wide(old_logprobs, token, live, on, WIDE)
-        sums, ratio, live_ratio = _ratios(sums, logp, old, on, WIDE)
+        x, clamped = log_ratio(logp, old)
+        ratio, minus_one = exp20(x, WIDE)
+        moved = ratio
+        if BY_ROW:
+            row_ratio = load_wide(states, row, live, on, WIDE)
+            if OBJECTIVE != GMPO:
+                moved = row_ratio
+        sums = _moved(sums, x, clamped, minus_one, moved, on)
+        live_ratio = tl.where(clamped, 0.0, ratio)
         A = load_wide(advantages, at, live, on, WIDE)
-        sums, value, slope = _surrogate(
-            sums, logp, A, ratio, live_ratio, low, high, dual, cap, OBJECTIVE, WIDE
-        )
+        q0, q1, q2, q3 = real(p0, WIDE), real(p1, WIDE), real(p2, WIDE), real(p3, WIDE)
+        if BY_ROW:
+            a = load_wide(states + rows, row, live, on, WIDE)
+            b = load_wide(states + 2 * rows, row, live, on, WIDE)
+            value, slope, low, high, dual = row_surrogate(
+                logp, A, x, clamped, row_ratio, a, b, q0, q1, q2, q3, OBJECTIVE, WIDE
+            )
+        else:
+            chosen = on
+            if SELECTS:
+                chosen = on & (tl.load(selected + token, live, 0) != 0)
+            value, slope, low, high, dual = token_surrogate(
+                logp, old, A, x, clamped, ratio, live_ratio, chosen, q0, q1, q2, q3, OBJECTIVE, WIDE
+            )
+        if OBJECTIVE != REINFORCE:
+            sums = count(sums, CLIP_LOW, low)
+            sums = count(sums, CLIP_HIGH, high)
+            sums = count(sums, CLIP_DUAL, dual)
         if HAS_IMPORTANCE:
             v = load_wide(importance, token, live, on, WIDE)
-            value = v * value
-            slope = v * slope
+            if OBJECTIVE != VESPO:  # the row has used it
+                value = v * value
+            if (OBJECTIVE < GSPO) | (OBJECTIVE == GSPO_TOKEN):
+                slope = v * slope
             sums = add(sums, IMPORTANCE, v)
             sums = add(sums, SQUARES, v * v)
             sums = raise_to(sums, IMPORTANCE_MAX, v)
@@ -277,8 +269,6 @@ def policy_loss(
     `inputs`: logprobs, old_logprobs, ref_logprobs, entropy, importance, contiguous or None. `advantages`: one
     per token or one per row, any strides.
     """
-    if objective > 1:
-        raise NotImplementedError("of the objectives only Reinforce and PPOClip have a Triton kernel")
     logprobs, old, ref, entropy, importance = inputs
     assert logprobs is not None
     row_stride, token_stride = 0, advantages.stride(-1)
@@ -286,6 +276,16 @@ def policy_loss(
         row_stride, token_stride = token_stride, 0
     elif advantages.dim() == 2:  # at row * stride(0) + (token - row * row_length) * stride(1)
         row_stride = advantages.stride(0) - layout.row_length * token_stride
+    if objective == GMPO.value:
+        parameters = [math.log(bound) for bound in parameters[:2]] + [0.0, 0.0]
+    states = selected = None
+    if objective >= GSPO.value:
+        strides = row_stride, token_stride
+        states = row_states(logprobs, old, advantages, strides, importance, layout, objective, parameters)
+    elif objective in (KL_COV.value, CLIP_COV.value):
+        selected = selection(
+            logprobs, old, advantages, (row_stride, token_stride), layout, objective, parameters
+        )
     programs, steps = programs_of(layout.tokens)
     partial = partials(layout, programs)
 
@@ -295,9 +295,9 @@ def policy_loss(
     if programs:
         policy_loss_kernel[(programs,)](
             logprobs, given(old), advantages, given(ref), given(entropy), given(importance), layout.mask,
-            layout.row_arguments()[0], weights.flat, given(weights.counts), given(d_logprobs),
-            given(d_entropy), partial, layout.tokens, *layout.row_arguments()[1:], steps, row_stride,
-            token_stride, *parameters[:4], kl_coef, entropy_coef,
+            layout.row_arguments()[0], weights.flat, given(weights.counts), given(states), given(selected),
+            given(d_logprobs), given(d_entropy), partial, layout.tokens, *layout.row_arguments()[1:], steps,
+            row_stride, token_stride, *parameters[:4], kl_coef, entropy_coef,
             OBJECTIVE=objective, ESTIMATOR=kl_estimator, GRADIENT=kl_gradient,
             OLD=old is not None, REF=ref is not None, HAS_ENTROPY=entropy is not None,
             HAS_IMPORTANCE=importance is not None, PACKED=layout.cu_seqlens is not None,
@@ -328,11 +328,17 @@ def value_loss(
 
 
 def _variants() -> list[Variant]:
-    """Reinforce and PPOClip alone, and PPOClip with every input, in both layouts; float64 in the last."""
+    """Every objective with every input; the first two also alone, PPOClip in both layouts and every dtype."""
     sizes = ("tokens", "rows", "row_length", "search_steps", "steps", "row_stride", "token_stride")
-    numbers = ("low", "high", "dual", "cap", "kl_coef", "entropy_coef")
+    numbers = ("p0", "p1", "p2", "p3", "kl_coef", "entropy_coef")
     names = ("logprobs", "old_logprobs", "advantages", "ref_logprobs", "entropy", "importance")
-    layout = {"mask": "*i1", "cu_seqlens": "*i32", "flat_weight": "*fp64", "counts": "*i64"}
+    layout = {
+        "mask": "*i1",
+        "selected": "*i1",
+        "cu_seqlens": "*i32",
+        "flat_weight": "*fp64",
+        "counts": "*i64",
+    }
     choices = ("REF", "HAS_ENTROPY", "HAS_IMPORTANCE", "ROW_ADVANTAGES", "ROW_WEIGHTS", "WANT_ENTROPY")
     even = ("tokens", "row_length")
     found = []
@@ -340,22 +346,20 @@ def _variants() -> list[Variant]:
         double = dtype == "*fp64"
         tile = {"WIDE": tl.float64 if double else tl.float32, "BLOCK": BLOCK}
         num_warps = warps(torch.float64 if double else torch.float32)
-        outputs = dict.fromkeys(("d_logprobs", "d_entropy", "d_values"), real_dtype) | {"partial": "*fp64"}
-        signature = dict.fromkeys(names, dtype) | layout | outputs
+        outputs = dict.fromkeys(("states", "d_logprobs", "d_entropy", "d_values"), real_dtype)
+        signature = dict.fromkeys(names, dtype) | layout | outputs | {"partial": "*fp64"}
         signature |= dict.fromkeys(sizes, "i32") | dict.fromkeys(numbers, "fp64")
-        for objective, full, packed in (
-            (0, False, False),
-            (1, False, False),
-            (1, True, False),
-            (1, True, True),
-        ):
-            flags = {"OBJECTIVE": objective, "ESTIMATOR": 2, "GRADIENT": 2, "OLD": objective == 1}
+        cases = [(1, True, False), (1, True, True)]
+        if dtype == "*fp32":
+            cases += [(0, False, False), (1, False, False)]
+            cases += [(objective, True, False) for objective in range(CISPO.value, VESPO.value + 1)]
+        for objective, full, packed in cases:
+            flags = {"OBJECTIVE": objective, "ESTIMATOR": 2, "GRADIENT": 2, "OLD": objective != 0}
             flags |= dict.fromkeys(choices, full) | {"PACKED": packed, "WANT_LOGPROBS": True}
             flags |= tile | ({} if full else {"token_stride": 1})
-            if full or not double:
-                found.append(Variant(policy_loss_kernel, signature, flags, num_warps, even))
+            found.append(Variant(policy_loss_kernel, signature, flags, num_warps, even))
         value = dict.fromkeys(("values", "old_values", "returns"), dtype) | layout | outputs
-        value |= {"tokens": "i32", "steps": "i32", "clip": "fp64"}
+        value |= {"tokens": "i32", "steps": "i32", "clip": "fp64", "partial": "*fp64"}
         flags = {"CLIP": True, "WANTED": True} | tile
         found.append(Variant(value_loss_kernel, value, flags, num_warps, even))
     finish = {"partial": "*fp64", "loss": "*fp32", "stats": "*fp32", "programs": "i32"}

@@ -61,6 +61,25 @@ def log_ratio(logp, other):
 
 
 @triton.jit
+def kl_estimate(x, ESTIMATOR: tl.constexpr, WIDE: tl.constexpr):
+    """An estimate of KL(policy || reference) from x = log p - log ref, and its derivative by x."""
+    if ESTIMATOR == 0:
+        k = x
+        slope = x * 0.0 + 1.0
+    elif ESTIMATOR == 1:
+        k = 0.5 * x * x
+        slope = x
+    elif ESTIMATOR == 2:
+        _, m = exp20(-x, WIDE)
+        k = m + x
+        slope = -m
+    else:
+        k = tl.abs(x)
+        slope = tl.where(x > 0.0, 1.0, tl.where(x < 0.0, -1.0, x * 0.0))
+    return k, slope
+
+
+@triton.jit
 def row_of(
     token, start, cu_seqlens, rows, row_length, search_steps, PACKED: tl.constexpr, BLOCK: tl.constexpr
 ):
@@ -190,8 +209,8 @@ def programs_of(tokens: int) -> tuple[int, int]:
 
 
 def warps(dtype: torch.dtype) -> int:
-    """4; a float64 takes two registers, so its block is spread over 8."""
-    return 8 if dtype == torch.float64 else 4
+    """4; a float64 takes two registers, so its block is spread over 16."""
+    return 16 if dtype == torch.float64 else 4
 
 
 def wide(dtype: torch.dtype) -> tl.dtype:

@@ -70,20 +70,6 @@ def backend(request: pytest.FixtureRequest) -> Iterator[str]:
         yield request.param
 
 
-@pytest.hookimpl(wrapper=True)
-def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
-    """What has no Triton kernel refuses in one line (test_backend.py lists it); its other tests are skipped."""
-    try:
-        return (yield)
-    except Exception as error:
-        link: BaseException | None = error
-        while link is not None:
-            if isinstance(link, NotImplementedError) and "Triton kernel" in str(link):
-                pytest.skip(str(link))
-            link = link.__cause__ or link.__context__
-        raise
-
-
 @pytest.fixture(scope="session", params=[2, 4])
 def ranks(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ranks]:
     """Two, then four gloo processes, started when first needed."""

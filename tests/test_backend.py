@@ -119,21 +119,3 @@ def test_batched_gradients(op):
     rows = torch.autograd.functional.jacobian(function, VECTOR)
     batched = torch.autograd.functional.jacobian(function, VECTOR, vectorize=True)
     torch.testing.assert_close(batched, rows, rtol=0, atol=0)
-
-
-X, MASK = torch.zeros(2, 3), torch.ones(2, 3, dtype=torch.bool)
-WITHOUT_KERNEL = {
-    "objective": lambda: rf.policy_loss(X, X, X, MASK, objective=rf.CISPO()),
-    "objective of rows": lambda: rf.policy_loss(X, X, X, MASK, objective=rf.GSPO()),
-    "bounds of another level": lambda: rf.importance_weights(
-        X, X, MASK, mode="mask", low=0.5, high=2.0, bound_level="geometric"
-    ),
-    "kl_rewards": lambda: rf.kl_rewards(X, X, X, MASK, kl_coef=0.1),
-}
-
-
-@pytest.mark.parametrize("call", WITHOUT_KERNEL)
-def test_what_has_no_triton_kernel_says_so(call):
-    with rf.use_backend("triton"), pytest.raises(NotImplementedError, match="Triton kernel") as raised:
-        WITHOUT_KERNEL[call]()
-    assert "\n" not in str(raised.value)

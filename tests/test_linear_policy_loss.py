@@ -90,8 +90,7 @@ def _assert_close(found, expected, rtol):
 
 
 @pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
-# policy_loss has a Triton kernel for these; test_every_objective has the others.
-@pytest.mark.parametrize("loss", [name for name in LOSSES if name != "sequences"])
+@pytest.mark.parametrize("loss", LOSSES)
 @pytest.mark.parametrize("head", HEADS)
 def test_equals_reference_and_two_steps_in_float64(backend, head, loss, packed):
     case = _case(head, loss, packed=packed)

@@ -145,7 +145,7 @@ def test_equals_the_printed_equation(backend, objective, aggregation, denominato
 @pytest.mark.parametrize("gradient", ["value", "ratio"])
 def test_gradcheck(backend, objective, gradient):
     b = batch((2, 5) if backend == "cpu" else (1, 4), torch.float64)
-    for estimator in KL:
+    for estimator in KL if backend == "cpu" else ("k3",):  # the others equal the reference, above
         contract.assert_gradcheck(
             lambda logprobs, entropy, estimator=estimator: (
                 replace(b, logprobs=logprobs, entropy=entropy)

@@ -215,8 +215,10 @@ def test_every_instruction_set_agrees(isa, objective, dtype):
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_small_gradients_survive_a_loss_scale(backend, dtype):
     """1 / n of 2^18 tokens is below float16's subnormals; times the loss scale it is not."""
-    logprobs = torch.full((64, 4096), -1.0, dtype=dtype, requires_grad=True)
-    loss = rf.policy_loss(logprobs, None, torch.ones(64, dtype=dtype), torch.ones(64, 4096).bool()).loss
+    shape = (64, 4096) if backend == "cpu" else (2, 8)
+    logprobs = torch.full(shape, -1.0, dtype=dtype, requires_grad=True)
+    advantages, mask = torch.ones(shape[0], dtype=dtype), torch.ones(shape).bool()
+    loss = rf.policy_loss(logprobs, None, advantages, mask, denominator=2.0**18).loss
     (gradient,) = torch.autograd.grad(loss * 2.0**16, logprobs)
     assert bool((gradient == -(2.0**-2)).all())
 

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 
 from .. import _core
-from ._policy_loss import _flat, _layout_cpu, _outputs, per_row
+from ._policy_loss import _flat, _layout_cpu, _offsets, _outputs, per_row
 from .backend import DTYPE, address, register
 
 
@@ -28,8 +28,19 @@ def _kl_rewards_cpu(
     return shaped, stats
 
 
-def _kl_rewards_triton(rewards: torch.Tensor, *_: Any) -> tuple[torch.Tensor, ...]:
-    raise NotImplementedError("kl_rewards has no Triton kernel")
+def _kl_rewards_triton(
+    rewards: torch.Tensor, logprobs: torch.Tensor, ref_logprobs: torch.Tensor, mask: torch.Tensor,
+    cu_seqlens: torch.Tensor | None, kl_coef: float, estimator: int, clip: float,
+) -> tuple[torch.Tensor, ...]:  # fmt: skip
+    from ..kernels import kl_rewards as kernels
+    from ..kernels.policy_loss_layout import Layout
+
+    shaped, stats = _outputs(logprobs, _shapes(logprobs))
+    kernels.kl_rewards(
+        rewards.contiguous(), per_row(rewards, logprobs), logprobs.contiguous(), ref_logprobs.contiguous(),
+        Layout.of(logprobs, mask, _offsets(logprobs, cu_seqlens)), kl_coef, estimator, clip, shaped, stats,
+    )  # fmt: skip
+    return shaped, stats
 
 
 def _kl_rewards_fake(rewards: torch.Tensor, logprobs: torch.Tensor, *_: Any) -> tuple[torch.Tensor, ...]:

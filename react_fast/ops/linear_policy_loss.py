@@ -73,7 +73,7 @@ def linear_policy_loss(
         advantages: like those, or one per sequence [B].
         mask: [B, T] or [N], bool or 0/1. Only rows that count reach a GEMM; nothing in the others is looked at.
         objective, aggregation, kl_coef, kl_estimator, kl_gradient, entropy_coef, denominator, cu_seqlens: see
-            `policy_loss`, which has a Triton kernel for some objectives only. H is the policy's own entropy.
+            `policy_loss`. H is the policy's own entropy.
     Returns: PolicyLoss(loss, metrics) as `policy_loss`, with metrics["entropy"] always; differentiable once in
         hidden, weight and bias. Equal to the two lines above to rounding.
     Raises: as `linear_token_logprobs` and `policy_loss`.
