@@ -18,9 +18,9 @@ from .frameworks import GAE, GAMMA, LAM, SURROGATE, verl_gae_whiten
 
 
 def _equal(
-    expected: torch.Tensor, where: torch.Tensor | None = None, tied: float = 0.0
+    expected: torch.Tensor, where: torch.Tensor | None = None, tied: float = 0.0, most: float = 1e-3
 ) -> Callable[[str, Any], None]:
-    """float32 on both sides over thousands of steps: 1e-3 of the largest number.
+    """Apart at most `most` of the largest number; by default float32 on both sides over thousands of steps.
 
     `tied`: the share of elements that may differ, since a rounding decides on which side of a bound they are.
     """
@@ -32,7 +32,7 @@ def _equal(
         found = found.reshape(expected.shape)
         apart = (found - expected).abs() / scale
         apart = apart if where is None else apart[where]
-        wrong = float((~(apart < 1e-3)).double().mean())
+        wrong = float((~(apart < most)).double().mean())
         assert wrong <= tied, f"{name} is {float(apart.max()):.1e} apart, in {wrong:.1e} of its numbers"
 
     return check

@@ -1,7 +1,10 @@
-// Rewards relative to their group: a few thousand numbers in any order, so in double and on one thread. Built
-// once, for every instruction set.
+// Rewards relative to their group, in any order: few numbers, so in double and on one thread. Built once, for every
+// instruction set.
 //
 //   c_i = r_i - b_i      A_i = c_i / (max(std, min_std) + eps), or c_i
+//
+// Roofline: 16 bytes read and 8 written a reward; the members of a group are brought together by a hash of its id and a
+// counting sort, three random accesses a reward, which are the cost.
 #include "advantage.h"
 
 #include <algorithm>
@@ -102,21 +105,73 @@ struct Group {
   }
 };
 
+// The number of every distinct id, in the order of their first appearance: a hash table, at most half full, that grows
+// with the ids and so stays in cache.
+class Numbering {
+ public:
+  int64_t operator()(int64_t id) {
+    size_t slot = home(id);
+    for (; table_[slot] >= 0; slot = (slot + 1) & (table_.size() - 1)) {
+      if (ids_[static_cast<size_t>(table_[slot])] == id) return table_[slot];
+    }
+    ids_.push_back(id);
+    const int64_t number = table_[slot] = size() - 1;
+    if (2 * ids_.size() > table_.size()) grow();
+    return number;
+  }
+  int64_t size() const { return static_cast<int64_t>(ids_.size()); }
+
+ private:
+  size_t home(int64_t id) const {
+    return static_cast<size_t>((static_cast<uint64_t>(id) * 0x9e3779b97f4a7c15u) >> (64 - bits_));
+  }
+  void grow() {
+    table_.assign(size_t{1} << ++bits_, -1);
+    for (size_t i = 0; i < ids_.size(); ++i) {
+      size_t slot = home(ids_[i]);
+      while (table_[slot] >= 0) slot = (slot + 1) & (table_.size() - 1);
+      table_[slot] = static_cast<int64_t>(i);
+    }
+  }
+
+  int bits_ = 8;
+  std::vector<int64_t> table_ = std::vector<int64_t>(256, -1), ids_;
+};
+
+// Members of every group side by side, in the order of the batch: group g has [begins[g], begins[g + 1]).
+struct Grouped {
+  std::vector<int64_t> members, begins;
+
+  Grouped(const std::vector<int64_t>& kept, const int64_t* ids) : members(kept.size()) {
+    std::vector<int64_t> group(kept.size());
+    Numbering number;
+    for (size_t i = 0; i < kept.size(); ++i) {
+      const bool same = i > 0 && ids[kept[i]] == ids[kept[i - 1]];
+      group[i] = same ? group[i - 1] : number(ids[kept[i]]);
+    }
+    begins.assign(static_cast<size_t>(number.size()) + 1, 0);
+    for (const int64_t g : group) ++begins[static_cast<size_t>(g) + 1];
+    std::partial_sum(begins.begin(), begins.end(), begins.begin());
+    std::vector<int64_t> next(begins.begin(), begins.end() - 1);
+    for (size_t i = 0; i < kept.size(); ++i) members[static_cast<size_t>(next[static_cast<size_t>(group[i])]++)] = kept[i];
+  }
+};
+
 }  // namespace
 
 void group_advantages(const GroupArgs& args) {
   std::vector<int64_t> order;
+  order.reserve(static_cast<size_t>(args.count));
   for (int64_t i = 0; i < args.count; ++i) {
     args.out[i] = 0;
     if ((args.valid == nullptr || args.valid[i]) && !std::isnan(args.rewards[i])) order.push_back(i);
   }
-  const int64_t* const end = order.data() + order.size();
-  const Spread batch = args.scale == 2 ? describe(args, order.data(), end) : Spread{};
-  std::stable_sort(order.begin(), order.end(), [&](int64_t a, int64_t b) { return args.groups[a] < args.groups[b]; });
+  const Spread batch = args.scale == 2 ? describe(args, order.data(), order.data() + order.size()) : Spread{};
+  const Grouped grouped(order, args.groups);
   double along = 0;
-  for (const int64_t* first = order.data(); first != end;) {
-    const int64_t* last = first;
-    while (last != end && args.groups[*last] == args.groups[*first]) ++last;
+  for (size_t g = 0; g + 1 < grouped.begins.size(); ++g) {
+    const int64_t* const first = grouped.members.data() + grouped.begins[g];
+    const int64_t* const last = grouped.members.data() + grouped.begins[g + 1];
     const Group group(args, first, last, batch);
     if (last - first == 1 && args.raw_singleton) {
       args.out[*first] = args.upstream != nullptr ? args.upstream[*first] : args.rewards[*first];
@@ -127,7 +182,6 @@ void group_advantages(const GroupArgs& args) {
         along += group.write_gradient();
       }
     }
-    first = last;
   }
   if (args.upstream == nullptr || args.scale != 2) return;
   const double shared = slope(args, batch, along);

@@ -6,15 +6,15 @@
 // and a NaN stays in the windows that hold it. A segment's last reward carries the discounted value behind it.
 //
 // Roofline: r, V, mask read and y written, 13 bytes a step in float32, each read two or three times from cache, for
-// 6 flops in two chains of dependent multiply-adds: bound by their latency. n = 1 behind its step is one vector pass
-// without them. Included by q_learning.cpp alone, once per instruction set.
+// 6 flops in two chains of dependent multiply-adds: bound by their latency. Few steps side by side are vectors of
+// n_step_lanes.h; n = 1 behind its step is one vector pass. Included by q_learning.cpp alone, once per instruction set.
 #pragma once
 
 #include "buffer.h"
 #include "memory.h"
+#include "n_step_lanes.h"
 #include "parallel.h"
 #include "q_learning.h"
-#include "steps.h"
 
 namespace rf {
 namespace RF_ISA {
@@ -79,17 +79,17 @@ void windows(const Walk<direction>& walk, int64_t n, const double* powers, Real*
 // 2: terminated. Segments without counting steps are left out.
 template <class Body>
 void for_segments(const NStepInput& in, int64_t begin, int64_t end, const Body& body) {
-  int64_t last = -1, start = begin;
-  for (int64_t t = begin; t < end; ++t) {
-    if (in.mask != nullptr && !in.mask[t]) continue;
-    last = t;
-    const int cut = in.terminated != nullptr && in.terminated[t] ? 2 : in.truncated != nullptr && in.truncated[t];
-    if (cut == 0) continue;
-    body(start, t + 1, t, cut);
-    start = t + 1;
-    last = -1;
+  Cuts cuts(in.terminated, in.truncated, in.mask, end);
+  for (int64_t start = begin; start < end;) {
+    const int64_t stop = cuts.from(start);
+    if (stop == end) {
+      const int64_t last = in.mask == nullptr ? end - 1 : find_last_set(in.mask, start, end);
+      if (last >= start) body(start, end, last, 0);
+      return;
+    }
+    body(start, stop + 1, stop, in.terminated != nullptr && in.terminated[stop] ? 2 : 1);
+    start = stop + 1;
   }
-  if (last >= 0) body(start, end, last, 0);
 }
 
 template <class Body>
@@ -113,15 +113,6 @@ inline i32v flags_at(const uint8_t* flags, int64_t t, int64_t count, bool missin
   for (int64_t i = 0; i < count; ++i) out[i] = -static_cast<int32_t>(flags[t + i] != 0);
   return out;
 }
-template <class T>
-f32v load_some(const T* p, int64_t count, float fill = 0.0f) {
-  return count >= kLanes ? load(p) : load_tail(p, count, fill);
-}
-template <class T>
-void store_some(T* p, int64_t count, f32v x) {
-  count >= kLanes ? store(p, x) : store_tail(p, count, x);
-}
-
 // y_t = r_t + gamma V'_t, V' behind its step: nothing is carried, so vectors.
 template <class T>
 void one_step_row(const NStepArgs& args, const T* r, const T* v, float* out, int64_t begin, int64_t end) {
@@ -156,11 +147,19 @@ void n_step_dtype(const NStepArgs& args) {
   fill_powers(powers.data, in.gamma, in.n);
   for_rows_of(in, [&](int64_t i, int64_t row_begin, int64_t row_end) {
     clear_masked(in, out, row_begin, row_end);
+    [[maybe_unused]] Gaps<T> gaps;
     for_segments(in, row_begin, row_end, [&](int64_t begin, int64_t end, int64_t last, int cut) {
       double tail = in.behind && cut < 2 ? real(v[last]) : 0.0;
       if (cut == 1 && boot != nullptr) tail = real(boot[last]);
       if (cut == 0 && last_values != nullptr) tail = real(last_values[i]);
       const double bonus = cut == 2 ? 0.0 : in.gamma * tail;
+      if constexpr (sizeof(Real) == sizeof(float)) {
+        const int64_t first = in.mask == nullptr ? begin : find_set(in.mask, begin, end);
+        if (in.n <= kShort && all_set(in.mask, first, last)) {
+          return short_windows(r, v, out, first, last, in.n, in.gamma, bonus, in.behind);
+        }
+        if (in.n <= kShort) return gaps.run(r, v, in.mask, out, first, last, in.n, in.gamma, bonus, in.behind);
+      }
       const auto x = [&](int64_t t) { return static_cast<double>(real(r[t])) + (t == last ? bonus : 0.0); };
       const Walk<1> walk{in.mask, begin, end};
       windows(walk, in.n, powers.data, out, x,
