@@ -41,16 +41,23 @@ if triton.__version__.startswith("3.6"):
 def _scan_by_doubling(self: Any, given: Any) -> list[Any]:
     """The interpreter's scan in log2(n) joins of whole blocks, as GPUs do it, instead of one join an element."""
     found, shift = [x.handle.data for x in given], 1
+    if found[0].ndim != 1:
+        return _scan_by_element(self, given)
     while shift < found[0].size:
         near = [self.to_tensor(np.roll(part, shift), x.dtype) for part, x in zip(found, given, strict=True)]
         far = [self.to_tensor(part, x.dtype) for part, x in zip(found, given, strict=True)]
         joined = self.combine_fn.fn(*near, *far)
-        found = [np.where(np.arange(part.size) < shift, part, y.handle.data)
-                 for part, y in zip(found, joined, strict=True)]  # fmt: skip
+        joined = joined if isinstance(joined, tuple) else (joined,)
+        first = np.arange(found[0].size) < shift
+        found = [
+            np.where(first, part, y.handle.data).astype(part.dtype)
+            for part, y in zip(found, joined, strict=True)
+        ]
         shift *= 2
     return [self.to_tensor(part, x.dtype) for part, x in zip(found, given, strict=True)]
 
 
+_scan_by_element = interpreter.ScanOps.generic_scan
 interpreter.ScanOps.generic_scan = _scan_by_doubling
 
 
