@@ -8,80 +8,105 @@ Roofline, per step in float32: r, V, mask read, A, G written, 17 bytes (5.7 ns a
 further flag 1 byte, for 6 flops and 3 log2(BLOCK) of the scan: bandwidth-bound. Backward: dA, dG, mask read, dr,
 dV written, 17 bytes. The scan: 12 bytes forward, 20 backward.
 
-A program walks one row in blocks of BLOCK counting steps and hands one carry from block to block. Blocks are
-counted from the row's first counting step, and the row's length and strides are not specialised on, so that every
-row is laid out over the threads in the same way: neither padding, gaps, packing nor the other rows change a bit.
-For that a row with gaps lists its counting steps first, 8 bytes a step more, most of them in the L2 cache.
+A program walks one row in blocks of BLOCK counting steps and hands one carry from block to block; of few long rows
+(GAE, TD(lambda) and discounted returns; the backward, the scan and kernels/off_policy.py always walk) a program
+takes one block, see kernels/advantage_chunks.py. Blocks are counted from the row's first counting step, and the
+row's length and strides are not specialised on, so that every row is laid out over the threads in the same way:
+neither padding, gaps, packing, chunks nor the other rows change a bit. For that a row with gaps lists its counting
+steps first, 8 bytes a step more, most of them in the L2 cache.
 """
 
 import torch
 import triton
 import triton.language as tl
 
+from . import advantage_chunks as chunks
+from .advantage_chunks import BLOCK, FREE, WARPS, _carried, _chunk_of, _listed_steps, gae_signature
 from .advantage_rows import (
+    _after,
     _bounds,
     _counting_steps,
-    _flag,
     _flags_of,
     _join,
     _join_cut,
     _lam_of,
+    _messages,
     _number,
     _pick,
     _places,
 )
 from .aot import Variant
 
-# 8 steps a thread at 4 warps: three floats a step stay in registers, and rows of a few hundred tokens, the common
-# case, take one block without an idle warp.
-BLOCK = 1024
 # The interpreter takes a scan element by element: short blocks, and with them many carries, for its tests.
 INTERPRETED_BLOCK = 16
-# Row lengths and the pack's size: see above.
-FREE = ["length", "total"]
 
 
 @triton.jit(do_not_specialize=FREE)
 def gae_kernel(
-    rewards, values, last_values, bootstrap_values, terminated, truncated, mask, places, offsets, lams,
-    gamma: tl.float64, lam: tl.float64, advantages, returns, length, total,
+    rewards, values, last_values, bootstrap_values, terminated, truncated, mask, places, offsets, lams, counts,
+    slopes, shifts, gamma: tl.float64, lam: tl.float64, advantages, returns, parts, length, total, rows, items,
     VALUES: tl.constexpr, ADVANTAGES: tl.constexpr, LAST: tl.constexpr, ENDS: tl.constexpr, CUTS: tl.constexpr,
-    MASKED: tl.constexpr, PACKED: tl.constexpr, PER_ROW: tl.constexpr, WIDE: tl.constexpr, BLOCK: tl.constexpr,
+    MASKED: tl.constexpr, PACKED: tl.constexpr, PER_ROW: tl.constexpr, CHUNKED: tl.constexpr,
+    MOMENTS: tl.constexpr, WIDE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    begin, n = _bounds(offsets, length, total, PACKED)
-    rewards, values, bootstrap_values = rewards + begin, values + begin, bootstrap_values + begin
-    terminated, truncated, mask, places = terminated + begin, truncated + begin, mask + begin, places + begin
-    advantages, returns = advantages + begin, returns + begin
     i = tl.arange(0, BLOCK)
     discount = tl.full([], gamma, tl.float64).to(WIDE)
-    lam_row = _lam_of(lams, lam, PER_ROW, WIDE)
-    keep = 1.0 - lam_row
-    m = tl.zeros([], WIDE)
-    if LAST:
-        m = tl.load(last_values + tl.program_id(0)).to(WIDE)
-    count, low, listed = _counting_steps(mask, places, returns, advantages, n, MASKED, ADVANTAGES, BLOCK)
-    blocks = tl.cdiv(count, BLOCK)
-    for k in range(blocks):
-        rank = (blocks - 1 - k) * BLOCK + i
-        inside = rank < count
-        at = _places(places, low, listed, rank, MASKED)
-        ends = _flag(terminated, at, inside, ENDS, False)
-        cut = _flag(truncated, at, inside, CUTS, False) & (ends == 0)
-        r = _number(rewards, at, inside, True, WIDE)
-        v = _number(values, at, inside, VALUES, WIDE)
-        boot = _number(bootstrap_values, at, cut, CUTS, WIDE)
-        stops = ends | cut
-        a = tl.where(inside, tl.where(stops, 0.0, discount * lam_row), 1.0)
-        b = tl.where(inside, keep * v + lam_row * (r + discount * boot), 0.0)
-        a, b = tl.associative_scan((a, b), 0, _join_cut, reverse=True)
-        message = tl.where(a == 0.0, b, b + a * m)
-        behind = tl.gather(message, tl.where(i + 1 < BLOCK, i + 1, 0), 0)
-        behind = tl.where(i + 1 < BLOCK, behind, m)
-        target = r + discount * tl.where(stops, boot, behind)
-        tl.store(returns + at, target, inside)
-        if ADVANTAGES:
-            tl.store(advantages + at, target - v, inside)
-        m = _pick(message, i, 0)
+    zero = tl.full([], 0, tl.int32)
+    n_seen = tl.zeros([], tl.float64)
+    shift = tl.zeros([], tl.float64)
+    plain = tl.zeros([], tl.float64)  # sum of A - shift, and of its square
+    square = tl.zeros([], tl.float64)
+    beyond, stride = tl.program_id(0) + 1, 1
+    if MOMENTS:  # all items on the programs of a fixed grid
+        beyond, stride = items, tl.num_programs(0)
+    for item in tl.range(tl.program_id(0), beyond, stride, disable_licm=tl.float64 == WIDE):
+        row, first = item, zero
+        if CHUNKED:
+            row, first = _chunk_of(item, offsets, length, total, rows, PACKED, BLOCK)
+        begin, n = _bounds(row, offsets, length, total, PACKED)
+        lam_row = _lam_of(row, lams, lam, PER_ROW, WIDE)
+        m = _number(last_values, row, True, LAST, WIDE)
+        if CHUNKED:  # one block of the row
+            count, low, listed = _listed_steps(counts, row, n, MASKED)
+            blocks = tl.cdiv(count, BLOCK)
+            m = _carried(slopes, shifts, item - first, item - first + tl.minimum(first, blocks), m)
+            if first >= blocks:  # no block stands in this slot
+                first, count, blocks = zero, zero, zero + 1
+            last = first + 1  # a single round, which the compiler sees
+        else:  # all blocks, from the row's end on
+            count, low, listed = _counting_steps(
+                mask + begin, places + begin, returns + begin, advantages + begin, n, MASKED, ADVANTAGES, BLOCK,
+            )  # fmt: skip
+            blocks = tl.cdiv(count, BLOCK)
+            last = blocks
+        for k in tl.range(first, last, disable_licm=not MOMENTS and tl.float32 == WIDE):
+            rank = (blocks - 1 - k) * BLOCK + i
+            inside = rank < count
+            at = _places(places + begin, low, listed, rank, MASKED)
+            r, v, boot, stops, a, b = _messages(
+                rewards + begin, values + begin, bootstrap_values + begin, terminated + begin, truncated + begin,
+                at, inside, discount, lam_row, VALUES, ENDS, CUTS, WIDE,
+            )  # fmt: skip
+            message = _after(a, b, m)
+            behind = tl.gather(message, tl.where(i + 1 < BLOCK, i + 1, 0), 0)
+            behind = tl.where(i + 1 < BLOCK, behind, m)
+            target = r + discount * tl.where(stops, boot, behind)
+            tl.store(returns + begin + at, target, inside)
+            if ADVANTAGES:
+                tl.store(advantages + begin + at, target - v, inside)
+            m = _pick(message, i, 0)
+            if MOMENTS:
+                shift = tl.where(n_seen == 0.0, _pick(target - v, i, 0).to(tl.float64), shift)
+                gap = tl.where(inside, (target - v).to(tl.float64) - shift, 0.0)
+                n_seen += tl.minimum(count - (blocks - 1 - k) * BLOCK, BLOCK).to(tl.float64)
+                plain += tl.sum(gap, 0)
+                square += tl.sum(gap * gap, 0)
+    if MOMENTS:
+        part = parts + tl.program_id(0)
+        off = plain / tl.maximum(n_seen, 1.0)
+        tl.store(part, n_seen)
+        tl.store(part + tl.num_programs(0), shift + off)
+        tl.store(part + 2 * tl.num_programs(0), tl.maximum(square - plain * off, 0.0))
 
 
 @triton.jit(do_not_specialize=FREE)
@@ -94,10 +119,10 @@ def gae_backward_kernel(
 ):  # fmt: skip
     # The adjoint x_t = dL/dr_t = u_t + lam c_t runs forward, with u_t = dL/dG_t and c_t = dL/dm_t the carry:
     # c_{t+1} = gamma x_t behind an action, 0 behind a cut, c_t behind a masked step.
-    begin, n = _bounds(offsets, length, total, PACKED)
+    begin, n = _bounds(tl.program_id(0), offsets, length, total, PACKED)
     i = tl.arange(0, BLOCK)
     discount = tl.full([], gamma, tl.float64).to(WIDE)
-    lam_row = _lam_of(lams, lam, PER_ROW, WIDE)
+    lam_row = _lam_of(tl.program_id(0), lams, lam, PER_ROW, WIDE)
     carry = tl.zeros([], WIDE)
     for k in range(tl.cdiv(n, BLOCK)):
         step = k * BLOCK + i
@@ -128,7 +153,7 @@ def scan_kernel(
     a, b, init, offsets, out, length, total,
     INIT: tl.constexpr, PACKED: tl.constexpr, WIDE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    begin, n = _bounds(offsets, length, total, PACKED)
+    begin, n = _bounds(tl.program_id(0), offsets, length, total, PACKED)
     i = tl.arange(0, BLOCK)
     y = tl.zeros([], WIDE)
     if INIT:
@@ -152,7 +177,7 @@ def scan_backward_kernel(
     INIT: tl.constexpr, PACKED: tl.constexpr, WIDE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     # s_t = dL/dy_t = upstream_t + a_{t-1} s_{t-1} runs forward; db = s, da_t = s_t y_{t+1}.
-    begin, n = _bounds(offsets, length, total, PACKED)
+    begin, n = _bounds(tl.program_id(0), offsets, length, total, PACKED)
     i = tl.arange(0, BLOCK)
     last = tl.zeros([], WIDE)
     if INIT:
@@ -213,9 +238,12 @@ def _nothing(like: Tensor) -> Tensor:
 def gae(
     rewards: Tensor, values: Maybe, last_values: Maybe, bootstrap_values: Maybe, terminated: Maybe,
     truncated: Maybe, mask: Maybe, cu_seqlens: Maybe, lams: Maybe, gamma: float, lam: float,
-    want_advantages: bool = True, out: tuple[Tensor, Tensor] | None = None,
+    want_advantages: bool = True, out: tuple[Tensor, Tensor] | None = None, parts: Maybe = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """(advantages, returns) [B, T] or [N], in `out` if given; advantages that are not wanted are empty."""
+    """(advantages, returns) [B, T] or [N], in `out` if given; advantages that are not wanted are empty.
+
+    `parts` [3, P] float64 gets the advantages' moments in P parts, see kernels/whiten.py.
+    """
     rewards = rewards.contiguous()
     want_advantages = want_advantages and values is not None
     if out is None:
@@ -225,14 +253,29 @@ def gae(
         advantages, returns = out
     rows, shared = _rows(rewards, cu_seqlens)
     if rewards.numel() == 0:
+        if parts is not None:
+            parts.zero_()
         return advantages, returns
-    gae_kernel[(rows,)](
-        rewards, _or(values, rewards), _or(last_values, rewards), _or(bootstrap_values, rewards),
-        _or(terminated, rewards), _or(truncated, rewards), _or(mask, rewards), places_for(mask, rewards),
-        lams=_or(lams, rewards), gamma=gamma, lam=lam, advantages=advantages, returns=returns,
-        VALUES=values is not None, ADVANTAGES=want_advantages, LAST=last_values is not None,
-        ENDS=terminated is not None, CUTS=truncated is not None, MASKED=mask is not None,
-        PER_ROW=lams is not None, **shared,
+    inputs = {
+        "rewards": rewards, "values": _or(values, rewards), "last_values": _or(last_values, rewards),
+        "bootstrap_values": _or(bootstrap_values, rewards), "terminated": _or(terminated, rewards),
+        "truncated": _or(truncated, rewards), "mask": _or(mask, rewards), "places": places_for(mask, rewards),
+        "lams": _or(lams, rewards), "gamma": gamma, "lam": lam, "advantages": advantages, "returns": returns,
+    }  # fmt: skip
+    options = {
+        "VALUES": values is not None, "ADVANTAGES": want_advantages, "LAST": last_values is not None,
+        "ENDS": terminated is not None, "CUTS": truncated is not None, "MASKED": mask is not None,
+        "PER_ROW": lams is not None,
+    }  # fmt: skip
+    shared["num_warps"] = chunks.WARPS[shared["WIDE"]]
+    chunked = chunks.is_long(rows, rewards.numel())
+    items, maps = rows, dict.fromkeys(("counts", "slopes", "shifts"), rewards)
+    if chunked:
+        items = rewards.numel() // shared["BLOCK"] + rows
+        maps = chunks.summaries(items, rows, inputs, options, shared)
+    gae_kernel[(items if parts is None else parts.shape[1],)](
+        **inputs, **maps, parts=returns if parts is None else parts, rows=rows,
+        items=items, CHUNKED=chunked, MOMENTS=parts is not None, **options, **shared,
     )  # fmt: skip
     return advantages, returns
 
@@ -289,35 +332,32 @@ def reverse_linear_scan_backward(
 
 def _variants() -> list[Variant]:
     found = []
-    sizes = {"length": "i32", "total": "i64"}
-    flags = {
-        "terminated": "*i1", "truncated": "*i1", "mask": "*i1", "places": "*i32", "offsets": "*i64",
-        "lams": "*fp64",
-    }  # fmt: skip
-    scalars = {"gamma": "fp64", "lam": "fp64"}
     for pointer, WIDE in (("*fp32", tl.float32), ("*bf16", tl.float32), ("*fp64", tl.float64)):
-        wide = "*fp64" if WIDE is tl.float64 else "*fp32"
-        inputs = ("rewards", "values", "last_values", "bootstrap_values")
-        forward = {
-            **dict.fromkeys(inputs, pointer), **flags, **scalars, "advantages": wide, "returns": wide, **sizes,
-        }  # fmt: skip
+        signature = gae_signature(pointer)
+        wide = signature["returns"]
         grads = ("d_rewards", "d_values", "d_last_values", "d_bootstrap_values")
         backward = {
-            "d_advantages": wide, "d_returns": wide, **flags, **scalars, **dict.fromkeys(grads, wide), **sizes,
+            **signature, **dict.fromkeys(("d_advantages", "d_returns", *grads), wide),
         }  # fmt: skip
-        scan = {"a": pointer, "b": pointer, "init": pointer, "offsets": "*i64", "out": wide, **sizes}
-        scan_backward = {
-            "upstream": wide, "a": pointer, "y": wide, "init": pointer, "offsets": "*i64", "d_a": wide,
-            "d_b": wide, "d_init": wide, **sizes,
+        scan = {
+            **signature, **dict.fromkeys(("a", "b", "init"), pointer),
+            **dict.fromkeys(("upstream", "y", "out", "d_a", "d_b", "d_init"), wide),
         }  # fmt: skip
         for every in (False, True):
             shape = {"PACKED": every, "WIDE": WIDE, "BLOCK": BLOCK}
             steps = {"ENDS": every, "CUTS": every, "MASKED": True, "PER_ROW": every, **shape}
             wants = {"VALUES": True, "WANT_VALUES": True, "WANT_LAST": every, "WANT_BOOTSTRAP": every}
+            forward = {"VALUES": True, "ADVANTAGES": True, "LAST": every, **steps}
             found += [
-                Variant(gae_kernel, forward, {"VALUES": True, "ADVANTAGES": True, "LAST": every, **steps}),
+                Variant(
+                    gae_kernel, signature, {**forward, "CHUNKED": chunked, "MOMENTS": moments}, WARPS[WIDE]
+                )
+                for chunked in (False, True)
+                for moments in (False, True)
+            ]
+            found += [
                 Variant(scan_kernel, scan, {"INIT": every, **shape}),
-                Variant(scan_backward_kernel, scan_backward, {"INIT": every, **shape}),
+                Variant(scan_backward_kernel, scan, {"INIT": every, **shape}),
             ]
             if pointer == wide:  # its inputs are never narrow
                 found.append(Variant(gae_backward_kernel, backward, {**wants, **steps}))

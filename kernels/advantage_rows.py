@@ -7,9 +7,9 @@ from .aot import Variant
 
 
 @triton.jit
-def _bounds(offsets, length, total, PACKED: tl.constexpr):
-    """(first step, number of steps) of this program's row; offsets that leave the pack are cut at its ends."""
-    row = tl.program_id(0).to(tl.int64)
+def _bounds(row, offsets, length, total, PACKED: tl.constexpr):
+    """(first step, number of steps) of a row; offsets that leave the pack are cut at its ends."""
+    row = tl.full([], row, tl.int64)
     if not PACKED:
         return row * length, tl.full([], length, tl.int64)
     size = tl.full([], total, tl.int64)
@@ -46,15 +46,21 @@ def _join_cut(a_near, b_near, a_far, b_far):
 
 
 @triton.jit
+def _after(a, b, m):
+    """b + a m; a = 0 is a cut."""
+    return tl.where(a == 0.0, b, b + a * m)
+
+
+@triton.jit
 def _pick(x, i, k):
     """x[k] of a block: a sum over a single term, so exact."""
     return tl.sum(tl.where(i == k, x, 0.0), 0)
 
 
 @triton.jit
-def _lam_of(lams, lam, PER_ROW: tl.constexpr, WIDE: tl.constexpr):
+def _lam_of(row, lams, lam, PER_ROW: tl.constexpr, WIDE: tl.constexpr):
     if PER_ROW:
-        return tl.load(lams + tl.program_id(0)).to(WIDE)
+        return tl.load(lams + row).to(WIDE)
     return tl.full([], lam, tl.float64).to(WIDE)
 
 
@@ -66,6 +72,24 @@ def _flags_of(
     ends = _flag(terminated, at, counts, ENDS, False)
     cut = _flag(truncated, at, counts, CUTS, False) & (ends == 0)
     return counts, ends, cut
+
+
+@triton.jit
+def _messages(
+    rewards, values, bootstrap_values, terminated, truncated, at, inside, discount, lam_row,
+    VALUES: tl.constexpr, ENDS: tl.constexpr, CUTS: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    """(r, V, V_boot, stops, a, b) of a block of GAE's steps: m_t = b_t + a_t m, m the message behind the block."""
+    ends = _flag(terminated, at, inside, ENDS, False)
+    cut = _flag(truncated, at, inside, CUTS, False) & (ends == 0)
+    r = _number(rewards, at, inside, True, WIDE)
+    v = _number(values, at, inside, VALUES, WIDE)
+    boot = _number(bootstrap_values, at, cut, CUTS, WIDE)
+    stops = ends | cut
+    a = tl.where(inside, tl.where(stops, 0.0, discount * lam_row), 1.0)
+    b = tl.where(inside, (1.0 - lam_row) * v + lam_row * (r + discount * boot), 0.0)
+    a, b = tl.associative_scan((a, b), 0, _join_cut, reverse=True)
+    return r, v, boot, stops, a, b
 
 
 @triton.jit

@@ -18,7 +18,8 @@ import torch
 import triton
 import triton.language as tl
 
-from .advantage import FREE, _bounds, _flag, _number, _or, _rows, _wide
+from .advantage import FREE, _or, _rows, _wide
+from .advantage_rows import _bounds, _flag, _number
 from .aot import Variant
 
 TILE = 1024
@@ -45,7 +46,7 @@ def link_kernel(
 ):  # fmt: skip
     """link: right to left, the nearest counting step to the right; back: left to right, the nearest to the left;
     -1 where a cut lies between."""
-    begin, n = _bounds(offsets, length, total, PACKED)
+    begin, n = _bounds(tl.program_id(0), offsets, length, total, PACKED)
     i = tl.arange(0, BLOCK)
     nowhere = tl.full([], 1 << 62, tl.int64)
     nearest = nowhere
@@ -86,7 +87,7 @@ def reward_kernel(
     BLOCK: tl.constexpr,
 ):  # fmt: skip
     """x: the reward of counting steps, with the discounted value behind a segment's last one."""
-    begin, n = _bounds(offsets, length, total, PACKED)
+    begin, n = _bounds(tl.program_id(0), offsets, length, total, PACKED)
     i = tl.arange(0, BLOCK)
     tail = tl.zeros([], WIDE)
     if LAST:
@@ -165,7 +166,7 @@ def finish_backward_kernel(
     PACKED: tl.constexpr, BEHIND: tl.constexpr, WIDE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """d_values and the tails start as zeros; d_values of the next step is written here, by this step alone."""
-    begin, n = _bounds(offsets, length, total, PACKED)
+    begin, n = _bounds(tl.program_id(0), offsets, length, total, PACKED)
     i = tl.arange(0, BLOCK)
     for k in range(tl.cdiv(n, BLOCK)):
         t = begin + k * BLOCK + i

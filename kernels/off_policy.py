@@ -53,14 +53,14 @@ def vtrace_kernel(
     LAST: tl.constexpr, ENDS: tl.constexpr, CUTS: tl.constexpr, MASKED: tl.constexpr, PACKED: tl.constexpr,
     PER_ROW: tl.constexpr, WIDE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    begin, n = _bounds(offsets, length, total, PACKED)
+    begin, n = _bounds(tl.program_id(0), offsets, length, total, PACKED)
     rewards, values, log_rhos = rewards + begin, values + begin, log_rhos + begin
     bootstrap_values, mask, places = bootstrap_values + begin, mask + begin, places + begin
     terminated, truncated = terminated + begin, truncated + begin
     targets, advantages = targets + begin, advantages + begin
     i = tl.arange(0, BLOCK)
     discount = tl.full([], gamma, tl.float64).to(WIDE)
-    lam_row = _lam_of(lams, lam, PER_ROW, WIDE)
+    lam_row = _lam_of(tl.program_id(0), lams, lam, PER_ROW, WIDE)
     next_value = tl.zeros([], WIDE)
     if LAST:
         next_value = tl.load(last_values + tl.program_id(0)).to(WIDE)
@@ -101,13 +101,13 @@ def retrace_kernel(
     ENDS: tl.constexpr, CUTS: tl.constexpr, MASKED: tl.constexpr, PACKED: tl.constexpr, PER_ROW: tl.constexpr,
     WIDE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    begin, n = _bounds(offsets, length, total, PACKED)
+    begin, n = _bounds(tl.program_id(0), offsets, length, total, PACKED)
     rewards, q_values, next_values = rewards + begin, q_values + begin, next_values + begin
     log_rhos, mask, places = log_rhos + begin, mask + begin, places + begin
     terminated, truncated, targets = terminated + begin, truncated + begin, targets + begin
     i = tl.arange(0, BLOCK)
     discount = tl.full([], gamma, tl.float64).to(WIDE)
-    lam_row = _lam_of(lams, lam, PER_ROW, WIDE)
+    lam_row = _lam_of(tl.program_id(0), lams, lam, PER_ROW, WIDE)
     m_behind = tl.zeros([], WIDE)
     count, low, listed = _counting_steps(mask, places, targets, targets, n, MASKED, False, BLOCK)
     blocks = tl.cdiv(count, BLOCK)

@@ -9,9 +9,11 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import triton
+from triton.runtime import interpreter
 
 import react_fast
 from react_fast import _core
@@ -23,8 +25,6 @@ THREADS = 2
 
 def _mend_interpreter() -> None:
     """Triton 3.6's interpreter calls int() on one-element arrays, which numpy 2.5 refuses."""
-    from triton.runtime import interpreter
-
     original = interpreter._patch_lang_tensor
 
     def patched(tensor: Any, scope: Any) -> None:
@@ -36,6 +36,29 @@ def _mend_interpreter() -> None:
 
 if triton.__version__.startswith("3.6"):
     _mend_interpreter()
+
+
+def _scan_by_doubling(self: Any, given: Any) -> list[Any]:
+    """The interpreter's scan in log2(n) joins of whole blocks, as GPUs do it, instead of one join an element."""
+    found, shift = [x.handle.data for x in given], 1
+    if found[0].ndim != 1:
+        return _scan_by_element(self, given)
+    while shift < found[0].size:
+        near = [self.to_tensor(np.roll(part, shift), x.dtype) for part, x in zip(found, given, strict=True)]
+        far = [self.to_tensor(part, x.dtype) for part, x in zip(found, given, strict=True)]
+        joined = self.combine_fn.fn(*near, *far)
+        joined = joined if isinstance(joined, tuple) else (joined,)
+        first = np.arange(found[0].size) < shift
+        found = [
+            np.where(first, part, y.handle.data).astype(part.dtype)
+            for part, y in zip(found, joined, strict=True)
+        ]
+        shift *= 2
+    return [self.to_tensor(part, x.dtype) for part, x in zip(found, given, strict=True)]
+
+
+_scan_by_element = interpreter.ScanOps.generic_scan
+interpreter.ScanOps.generic_scan = _scan_by_doubling
 
 
 @pytest.fixture(autouse=True)

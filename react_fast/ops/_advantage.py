@@ -6,7 +6,7 @@ import torch
 
 from .. import _core
 from . import _check
-from .backend import DTYPE, accumulation_dtype, address, register
+from .backend import DTYPE, accumulation_dtype, address, register, resolve
 
 Tensor = torch.Tensor
 Maybe = torch.Tensor | None
@@ -167,7 +167,7 @@ def _gae_moments_triton(rewards: Tensor, *args: Any) -> tuple[Tensor, Tensor, Te
 
 
 def _gae_moments_fake(rewards: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
-    return _like(rewards), _like(rewards), rewards.new_empty(3, dtype=torch.float64)
+    return _like(rewards), _like(rewards), _stats_fake(rewards, True)
 
 
 def _gae_moments_setup(ctx: Any, inputs: tuple, output: Any) -> None:
@@ -179,7 +179,7 @@ def _gae_moments_grad(ctx: Any, d_advantages: Tensor, d_returns: Tensor, _: Any)
     return _gae_grad(ctx, d_advantages, d_returns)
 
 
-# (advantages, returns, the advantages' (count, mean, M2) as float64 [3]).
+# (advantages, returns, the advantages' (count, mean, M2) as float64 [3], or [3, P] in parts).
 gae_moments = register(
     "gae_moments",
     "(Tensor rewards, Tensor values, Tensor? last_values, Tensor? bootstrap_values, " + _FLAGS
@@ -194,7 +194,8 @@ gae_moments = register(
 
 def _gae_out_cpu(advantages: Tensor, returns: Tensor, *args: Any) -> Tensor:
     *given, want_moments = args
-    return torch.tensor(_gae_into(advantages, returns, want_moments, *given), dtype=torch.float64)
+    found = _gae_into(advantages, returns, want_moments, *given)
+    return torch.tensor(found if want_moments else [], dtype=torch.float64)
 
 
 def _gae_out_triton(advantages: Tensor, returns: Tensor, *args: Any) -> Tensor:
@@ -202,14 +203,23 @@ def _gae_out_triton(advantages: Tensor, returns: Tensor, *args: Any) -> Tensor:
     from ..kernels import whiten
 
     *given, want_moments = args
-    kernels.gae(*given, out=(advantages, returns))
-    return (
-        whiten.moments(advantages, given[6]) if want_moments else advantages.new_zeros(3, dtype=torch.float64)
-    )
+    shape = whiten.parts_shape() if want_moments else (0,)
+    parts = advantages.new_empty(shape, dtype=torch.float64)
+    kernels.gae(*given, out=(advantages, returns), parts=parts if want_moments else None)
+    return parts
+
+
+def _stats_fake(x: Tensor, want_moments: bool) -> Tensor:
+    shape: tuple[int, ...] = (3 * want_moments,)
+    if want_moments and x.device.type != "meta" and resolve(x.device.type) == "triton":
+        from ..kernels import whiten
+
+        shape = whiten.parts_shape()
+    return x.new_empty(shape, dtype=torch.float64)
 
 
 def _gae_out_fake(advantages: Tensor, *args: Any) -> Tensor:
-    return advantages.new_empty(3, dtype=torch.float64)
+    return _stats_fake(advantages, args[-1])
 
 
 gae_out = register(

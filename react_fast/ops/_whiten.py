@@ -43,6 +43,26 @@ moments = register(
 )
 
 
+def _merge_parts_cpu(stats: Tensor) -> Tensor:
+    return stats.clone()
+
+
+def _merge_parts_triton(stats: Tensor) -> Tensor:
+    from ..kernels import whiten as kernels
+
+    return kernels.merge(stats) if stats.dim() == 2 else stats.clone()
+
+
+# `stats` is [3], or from a Triton scan [3, P], (count, mean, M2) of P parts; this makes the former of the latter.
+merge_parts = register(
+    "merge_parts",
+    "(Tensor stats) -> Tensor",
+    cpu=_merge_parts_cpu,
+    triton=_merge_parts_triton,
+    fake=lambda stats: stats.new_empty(3),
+)
+
+
 def _scale(stats: list[float], eps: float, ddof: int) -> tuple[float, float]:
     """(1 / sqrt(variance + eps), n - ddof); (1, 0) for fewer than two or no spread: centred only."""
     count, _, m2 = stats

@@ -8,6 +8,7 @@ import torch.distributed as dist
 from .. import reference
 from . import _check
 from ._arrays import numpy_too
+from ._whiten import merge_parts as _merge_parts
 from ._whiten import moments as _moments
 from ._whiten import whiten as _whiten
 from .backend import use_reference
@@ -99,6 +100,8 @@ def stacked(moments: Moments, x: torch.Tensor) -> torch.Tensor:
 
 
 def merged_over(group: Any, own: torch.Tensor) -> Moments:
+    """The moments of all ranks; `own` is [3], or [3, P] of a scan that left P parts."""
+    own = _merge_parts(own) if own.dim() == 2 else own
     parts = [torch.empty_like(own) for _ in range(dist.get_world_size(group))]
     dist.all_gather(parts, own, group=group)
     return reference.merge_moments(*[tuple(part.unbind()) for part in parts])  # type: ignore[arg-type]
