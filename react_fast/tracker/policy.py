@@ -13,8 +13,11 @@ from torch import nn
 
 from ..ops.logprob import token_logprobs
 
-# Sequences of one forward. Eight to sixteen were best on CPUs; the logits of sixteen long ones fit in memory.
-ROWS = 16
+# Sequences of one forward: eight to sixteen long ones were best on CPUs, and their logits fit in memory; of short
+# ones as many as make up SHORT tokens.
+ROWS, SHORT = 16, 1024
+# Noise that is kept, in numbers: what the rows of a few hundred tokens of a large vocabulary share.
+_KEPT = 2**22
 
 Noise = Callable[[int, int, int], torch.Tensor]
 
@@ -167,8 +170,9 @@ class Policy:
         with self.evaluation():
             for length in lengths:
                 rows = [i for i, prefix in enumerate(prefixes) if len(prefix) == length]
-                for first in range(0, len(rows), ROWS):
-                    part = rows[first : first + ROWS]
+                size = max(ROWS, SHORT // length)
+                for first in range(0, len(rows), size):
+                    part = rows[first : first + size]
                     ids = torch.tensor([list(prefixes[i]) for i in part], device=self.device)
                     chosen = self._continue(ids, [streams[i] for i in part], limit, eos_id, noise)
                     for i, tokens in zip(part, chosen.tolist(), strict=True):
@@ -220,14 +224,18 @@ def gumbel(seed: int) -> Noise:
     Source: Oberst & Sontag 2019 (arXiv:1905.05824).
     """
 
+    kept: dict[tuple[int, int, int], torch.Tensor] = {}
+
     def draw(stream: int, position: int, size: int) -> torch.Tensor:
-        key, counter = (
-            np.array([seed, stream], dtype=np.uint64),
-            np.array([0, 0, 0, position], dtype=np.uint64),
-        )
-        return torch.from_numpy(
-            np.random.Generator(np.random.Philox(key=key, counter=counter)).gumbel(size=size)
-        )
+        place = (stream, position, size)
+        if place not in kept:
+            if (len(kept) + 1) * size > _KEPT:
+                kept.clear()
+            key = np.array([seed, stream], dtype=np.uint64)
+            counter = np.array([0, 0, 0, position], dtype=np.uint64)
+            generator = np.random.Generator(np.random.Philox(key=key, counter=counter))
+            kept[place] = torch.from_numpy(generator.gumbel(size=size))
+        return kept[place]
 
     return draw
 
