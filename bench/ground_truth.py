@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from react_fast.envs.slots import GroundTruth, ground_truth
 from react_fast.envs.slot_models import Observer, Writer
+from react_fast.envs.slots import GroundTruth, ground_truth
 from react_fast.tracker import CausalityTracker, Effects, Replacement
 from react_fast.tracker.statistics import CORRECTIONS, auroc, bootstrap_interval
 

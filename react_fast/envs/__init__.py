@@ -1,7 +1,7 @@
 """Environments of texts. They import nothing else of this package."""
 
-from .slots import GroundTruth, ground_truth
 from .jsonl import load_jsonl
+from .slots import GroundTruth, ground_truth
 from .spaces import UnicodeText
 from .text_env import Record, TextEnv
 

@@ -223,5 +223,11 @@ def ground_truth(
     links[pairs[1]], parents[pairs[1]] = 2.0, pairs[0]
     weights[np.setdiff1d(paid, pairs[0])] = weight
     pulls[free[:confounded]] = 0.5
-    columns = (tuple(column.tolist()) for column in (weights, pulls, links, parents))
-    return GroundTruth(*columns, direct=direct, noise=noise)
+    return GroundTruth(
+        weights=tuple(weights.tolist()),
+        pulls=tuple(pulls.tolist()),
+        links=tuple(links.tolist()),
+        parents=tuple(parents.tolist()),
+        direct=direct,
+        noise=noise,
+    )
