@@ -5,7 +5,8 @@ never touched.
 import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from functools import cached_property
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -18,6 +19,8 @@ from ..ops.logprob import token_logprobs
 ROWS, SHORT = 16, 1024
 # Noise that is kept, in numbers: what the rows of a few hundred tokens of a large vocabulary share.
 _KEPT = 2**22
+# Shared tokens from which on a forward of their own pays.
+_SHARED = 8
 
 Noise = Callable[[int, int, int], torch.Tensor]
 
@@ -38,6 +41,7 @@ class Policy:
         self.embedding = _embedding(model)
         self.vocab_size = int(self.embedding.weight.shape[0])
         self.hugging_face = hasattr(model, "generate")
+        self.tokens = 0  # computed by forwards without gradient
 
     @property
     def device(self) -> torch.device:
@@ -120,22 +124,58 @@ class Policy:
 
     @torch.no_grad()
     def response_logprobs(self, rows: Sequence[Sequence[int]], starts: Sequence[int]) -> torch.Tensor:
-        """Log-probability of every token from `starts[i]` on in row i.
+        """Log-probability of every token from `starts[i]` on in row i, at least 1.
+
+        Rows that begin alike run together, and what they share runs once.
 
         Returns: [N, T] float64, T the longest row; column t belongs to token t; 0 before the start and behind
             the end.
         """
         width = max(map(len, rows))
         out = torch.zeros(len(rows), width, dtype=torch.float64, device=self.device)
+        order = sorted(range(len(rows)), key=lambda i: tuple(rows[i]))
+        size = max(ROWS, SHORT // width)
         with self.evaluation():
-            for first in range(0, len(rows), ROWS):
-                ids, mask = self.padded(rows[first : first + ROWS])
-                begin = torch.tensor(starts[first : first + ROWS], device=self.device)
+            for first in range(0, len(order), size):
+                part = order[first : first + size]
+                ids, mask = self.padded([rows[i] for i in part])
+                begin = torch.tensor([starts[i] for i in part], device=self.device)
                 counted = mask & (torch.arange(ids.shape[1], device=self.device) >= begin[:, None])
-                logits = self.logits(ids, mask.long())
-                found = logprobs(logits[:, :-1], ids[:, 1:], counted[:, 1:])
-                out[first : first + ROWS, 1 : ids.shape[1]] = found
+                skip = min(int(begin.min()) - 1, _shared(ids, mask))
+                logits, _ = self._behind_shared(ids, mask.long(), skip)
+                skip = ids.shape[1] - logits.shape[1]
+                found = logprobs(logits[:, :-1], ids[:, skip + 1 :], counted[:, skip + 1 :])
+                out[part, skip + 1 : ids.shape[1]] = found.double()
         return out
+
+    def _behind_shared(
+        self, ids: torch.Tensor, mask: torch.Tensor | None, shared: int, **options: Any
+    ) -> tuple[torch.Tensor, Any]:
+        """Logits [n, T - s, V] behind the first s tokens, which all rows share, and the key/value cache; s is
+        `shared`, or 0 where running those once for all saves nothing or the model has no such cache."""
+        if not self.hugging_face:
+            return self._forward(ids, None), None
+        name, cache = cache_argument(self.model), cast(Any, None)
+        if shared >= _SHARED and len(ids) > 1:
+            cache = self._forward(ids[:1, :shared], None, **{name: None}, **self._keeps_last)[name]
+        if hasattr(cache, "batch_repeat_interleave"):
+            cache.batch_repeat_interleave(len(ids))
+        else:
+            cache, shared = None, 0
+        out = self._forward(ids[:, shared:], mask, **{name: cache}, **options)
+        return out["logits"], out[name]
+
+    def _forward(self, ids: torch.Tensor, mask: torch.Tensor | None, **options: Any) -> Any:
+        self.tokens += ids.numel()
+        if not self.hugging_face:
+            return self.model(ids)
+        return self.model(input_ids=ids, attention_mask=mask, use_cache=True, **options)
+
+    @cached_property
+    def _keeps_last(self) -> dict[str, int]:
+        """The option that makes the model compute the last position's logits only, where it has one."""
+        known = "logits_to_keep" in inspect.signature(self.model.forward).parameters
+        return {"logits_to_keep": 1} if known else {}
 
     def padded(self, rows: Sequence[Sequence[int]]) -> tuple[torch.Tensor, torch.Tensor]:
         """(ids [N, T] padded on the right with id 0, mask [N, T])."""
@@ -183,16 +223,24 @@ class Policy:
         self, ids: torch.Tensor, streams: list[int], limit: int, eos_id: int | None, noise: Noise | None
     ) -> torch.Tensor:
         """At most `limit` tokens behind prefixes of one length, which therefore need no padding."""
-        cache: Any = None
         name = cache_argument(self.model) if self.hugging_face else ""
         start = ids.shape[1]
+        # Samples of one prefix differ in their noise alone, so that the prefix runs once.
+        distinct, copies = torch.unique(ids, dim=0, return_inverse=True)
+        shared = min(_shared(distinct, torch.ones_like(distinct, dtype=torch.bool)), start - 1)
+        logits, cache = self._behind_shared(distinct, None, shared, **self._keeps_last)
+        logits = logits[copies, -1]
+        if hasattr(cache, "batch_select_indices"):
+            cache.batch_select_indices(copies)
+        elif self.hugging_face and len(distinct) < len(ids):
+            logits, cache = self._behind_shared(ids, None, 0, **self._keeps_last)
+            logits = logits[:, -1]
         for position in range(limit):
-            if self.hugging_face:
-                step = ids if cache is None else ids[:, -1:]
-                out = self.model(input_ids=step, use_cache=True, **{name: cache})
-                logits, cache = out.logits[:, -1], getattr(out, name)
-            else:
-                logits = self.model(ids)[:, -1]
+            if position and self.hugging_face:
+                out = self._forward(ids[:, -1:], None, **{name: cache})
+                logits, cache = out.logits[:, -1], out[name]
+            elif position:
+                logits = self._forward(ids, None)[:, -1]
             scores = torch.log_softmax(logits.double(), -1)
             if noise is not None:
                 drawn = {stream: noise(stream, position, scores.shape[1]) for stream in set(streams)}
@@ -201,6 +249,12 @@ class Policy:
             if eos_id is not None and bool((ids[:, start:] == eos_id).any(1).all()):
                 break
         return ids[:, start:]
+
+
+def _shared(ids: torch.Tensor, mask: torch.Tensor) -> int:
+    """Tokens at the beginning that all rows [N, T] share."""
+    same = ((ids == ids[:1]) & mask).all(0)
+    return int(same.long().cumprod(0).sum())
 
 
 def cache_argument(model: nn.Module) -> str:
