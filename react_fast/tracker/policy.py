@@ -47,11 +47,15 @@ class Policy:
     def device(self) -> torch.device:
         return self.embedding.weight.device
 
-    def logits(self, ids: torch.Tensor, attention_mask: torch.Tensor | None = None) -> torch.Tensor:
-        """[B, T] -> [B, T, V]."""
+    def logits(
+        self, ids: torch.Tensor, attention_mask: torch.Tensor | None = None, *, keep: int = 0
+    ) -> torch.Tensor:
+        """[B, T] -> [B, T, V]; of the last `keep` positions alone where the model can leave the others out."""
         if not self.hugging_face:
-            return self.model(ids)
-        return self.model(input_ids=ids, attention_mask=attention_mask, use_cache=False).logits
+            out = self.model(ids)
+            return getattr(out, "logits", out)
+        options = {"logits_to_keep": keep} if keep and self._keeps_last else {}
+        return self.model(input_ids=ids, attention_mask=attention_mask, use_cache=False, **options).logits
 
     @contextmanager
     def evaluation(self) -> Iterator[None]:
@@ -64,15 +68,24 @@ class Policy:
             self.model.train(was_training)
 
     @contextmanager
-    def embedded(self) -> Iterator[list[torch.Tensor]]:
-        """Embedding outputs of the forwards inside, as leaves that nothing before them hangs on."""
+    def cut(self, layer: nn.Module, values: torch.Tensor | None = None) -> Iterator[list[torch.Tensor]]:
+        """Outputs [B, T, D] of a layer in the forwards inside, as leaves that nothing before them hangs on;
+        `values` [B, T, D] stand in their place where given.
+
+        Raises: ValueError if the layer's output is no [B, T, D].
+        """
         leaves: list[torch.Tensor] = []
 
-        def cut(module: nn.Module, args: Any, output: torch.Tensor) -> torch.Tensor:
-            leaves.append(output.detach().requires_grad_())
-            return leaves[-1]
+        def cut(module: nn.Module, args: Any, output: Any) -> Any:
+            first = output[0] if isinstance(output, tuple) else output
+            if not isinstance(first, torch.Tensor) or first.dim() != 3 or not first.is_floating_point():
+                raise ValueError(
+                    f"layer must have an output [B, T, D], got {type(first).__name__} of {module}"
+                )
+            leaves.append((first if values is None else values).detach().requires_grad_())
+            return (leaves[-1], *output[1:]) if isinstance(output, tuple) else leaves[-1]
 
-        handle = self.embedding.register_forward_hook(cut)
+        handle = layer.register_forward_hook(cut)
         try:
             with torch.enable_grad():
                 yield leaves

@@ -13,16 +13,14 @@ from ..ops import _check
 from ..ops.attribution import attribution_scores
 from .accumulation import Accumulation
 from .actions import Actions, find_actions
-from .attribution import Attribution, Target, attribute, batch_scores
+from .attribution import METHODS, Attribution, Method, Target, attribute, batch_scores
 from .counterfactuals import Deletion, check_counterfactual
 from .intervention import Effects, Experiment, check_spans, intervene
 from .outcomes import Outcome, check_outcome
 from .policy import Policy
 from .records import EffectRow, HeatMap
 from .step_values import StepValues, step_values
-from .text import Ids, Span, Text, check_count, check_ids
-
-METHODS = ("grad_x_input",)
+from .text import Ids, Span, Text, before_last, check_count, check_ids, check_rectangle
 
 
 class CausalityTracker(Accumulation):
@@ -32,7 +30,8 @@ class CausalityTracker(Accumulation):
         model: Hugging Face causal LM, or a causal nn.Module with `model(ids [B, T]) -> logits [B, T, V]`
             whose token embedding is its only nn.Embedding.
         tokenizer: gives texts to tokens in records and reports; None: their numbers.
-        attribution: "grad_x_input": gradient of the outcome at the embedding output times the embedding.
+        attribution: what `attribute` computes unless told otherwise: "grad_x_input" | "saliency" |
+            "integrated_gradients". What a training backward holds, and so `observe` reads, is gradient x input.
         interventions: the counterfactual that stands in an action's place; None: Deletion().
         every: of the training steps (or the calls of `observe`, if it is not told the step), one in `every`
             is observed.
@@ -86,8 +85,8 @@ class CausalityTracker(Accumulation):
             embedding, or if its output was changed in place.
         """
         _check.integer("input_ids", input_ids)
-        _rectangle("input_ids", input_ids)
-        counted = _before_last(
+        check_rectangle("input_ids", input_ids)
+        counted = before_last(
             _check.mask("action_mask", action_mask, input_ids.shape, "input_ids", input_ids.device)
         )
         positions = torch.arange(input_ids.shape[1], device=input_ids.device).expand_as(input_ids)
@@ -126,7 +125,7 @@ class CausalityTracker(Accumulation):
         Returns: [B, T] float32 (float64 for a float64 policy).
         """
         _check.integer("input_ids", input_ids)
-        _rectangle("input_ids", input_ids)
+        check_rectangle("input_ids", input_ids)
         actions = _check.mask("action_mask", action_mask, input_ids.shape, "input_ids", input_ids.device)
         if attention_mask is not None:
             _check.mask("attention_mask", attention_mask, input_ids.shape, "input_ids", input_ids.device)
@@ -134,17 +133,53 @@ class CausalityTracker(Accumulation):
 
     # ---- one text ------------------------------------------------------------------------------------------
 
-    def attribute(self, prompt_ids: Ids, response_ids: Ids, target: Target = "response") -> Attribution:
-        """Gradient x input of an outcome at every token of prompt and response.
+    def attribute(
+        self,
+        prompt_ids: Ids,
+        response_ids: Ids,
+        target: Target = "response",
+        *,
+        method: str | None = None,
+        scorer: Any = None,
+        layer: Any = None,
+        baseline: int | None = None,
+        steps: int = 50,
+        inputs: str = "all",
+    ) -> Attribution:
+        """Attribution of an outcome to every token of prompt and response: sequence form, one forward and one
+        backward (times `steps`), or matrix form, every response token against every token before it.
+
+            grad_x_input: sum_d g_d x_d        saliency: sqrt(sum_d g_d^2)
+            integrated_gradients: sum_d (x_d - x'_d) * mean of g_d on the straight way from the baseline x' to x
+
+        with x the embedding output (or the layer's) and g the outcome's gradient there.
 
         Args:
             prompt_ids, response_ids: [P] and [R] token ids, at least one each.
             target: "response": log-probability of the response, scores [P + R]; "token": of each of its
                 tokens, scores [R, P + R], row i exactly 0 from response token i on; or a function of the
                 logits [P + R, V] with a scalar result, scores [P + R].
+            method: one of the above; None: the tracker's `attribution`.
+            scorer: another module on the same token ids, such as a differentiable reward or value model, in
+                place of the policy: `scorer(ids [B, T])`, or its `logits`; `target` is then a function of one
+                row of it.
+            layer: module, or its name, with an output [B, T, D]; None: the token embedding.
+            baseline: token id that x' embeds; None: the zero vector. For a layer, its output on that input.
+            steps: points of the Gauss-Legendre quadrature, at least 1.
+            inputs: "all": every token starts at the baseline; "prompt": those of the prompt, and the response's
+                own tokens get 0.
+        Returns: Attribution; its `gap` says how far integrated gradients are from complete.
         Raises: TypeError, ValueError or IndexError in one line.
+        Source: Simonyan et al. 2013 (arXiv:1312.6034), saliency; Shrikumar et al. 2016 (arXiv:1605.01713),
+            gradient x input; Sundararajan et al. 2017 (arXiv:1703.01365), integrated gradients.
         """
-        return attribute(self.policy, self._text(prompt_ids, response_ids), target)
+        if baseline is not None:
+            check_ids("baseline", [baseline], self.policy.vocab_size)
+        chosen = Method(self.attribution if method is None else method, layer, baseline, steps, inputs)
+        policy = self.policy if scorer is None else Policy(scorer)
+        if scorer is not None and not callable(target):
+            raise ValueError(f"target must be a function of the scorer's output, got {target!r}")
+        return attribute(policy, self._text(prompt_ids, response_ids), target, chosen)
 
     def intervene(
         self,
@@ -362,14 +397,3 @@ class CausalityTracker(Accumulation):
         prompt = check_ids("prompt_ids", prompt_ids, self.policy.vocab_size)
         response = check_ids("response_ids", response_ids, self.policy.vocab_size)
         return Text((*prompt, *response), len(prompt))
-
-
-def _before_last(actions: torch.Tensor) -> torch.Tensor:
-    """[B, T] true where an action comes later in the row."""
-    count = actions.cumsum(1)
-    return count < count[:, -1:]
-
-
-def _rectangle(name: str, value: torch.Tensor) -> None:
-    if value.dim() != 2:
-        raise ValueError(f"{name} must be [B, T], got {list(value.shape)}")
