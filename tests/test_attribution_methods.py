@@ -1,5 +1,5 @@
-"""Saliency, gradient x input, integrated and layer integrated gradients: equal Captum's, complete, and the same for
-any scalar; captum comes with the `bench` extra."""
+"""Saliency, gradient x input, integrated and layer integrated gradients: equal to Captum, complete, and the same
+for any scalar; captum comes with the `bench` extra."""
 
 import numpy as np
 import pytest
