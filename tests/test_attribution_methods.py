@@ -1,6 +1,8 @@
 """Saliency, gradient x input, integrated and layer integrated gradients: equal to Captum, complete, and the same
 for any scalar; captum comes with the `bench` extra."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -219,6 +221,14 @@ def test_bfloat16_agrees_with_float32_to_its_precision():
     )
     assert rough.dtype == torch.float32
     assert np.corrcoef(exact, rough)[0, 1] > 0.99
+
+
+def test_the_baseline_is_the_padding_token_where_there_is_one():
+    tokenizer = SimpleNamespace(decode=str, eos_token_id=2, pad_token_id=5)
+    model, options = _model("llama"), {"method": "integrated_gradients", "steps": 3}
+    found = CausalityTracker(model, tokenizer).attribute(PROMPT, RESPONSE, **options)
+    expected = CausalityTracker(model).attribute(PROMPT, RESPONSE, baseline=5, **options)
+    assert torch.equal(found.scores, expected.scores)
 
 
 # ---- other scalars ---------------------------------------------------------------------------------------------

@@ -157,6 +157,17 @@ def test_the_cache_changes_no_effect_and_saves_tokens(attention, samples):
     assert 0 < found.tokens < without
 
 
+def test_an_adapter_is_intervened_on_with_the_cache():
+    from peft import LoraConfig, get_peft_model
+
+    options = {"r": 2, "task_type": "CAUSAL_LM", "target_modules": ["q_proj"], "init_lora_weights": False}
+    model = get_peft_model(_model("llama"), LoraConfig(**options)).double()
+    found = CausalityTracker(model).intervene(LONG, RESPONSE)
+    expected = reference.Tracker(model).intervene(LONG, RESPONSE)
+    torch.testing.assert_close(found.values, torch.tensor(expected, dtype=torch.float64), **CLOSE)
+    assert found.tokens < 18 * (18 + 17)
+
+
 def test_bfloat16_agrees_with_float32_to_its_precision():
     model = _model("qwen2").float()
     exact = CausalityTracker(model).intervene(LONG, RESPONSE).mean
@@ -289,6 +300,15 @@ def test_turns():
     tracker = CausalityTracker(FirstToken())
     effects = tracker.intervene([4, 5], [6, 7, 8, 9], "turn", turn_index=[0, 0, 0, 1, 1, 2])
     assert effects.spans == ((2, 3), (3, 5), (5, 6))
+
+
+def test_special_tokens_are_left_out_on_request():
+    tokenizer = SimpleNamespace(decode=lambda ids: " x", eos_token_id=3, all_special_ids=[1, 3])
+    tracker = CausalityTracker(FirstToken(), tokenizer)
+    for actions in ("token", "word"):
+        effects = tracker.intervene([1, 5], [6, 3], actions, skip_special=True)
+        assert effects.spans == ((1, 2), (2, 3))
+    assert tracker.intervene([1, 5], [6, 3], [(0, 1)], skip_special=True).spans == ((0, 1),)
 
 
 # ---- outcomes, budget, correction ------------------------------------------------------------------------------

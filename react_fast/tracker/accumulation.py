@@ -54,6 +54,32 @@ class Accumulation:
         """Mean attribution at every position of the sequence with at least `min_count` observations."""
         return position_means(self.by_position, check_count("min_count", min_count, 2))
 
+    def settings(self) -> dict[str, Any]:
+        """What a report says about how it came about."""
+        return {}
+
+    def findings(self, k: int = 50) -> dict[str, Any]:
+        """What the report shows: the arguments of `CausalityReport`."""
+        observed, tested = self.key_tokens(k), self.key_tokens(k, kind="effect", min_count=2)
+        return {
+            "key_tokens": observed + tested,
+            "by_position": self.positions(),
+            "heat_maps": list(self.heat_maps),
+            "effects": list(self.effects),
+            "meta": {
+                **self.settings(),
+                "observed_calls": self.calls,
+                "observed_tokens": int(self.by_token.count.sum()),
+                "interventions": int(self.effects_by_token.count.sum()),
+            },
+        }
+
+    def report(self) -> Any:
+        """The findings as a CausalityReport: .to_html(path), .to_json(path), ..."""
+        from .report import CausalityReport
+
+        return CausalityReport(**self.findings())
+
     # ---- state ---------------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:

@@ -154,15 +154,16 @@ class Policy:
                 ids, mask = self.padded([rows[i] for i in part])
                 begin = torch.tensor([starts[i] for i in part], device=self.device)
                 counted = mask & (torch.arange(ids.shape[1], device=self.device) >= begin[:, None])
-                skip = min(int(begin.min()) - 1, _shared(ids, mask))
-                logits, _ = self._behind_shared(ids, mask.long(), skip)
+                skip = int(begin.min()) - 1
+                options = {"logits_to_keep": ids.shape[1] - skip} if self._keeps_last else {}
+                logits, _ = self._behind_shared(ids, mask.long(), min(skip, _shared(ids, mask)), **options)
                 skip = ids.shape[1] - logits.shape[1]
                 found = logprobs(logits[:, :-1], ids[:, skip + 1 :], counted[:, skip + 1 :])
                 out[part, skip + 1 : ids.shape[1]] = found.double()
         return out
 
     def _behind_shared(
-        self, ids: torch.Tensor, mask: torch.Tensor | None, shared: int, **options: Any
+        self, ids: torch.Tensor, mask: torch.Tensor, shared: int, **options: Any
     ) -> tuple[torch.Tensor, Any]:
         """Logits [n, T - s, V] behind the first s tokens, which all rows share, and the key/value cache; s is
         `shared`, or 0 where running those once for all saves nothing or the model has no such cache."""
@@ -170,7 +171,9 @@ class Policy:
             return self._forward(ids, None), None
         name, cache = cache_argument(self.model), cast(Any, None)
         if shared >= _SHARED and len(ids) > 1:
-            cache = self._forward(ids[:1, :shared], None, **{name: None}, **self._keeps_last)[name]
+            cache = self._forward(ids[:1, :shared], mask[:1, :shared], **{name: None}, **self._keeps_last)[
+                name
+            ]
         if hasattr(cache, "batch_repeat_interleave"):
             cache.batch_repeat_interleave(len(ids))
         else:
@@ -187,8 +190,7 @@ class Policy:
     @cached_property
     def _keeps_last(self) -> dict[str, int]:
         """The option that makes the model compute the last position's logits only, where it has one."""
-        known = "logits_to_keep" in inspect.signature(self.model.forward).parameters
-        return {"logits_to_keep": 1} if known else {}
+        return {"logits_to_keep": 1} if "logits_to_keep" in _options(self.model) else {}
 
     def padded(self, rows: Sequence[Sequence[int]]) -> tuple[torch.Tensor, torch.Tensor]:
         """(ids [N, T] padded on the right with id 0, mask [N, T])."""
@@ -240,13 +242,14 @@ class Policy:
         start = ids.shape[1]
         # Samples of one prefix differ in their noise alone, so that the prefix runs once.
         distinct, copies = torch.unique(ids, dim=0, return_inverse=True)
-        shared = min(_shared(distinct, torch.ones_like(distinct, dtype=torch.bool)), start - 1)
-        logits, cache = self._behind_shared(distinct, None, shared, **self._keeps_last)
+        seen = torch.ones_like(distinct)
+        shared = min(_shared(distinct, seen.bool()), start - 1)
+        logits, cache = self._behind_shared(distinct, seen, shared, **self._keeps_last)
         logits = logits[copies, -1]
         if hasattr(cache, "batch_select_indices"):
             cache.batch_select_indices(copies)
         elif self.hugging_face and len(distinct) < len(ids):
-            logits, cache = self._behind_shared(ids, None, 0, **self._keeps_last)
+            logits, cache = self._behind_shared(ids, torch.ones_like(ids), 0, **self._keeps_last)
             logits = logits[:, -1]
         for position in range(limit):
             if position and self.hugging_face:
@@ -272,7 +275,13 @@ def _shared(ids: torch.Tensor, mask: torch.Tensor) -> int:
 
 def cache_argument(model: nn.Module) -> str:
     """What a Hugging Face model calls its key/value cache: transformers 5 renamed past_key_values to cache."""
-    return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
+    return "cache" if "cache" in _options(model) else "past_key_values"
+
+
+def _options(model: nn.Module) -> Any:
+    """Arguments of the forward; of the model inside where an adapter hands on what it does not know."""
+    inner: Any = getattr(model, "get_base_model", lambda: model)()
+    return inspect.signature(inner.forward).parameters
 
 
 def logprobs(logits: torch.Tensor, ids: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:

@@ -164,7 +164,8 @@ class CausalityTracker(Accumulation):
                 place of the policy: `scorer(ids [B, T])`, or its `logits`; `target` is then a function of one
                 row of it.
             layer: module, or its name, with an output [B, T, D]; None: the token embedding.
-            baseline: token id that x' embeds; None: the zero vector. For a layer, its output on that input.
+            baseline: token id that x' embeds; None: the tokenizer's padding token, or the zero vector where there
+                is none (models that begin with a norm then need many steps). For a layer, its output on that.
             steps: points of the Gauss-Legendre quadrature, at least 1.
             inputs: "all": every token starts at the baseline; "prompt": those of the prompt, and the response's
                 own tokens get 0.
@@ -173,7 +174,9 @@ class CausalityTracker(Accumulation):
         Source: Simonyan et al. 2013 (arXiv:1312.6034), saliency; Shrikumar et al. 2016 (arXiv:1605.01713),
             gradient x input; Sundararajan et al. 2017 (arXiv:1703.01365), integrated gradients.
         """
-        if baseline is not None:
+        if baseline is None:
+            baseline = getattr(self.tokenizer, "pad_token_id", None) if scorer is None else None
+        else:
             check_ids("baseline", [baseline], self.policy.vocab_size)
         chosen = Method(self.attribution if method is None else method, layer, baseline, steps, inputs)
         policy = self.policy if scorer is None else Policy(scorer)
@@ -195,6 +198,7 @@ class CausalityTracker(Accumulation):
         max_new_tokens: int | None = None,
         max_tokens: int | None = None,
         turn_index: Sequence[int] | None = None,
+        skip_special: bool = False,
     ) -> Effects:
         """Effect of every action: outcome as it is - outcome with the counterfactual in the action's place.
 
@@ -226,6 +230,8 @@ class CausalityTracker(Accumulation):
             max_tokens: budget: most tokens that the policy may compute, counted as if there were no cache; fewer
                 samples are taken where it is short.
             turn_index: [P + R] turn of every token, for actions "turn".
+            skip_special: leave out the named actions that hold a special token of the tokenizer, such as a chat
+                template's marks.
         Raises: TypeError, ValueError or IndexError in one line.
         """
         text = self._experiment(
@@ -238,7 +244,7 @@ class CausalityTracker(Accumulation):
             correction=correction,
             max_tokens=max_tokens,
         )
-        spans = self._spans(actions, text, turn_index)
+        spans = self._spans(actions, text, turn_index, skip_special)
         effects = intervene(self.policy, text, spans)
         if outcome == "logprob" and counterfactual is None:
             self._accumulate(effects)
@@ -336,31 +342,15 @@ class CausalityTracker(Accumulation):
                 )[0]
             self.add_example(ids, response, samples=samples, title=prompt)
 
-    def findings(self, k: int = 50) -> dict[str, Any]:
-        """What the report shows: the arguments of `CausalityReport`."""
-        observed, tested = self.key_tokens(k), self.key_tokens(k, kind="effect", min_count=2)
+    def settings(self) -> dict[str, Any]:
+        """What a report says about how it came about."""
         return {
-            "key_tokens": observed + tested,
-            "by_position": self.positions(),
-            "heat_maps": list(self.heat_maps),
-            "effects": list(self.effects),
-            "meta": {
-                "model": type(self.policy.model).__name__,
-                "attribution": self.attribution,
-                "intervention": repr(self.interventions),
-                "every": self.every,
-                "seed": self.seed,
-                "observed_calls": self.calls,
-                "observed_tokens": int(self.by_token.count.sum()),
-                "interventions": int(self.effects_by_token.count.sum()),
-            },
+            "model": type(self.policy.model).__name__,
+            "attribution": self.attribution,
+            "intervention": repr(self.interventions),
+            "every": self.every,
+            "seed": self.seed,
         }
-
-    def report(self) -> Any:
-        """The findings as a CausalityReport: .to_html(path), .to_json(path), ..."""
-        from .report import CausalityReport
-
-        return CausalityReport(**self.findings())
 
     # ---- inside --------------------------------------------------------------------------------------------
 
@@ -388,10 +378,16 @@ class CausalityTracker(Accumulation):
             **options,
         )
 
-    def _spans(self, actions: Any, text: Experiment, turn_index: Sequence[int] | None) -> list[Span]:
+    def _spans(
+        self, actions: Any, text: Experiment, turn_index: Sequence[int] | None, skip_special: bool = False
+    ) -> list[Span]:
         texts = None if self.tokenizer is None else self.texts(text.ids)
         named = isinstance(actions, (str, re.Pattern))
-        return check_spans(text, find_actions(actions, text, texts, turn_index), drop=named)
+        spans = find_actions(actions, text, texts, turn_index)
+        if skip_special and named:
+            special = set(getattr(self.tokenizer, "all_special_ids", ()))
+            spans = [span for span in spans if special.isdisjoint(text.ids[slice(*span)])]
+        return check_spans(text, spans, drop=named)
 
     def _text(self, prompt_ids: Ids, response_ids: Ids) -> Text:
         prompt = check_ids("prompt_ids", prompt_ids, self.policy.vocab_size)
