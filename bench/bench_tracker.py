@@ -18,7 +18,7 @@ from .common import AbsentError, race
 
 # Each step costs as much as the one before it, and Captum's 50 take minutes.
 STEPS = 8
-CLOSE = {"rtol": 1e-4, "atol": 1e-4}
+CLOSE: dict[str, Any] = {"rtol": 1e-4, "atol": 1e-4}
 
 Scores = Callable[[], torch.Tensor]
 
@@ -117,10 +117,10 @@ def test_token_ablation(benchmark):
         benchmark,
         {
             "react_fast": ours,
-            "captum, 8 at once": batched(8),
-            "captum, 16 at once": batched(16),
-            "captum, whole sequence": one_by_one(forward_in_tokens=False),
-            "captum, default": one_by_one(),
+            "captum x8": batched(8),
+            "captum x16": batched(16),
+            "captum sequence": one_by_one(forward_in_tokens=False),
+            "captum default": one_by_one(),
         },
         case=f"ablation of {len(ids)} tokens [{len(ids)} + {len(response)}]",
         check=_checked(ours()),
