@@ -10,7 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, Qwen2Config
 
 from react_fast import reference
-from react_fast.envs import ground_truth
+from react_fast.envs import Record, TextEnv, ground_truth
 from react_fast.envs.slot_models import Writer
 from react_fast.tracker import (
     CausalityTracker,
@@ -20,6 +20,7 @@ from react_fast.tracker import (
     Resample,
     Return,
     TargetLogprob,
+    turn_values,
 )
 
 from .policies import CLOSE, PROMPT, RESPONSE, FirstToken, Recurrent
@@ -65,9 +66,10 @@ class Brute:
         table = self.logp(ids)
         return sum(float(table[t - 1, ids[t]]) for t in range(start, len(ids)))
 
-    def draw(self, prefix, stream, count):
+    def draw(self, prefix, stream, count, first=0):
+        """The largest of log p + Gumbel noise, whose number counts from `first`."""
         drawn = []
-        for position in range(count):
+        for position in range(first, first + count):
             key = np.array([self.seed, stream], dtype=np.uint64)
             counter = np.array([0, 0, 0, position], dtype=np.uint64)
             logp = self.logp(prefix + drawn)[-1]
@@ -237,6 +239,61 @@ def test_a_response_that_ended_has_its_own_value():
     assert (float(found.values[-1]), float(found.standard_error[-1])) == (3.0, 0.0)
 
 
+class Spoken:
+    """One token a character, whose number it is."""
+
+    eos_token_id = None
+
+    def __call__(self, text, **options):
+        return {"input_ids": [ord(character) for character in text]}
+
+    def decode(self, ids, **options):
+        return "".join(map(chr, ids))
+
+
+def _answer(state, action, record):
+    """What the environment adds is one token of the small vocabulary."""
+    return f"{state}{action}\x03"
+
+
+def _pay(state, action, record):
+    return float(sum(map(ord, action)) % 5 + (len(state) if "!" in action else 0))
+
+
+def _speaker():
+    torch.manual_seed(5)
+    model = Recurrent().double()
+    with torch.no_grad():
+        model.head.weight.mul_(3)
+    return model
+
+
+def test_turn_values_equal_episodes_played_one_by_one():
+    model, env = _speaker(), TextEnv([Record("\x05\x06")], transition=_answer, reward=_pay, max_turns=3)
+    brute = Brute(model, 6)
+    tracker = CausalityTracker(model, Spoken(), seed=6)
+    turns, gamma, limit = [[7, 8], [33, 9]], 0.5, 2
+    found = turn_values(tracker, env, 0, turns, 4, max_new_tokens=limit, gamma=gamma)
+    for k in range(3):
+        played = []
+        for s in range(4):
+            state, earned = "\x05\x06", 0.0
+            for turn in range(3):
+                given = turn < k
+                tokens = turns[turn] if given else brute.draw([ord(c) for c in state], s, limit, turn * limit)
+                action = "".join(map(chr, tokens))
+                earned += gamma**turn * _pay(state, action, None)
+                state = _answer(state, action, None)
+            played.append(earned)
+        np.testing.assert_allclose(float(found.values[k]), np.mean(played), rtol=1e-12)
+        np.testing.assert_allclose(
+            float(found.standard_error[k]), np.std(played, ddof=1) / 2, rtol=1e-9, atol=1e-12
+        )
+    assert found.effects.spans == ((2, 4), (5, 7))
+    assert float(found.standard_error[0]) > 0
+    np.testing.assert_allclose(found.effects.mean, np.diff(found.values.numpy()), atol=1e-12)
+
+
 # ---- actions ---------------------------------------------------------------------------------------------------
 
 TEXT = "Say it. \nOne, two.\n\nThen three! So 12 and 4."
@@ -404,6 +461,35 @@ REFUSED = [
         "actions must be steps of the response without a gap",
     ),
 ]
+
+
+ENV = TextEnv([Record("\x05")], transition=_answer, reward=_pay, max_turns=1)
+REFUSED += [
+    (
+        lambda t: turn_values(t, ENV, 0, [[1]], 2, max_new_tokens=1),
+        ValueError,
+        "tokenizer must be given to the tracker for turn_values",
+    ),
+    (
+        lambda t: turn_values(_spoken(t), ENV, 0, [[1], [2]], 2, max_new_tokens=1),
+        ValueError,
+        "turns must end with the episode, got 2 where it has 1",
+    ),
+    (
+        lambda t: turn_values(_spoken(t), ENV, 0, [], 2, max_new_tokens=1),
+        ValueError,
+        "turns must hold at least one turn, got none",
+    ),
+    (
+        lambda t: turn_values(_spoken(t), ENV, 0, [[50]], 2, max_new_tokens=1),
+        IndexError,
+        r"turns\[0\]\[0\] must be in \[0, 50\), got 50",
+    ),
+]
+
+
+def _spoken(tracker):
+    return CausalityTracker(tracker.policy.model, Spoken())
 
 
 @pytest.mark.parametrize(("call", "error", "text"), REFUSED, ids=range(len(REFUSED)))

@@ -7,6 +7,7 @@ from .intervention import Effects
 from .outcomes import Return, TargetLogprob
 from .step_values import StepValues
 from .tracker import CausalityTracker
+from .turn_values import turn_values
 
 __all__ = [
     "Attribution",
@@ -20,5 +21,6 @@ __all__ = [
     "StepValues",
     "TargetLogprob",
     "attribution_credit",
+    "turn_values",
     "uniform_credit",
 ]
