@@ -121,9 +121,9 @@ def _integrated(policy: Policy, text: Text, target: Target, method: Method, laye
         nodes, weights = np.polynomial.legendre.leggauss(method.steps)
         alphas = torch.from_numpy((1 + nodes) / 2).to(way)
         shares = torch.from_numpy(weights / 2).to(way)
-        at_once = max(1, _PATH_TOKENS // len(text.ids))
+        parts = -(-method.steps // max(1, _PATH_TOKENS // len(text.ids)))
         rows: list[torch.Tensor] = []
-        for part, share in zip(alphas.split(at_once), shares.split(at_once), strict=True):
+        for part, share in zip(alphas.tensor_split(parts), shares.tensor_split(parts), strict=True):
             points = ends[0] + part[:, None, None] * way
             with policy.cut(layer, points) as leaves:
                 outcome = _outcomes(policy, text, target, len(part)).sum(0)
