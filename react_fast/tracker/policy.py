@@ -14,9 +14,9 @@ from torch import nn
 
 from ..ops.logprob import token_logprobs
 
-# Sequences of one forward: eight to sixteen long ones were best on CPUs, and their logits fit in memory; of short
-# ones as many as make up SHORT tokens.
-ROWS, SHORT = 16, 1024
+# Sequences of one forward: eight to sixteen were best on CPUs; of short ones as many as make up SHORT tokens, of
+# long ones no more than LONG tokens, whose keys and values have to fit in memory.
+ROWS, SHORT, LONG = 16, 1024, 2**15
 # Noise that is kept, in numbers: what the rows of a few hundred tokens of a large vocabulary share.
 _KEPT = 2**22
 # Shared tokens from which on a forward of their own pays.
@@ -147,7 +147,7 @@ class Policy:
         width = max(map(len, rows))
         out = torch.zeros(len(rows), width, dtype=torch.float64, device=self.device)
         order = sorted(range(len(rows)), key=lambda i: tuple(rows[i]))
-        size = max(ROWS, SHORT // width)
+        size = _rows_at_once(width)
         with self.evaluation():
             for first in range(0, len(order), size):
                 part = order[first : first + size]
@@ -225,7 +225,7 @@ class Policy:
         with self.evaluation():
             for length in lengths:
                 rows = [i for i, prefix in enumerate(prefixes) if len(prefix) == length]
-                size = max(ROWS, SHORT // length)
+                size = _rows_at_once(length)
                 for first in range(0, len(rows), size):
                     part = rows[first : first + size]
                     ids = torch.tensor([list(prefixes[i]) for i in part], device=self.device)
@@ -265,6 +265,10 @@ class Policy:
             if eos_id is not None and bool((ids[:, start:] == eos_id).any(1).all()):
                 break
         return ids[:, start:]
+
+
+def _rows_at_once(length: int) -> int:
+    return max(1, min(max(ROWS, SHORT // length), LONG // length))
 
 
 def _shared(ids: torch.Tensor, mask: torch.Tensor) -> int:
