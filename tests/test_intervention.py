@@ -207,7 +207,11 @@ REFUSED = [
     ),
     (lambda t: t.attribute([1], [2], lambda x: x), ValueError, "target must return a scalar tensor"),
     (lambda t: t.attribute([1], [2], lambda x: 1.0), ValueError, "depends on the logits, got float"),
-    (lambda t: t.intervene([1], [2], "words"), TypeError, "actions must be 'token', 'span' or a list"),
+    (
+        lambda t: t.intervene([1], [2], "words"),
+        TypeError,
+        "actions must be 'token', 'span', 'word', .* or a list",
+    ),
     (
         lambda t: t.intervene([1], [2], "span"),
         ValueError,

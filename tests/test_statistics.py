@@ -5,6 +5,7 @@ from scipy import stats
 
 from react_fast.tracker.statistics import (
     benjamini_hochberg,
+    benjamini_yekutieli,
     bootstrap_interval,
     student_interval,
     student_p_value,
@@ -56,3 +57,11 @@ def test_benjamini_hochberg_equals_scipy():
     assert 0 < expected.sum() < 200
     assert np.array_equal(benjamini_hochberg(p_values), expected)
     assert benjamini_hochberg(np.empty(0)).shape == (0,)
+
+
+def test_benjamini_yekutieli_equals_scipy():
+    p_values = np.random.default_rng(2).uniform(0, 1, 200) ** 6
+    expected = stats.false_discovery_control(p_values, method="by") <= 0.05
+    assert 0 < expected.sum() < benjamini_hochberg(p_values).sum()
+    assert np.array_equal(benjamini_yekutieli(p_values), expected)
+    assert benjamini_yekutieli(np.empty(0)).shape == (0,)

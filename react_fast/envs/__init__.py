@@ -1,7 +1,8 @@
 """Environments of texts. They import nothing else of this package."""
 
 from .jsonl import load_jsonl
+from .slots import GroundTruth, ground_truth
 from .spaces import UnicodeText
 from .text_env import Record, TextEnv
 
-__all__ = ["Record", "TextEnv", "UnicodeText", "load_jsonl"]
+__all__ = ["GroundTruth", "Record", "TextEnv", "UnicodeText", "ground_truth", "load_jsonl"]

@@ -1,15 +1,26 @@
 """The tracker: attribution, intervention, credit and their statistics."""
 
+from .attribution import Attribution
+from .counterfactuals import Deletion, DonorSwap, Replacement, Resample
 from .credit import attribution_credit, uniform_credit
-from .intervention import Deletion, Effects, Replacement
-from .tracker import Attribution, CausalityTracker
+from .intervention import Effects
+from .outcomes import Return, TargetLogprob
+from .step_values import StepValues
+from .tracker import CausalityTracker
+from .turn_values import turn_values
 
 __all__ = [
     "Attribution",
     "CausalityTracker",
     "Deletion",
+    "DonorSwap",
     "Effects",
     "Replacement",
+    "Resample",
+    "Return",
+    "StepValues",
+    "TargetLogprob",
     "attribution_credit",
+    "turn_values",
     "uniform_credit",
 ]

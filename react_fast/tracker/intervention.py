@@ -1,9 +1,9 @@
 """Interventions: what happens to the outcome when an action is taken out of the text.
 
-effect(A) = E[outcome | as it is] - E[outcome | do(A deleted)]
+effect(A) = E[outcome | as it is] - E[outcome | do(A := counterfactual)]
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,31 +11,14 @@ import numpy as np
 import torch
 
 from ..ops import _check
+from .counterfactuals import draws, fits, replacements
+from .outcomes import Row, logprob_sums, outcomes
 from .policy import Policy, gumbel
 from .records import EffectRow
-from .statistics import benjamini_hochberg, bootstrap_interval, student_interval, student_p_value
+from .statistics import CORRECTIONS, bootstrap_interval, student_interval, student_p_value
 from .text import Span, Text
 
-Outcome = str | Callable[[list[int]], float]
 INTERVALS = ("student_t", "bootstrap")
-
-
-@dataclass(frozen=True)
-class Deletion:
-    """The action's tokens are left out; what follows moves up."""
-
-    def replacement(self, tokens: list[int]) -> list[int]:
-        return []
-
-
-@dataclass(frozen=True)
-class Replacement:
-    """A baseline token stands in the place of each of the action's tokens."""
-
-    token_id: int
-
-    def replacement(self, tokens: list[int]) -> list[int]:
-        return [self.token_id] * len(tokens)
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,16 +28,19 @@ class Effects:
     Attributes:
         token_ids: prompt and response. prompt_length: tokens of the prompt.
         spans: [A] places (start, end) of the actions in token_ids.
-        values: [A, n] float64, the effect in each of n samples; n = 1 for the response as given.
+        tokens: tokens that the policy computed for it; what came from the key/value cache is not counted.
+        values: [A, n] float64, the effect in each of n samples, or of n replacements in a fixed response; n = 1
+            for the response as given and one replacement.
         mean, standard_error, low, high: [A] float64; for n = 1 nothing was sampled, so the error is 0 and the
             interval is the mean.
         p_value: [A], two-sided, of the mean being 0; NaN for n = 1.
-        significant: [A] bool, after Benjamini-Hochberg at 5% over the A actions; False for n = 1.
+        significant: [A] bool, after the correction at 5% over the A actions; False for n = 1.
     """
 
     token_ids: tuple[int, ...]
     prompt_length: int
     spans: tuple[Span, ...]
+    tokens: int
     values: torch.Tensor
     mean: torch.Tensor
     standard_error: torch.Tensor
@@ -85,117 +71,55 @@ class Effects:
 
 @dataclass(frozen=True)
 class Experiment(Text):
-    """A text and what an intervention makes of it."""
+    """A text, what an intervention makes of it, and how its effects are measured; see
+    CausalityTracker.intervene."""
 
-    intervention: Any
+    counterfactual: Any
+    outcome: Any = "logprob"
+    samples: int | None = None
+    seed: int = 0
+    limit: int = 1
+    eos_id: int | None = None
+    interval: str = "student_t"
+    correction: str = "benjamini_hochberg"
+    max_tokens: int | None = None
 
-    def changed(self, span: Span, end: int | None = None) -> list[int]:
-        """The tokens up to `end` (of the original; None: all) with the action replaced."""
+    def __post_init__(self) -> None:
+        _check.choice("interval", self.interval, INTERVALS)
+        _check.choice("correction", self.correction, tuple(CORRECTIONS))
+
+    def changed(self, span: Span, tokens: Sequence[int], end: int | None = None) -> list[int]:
+        """The text up to `end` (of the original; None: all) with these tokens in the action's place."""
         start, stop = span
-        tokens = list(self.ids[start:stop])
-        return [*self.ids[:start], *self.intervention.replacement(tokens), *self.ids[stop:end]]
+        return [*self.ids[:start], *tokens, *self.ids[stop:end]]
 
-    def response_of(self, span: Span, changed: list[int]) -> list[int]:
-        """The response in a changed text; an action that began in the prompt belongs to the prompt."""
-        if span[0] >= self.prompt_length:
-            return changed[self.prompt_length :]
-        behind = len(self.ids) - max(span[1], self.prompt_length)
-        return changed[len(changed) - behind :] if behind else []
+    def begin(self, span: Span, tokens: Sequence[int]) -> int:
+        """Where the response begins in a changed text: an action that began in the prompt belongs to it."""
+        start, stop = span
+        if start >= self.prompt_length:
+            return self.prompt_length
+        return start + len(tokens) + max(0, self.prompt_length - stop)
 
     def prefix(self, span: Span) -> list[int]:
         """What the policy had read when it continued behind the action: at least the whole prompt."""
         return list(self.ids[: max(span[1], self.prompt_length)])
 
 
-def intervene(
-    policy: Policy,
-    text: Experiment,
-    actions: str | Sequence[Span],
-    outcome: Outcome,
-    *,
-    texts: Sequence[str] | None,
-    samples: int | None,
-    interval: str,
-    seed: int,
-    limit: int,
-    eos_id: int | None,
-) -> Effects:
-    """See CausalityTracker.intervene; `texts` are the tokens', `limit` is the longest continuation."""
-    spans = _spans(actions, text, texts)
-    if not callable(outcome) and outcome != "logprob":
-        raise ValueError(f"outcome must be 'logprob' or a function of response ids, got {outcome!r}")
-    _check.choice("interval", interval, INTERVALS)
-    if not spans:
-        values = np.empty((0, samples or 1))
-    elif samples is None:
-        values = _fixed(policy, text, spans, outcome)
-    else:
-        values = _sampled(
-            policy, text, spans, outcome, samples=samples, seed=seed, limit=limit, eos_id=eos_id
-        )
-    return _summary(text, spans, values, interval=interval, seed=seed)
+def intervene(policy: Policy, text: Experiment, spans: Sequence[Span]) -> Effects:
+    """See CausalityTracker.intervene."""
+    before = policy.tokens
+    count = _count(text, spans)
+    values = np.empty((0, count))
+    if spans:
+        instead = replacements(
+            text.counterfactual, policy, text, spans, count, seed=text.seed,
+            eos_id=None if text.samples is None else text.eos_id,
+        )  # fmt: skip
+        values = (_fixed if text.samples is None else _sampled)(policy, text, spans, instead)
+    return summary(text, spans, values, policy.tokens - before)
 
 
-def _fixed(policy: Policy, text: Experiment, spans: Sequence[Span], outcome: Outcome) -> np.ndarray:
-    """[A, 1]: effects on the response as given."""
-    if callable(outcome):
-        given = outcome(list(text.ids[text.prompt_length :]))
-        changed = [outcome(text.response_of(span, text.changed(span))) for span in spans]
-        return np.array([[float(given) - float(value)] for value in changed])
-    changed_rows = [text.changed(span) for span in spans]
-    shifts = torch.tensor([len(row) - len(text.ids) for row in changed_rows])
-    starts, ends = torch.tensor(spans).T
-    firsts = torch.where(starts < text.prompt_length, text.prompt_length + shifts, text.prompt_length)
-    rows = [list(text.ids), *changed_rows]
-    found = policy.response_logprobs(rows, [text.prompt_length, *firsts.clamp_min(1).tolist()]).cpu()
-    # Both sums are over the response tokens outside the action; those behind it have moved by the shift.
-    place = torch.arange(len(text.ids)).expand(len(spans), -1)
-    outside = (place >= text.prompt_length) & ((place < starts[:, None]) | (place >= ends[:, None]))
-    moved = place + torch.where(place >= ends[:, None], shifts[:, None], 0)
-    after = found[1:].gather(1, moved.clamp(0, found.shape[1] - 1))
-    effect = torch.where(outside, found[0, : len(text.ids)] - after, 0.0).sum(1, keepdim=True)
-    return effect.numpy()
-
-
-def _sampled(
-    policy: Policy,
-    text: Experiment,
-    spans: Sequence[Span],
-    outcome: Outcome,
-    *,
-    samples: int,
-    seed: int,
-    limit: int,
-    eos_id: Any,
-) -> np.ndarray:
-    """[A, n]: effects on responses that the policy continues behind the action."""
-    before = [text.prefix(span) for span in spans]
-    after = [text.changed(span, end=len(row)) for span, row in zip(spans, before, strict=True)]
-    inside = [span[0] >= text.prompt_length for span in spans]
-    openings = [row[text.prompt_length :] for row in before]
-    changed_openings = [
-        row[text.prompt_length :] if own else [] for row, own in zip(after, inside, strict=True)
-    ]
-    wanted = list(zip(before, openings, strict=True))
-    if callable(outcome):
-        wanted += zip(after, changed_openings, strict=True)
-    continued = _continuations(policy, wanted, samples, seed=seed, limit=limit, eos_id=eos_id)
-    values = np.empty((len(spans), samples))
-    for i in range(len(spans)):
-        drawn = [continued[tuple(before[i]), s] for s in range(samples)]
-        if callable(outcome):
-            given = [outcome(openings[i] + tokens) for tokens in drawn]
-            others = [continued[tuple(after[i]), s] for s in range(samples)]
-            changed = [outcome(changed_openings[i] + tokens) for tokens in others]
-            values[i] = np.array(given, dtype=float) - np.array(changed, dtype=float)
-        else:
-            values[i] = _sums(policy, before[i], drawn) - _sums(policy, after[i], drawn)
-    return values
-
-
-def _summary(
-    text: Experiment, spans: Sequence[Span], values: np.ndarray, *, interval: str, seed: int
-) -> Effects:
+def summary(text: Experiment, spans: Sequence[Span], values: np.ndarray, tokens: int) -> Effects:
     """Means, errors and intervals of [A, n] effects."""
     count = values.shape[1]
     mean = values.mean(1) if len(values) else np.empty(0)
@@ -204,82 +128,112 @@ def _summary(
     if count > 1 and len(values):
         error = values.std(1, ddof=1) / np.sqrt(count)
         p_value = student_p_value(mean, error, np.full(len(mean), count))
-        significant = benjamini_hochberg(p_value)
+        significant = CORRECTIONS[text.correction](p_value)
         low, high = student_interval(mean, error, np.full(len(mean), count))
-        if interval == "bootstrap":
-            low, high = bootstrap_interval(values, seed=seed)
+        if text.interval == "bootstrap":
+            low, high = bootstrap_interval(values, seed=text.seed)
     found = (values, mean, error, low, high, p_value, significant)
-    return Effects(
-        text.ids, text.prompt_length, tuple(spans), *(torch.from_numpy(np.array(x)) for x in found)
-    )
+    arrays = (torch.from_numpy(np.array(x)) for x in found)
+    return Effects(text.ids, text.prompt_length, tuple(spans), tokens, *arrays)
 
 
-def _spans(actions: Any, text: Experiment, texts: Sequence[str] | None) -> list[Span]:
-    """Places of the actions. Every token, but not a prompt's only one: nothing could be continued then."""
-    if actions == "token":
-        return [span for i in range(len(text.ids)) if _keeps_a_prompt(span := (i, i + 1), text)]
-    if actions != "span":
-        return _checked(actions, text)
-    if texts is None:
-        raise ValueError("tokenizer must be given to the tracker for actions 'span', got None")
-    return _words(text, texts)
+def check_spans(text: Experiment, spans: Sequence[Span], *, drop: bool) -> list[Span]:
+    """Those that leave something to continue from; the others are dropped, or refused in one line."""
+    fitting = [span for span in spans if fits(text.counterfactual, text, span)]
+    if not drop and len(fitting) < len(spans):
+        i, span = next((i, span) for i, span in enumerate(spans) if span not in fitting)
+        raise ValueError(f"actions[{i}] must leave a prompt token to continue from, got {span}")
+    return fitting
 
 
-def _checked(actions: Any, text: Experiment) -> list[Span]:
-    if isinstance(actions, str) or not isinstance(actions, Sequence):
-        raise TypeError(f"actions must be 'token', 'span' or a list of (start, end), got {actions!r}")
-    spans = []
-    for i, span in enumerate(actions):
-        pair = isinstance(span, Sequence) and len(span) == 2
-        if not pair or not all(isinstance(x, int) and not isinstance(x, bool) for x in span):
-            raise TypeError(f"actions[{i}] must be a pair of integers (start, end), got {span!r}")
-        start, end = span
-        if not 0 <= start < end <= len(text.ids):
-            raise IndexError(
-                f"actions[{i}] must be 0 <= start < end <= {len(text.ids)}, got ({start}, {end})"
-            )
-        if not _keeps_a_prompt((start, end), text):
-            raise ValueError(f"actions[{i}] must leave a prompt token to continue from, got ({start}, {end})")
-        spans.append((start, end))
-    return spans
+def _count(text: Experiment, spans: Sequence[Span]) -> int:
+    """Samples, or replacements of a fixed response, as the budget allows."""
+    wanted = draws(text.counterfactual) if text.samples is None else text.samples
+    if text.max_tokens is None or not spans:
+        return wanted
+    if text.samples is None:
+        lengths, least = len(text.ids) * len(spans), 1
+    else:
+        rolled = 2 * sum(max(end, text.prompt_length) + text.limit for _, end in spans)
+        lengths, least = rolled * (1 if callable(text.outcome) else 2), 2
+    affordable = text.max_tokens // lengths
+    if affordable < least:
+        raise ValueError(
+            f"max_tokens must be at least {least * lengths} for {len(spans)} actions, got {text.max_tokens}"
+        )
+    return min(wanted, affordable)
 
 
-def _words(text: Experiment, texts: Sequence[str]) -> list[Span]:
-    """Tokens up to the next one that begins with white space; prompt and response are never one word."""
-    begins = [i for i, token in enumerate(texts) if i in (0, text.prompt_length) or token[:1].isspace()]
-    spans = zip(begins, [*begins[1:], len(texts)], strict=True)
-    return [span for span in spans if _keeps_a_prompt(span, text)]
+def _fixed(
+    policy: Policy, text: Experiment, spans: Sequence[Span], instead: list[list[list[int]]]
+) -> np.ndarray:
+    """[A, n]: effects on the response as given, for n replacements of every action."""
+    pairs = [(span, tokens) for span, drawn in zip(spans, instead, strict=True) for tokens in drawn]
+    if text.outcome == "logprob":
+        effects = _logprob_effects(policy, text, pairs)
+    else:
+        changed = [(text.changed(span, tokens), text.begin(span, tokens)) for span, tokens in pairs]
+        found = outcomes(policy, text.outcome, [(list(text.ids), text.prompt_length), *changed])
+        effects = found[0] - found[1:]
+    return effects.reshape(len(spans), -1)
 
 
-def _keeps_a_prompt(span: Span, text: Experiment) -> bool:
-    return span[0] > 0 or span[1] < text.prompt_length or len(text.changed(span, end=span[1])) > 0
+def _logprob_effects(policy: Policy, text: Experiment, pairs: Sequence[tuple[Span, list[int]]]) -> np.ndarray:
+    """[N]: both sums are over the response tokens behind the action; those before it do not change."""
+    firsts = [max(end, text.prompt_length) for (_, end), _ in pairs]
+    given = policy.response_logprobs([text.ids], [text.prompt_length])[0].cpu().numpy()
+    tails = np.append(np.cumsum(given[::-1])[::-1], 0.0)
+    changed = [text.changed(span, tokens) for span, tokens in pairs]
+    places = [len(row) - (len(text.ids) - first) for row, first in zip(changed, firsts, strict=True)]
+    after = logprob_sums(policy, list(zip(changed, places, strict=True)))
+    return tails[firsts] - after
 
 
-def _continuations(
-    policy: Policy,
-    wanted: Sequence[tuple[list[int], list[int]]],
-    samples: int,
-    *,
-    seed: int,
-    limit: int,
-    eos_id: int | None,
-) -> dict[tuple[tuple[int, ...], int], list[int]]:
-    """Continuation by (prefix, sample), for pairs of a prefix and its part of the response; sample s has the same
-    noise behind every prefix, and a response that has ended is not continued."""
-    ended = {tuple(prefix): opening[-1:] == [eos_id] for prefix, opening in wanted}
-    keys = [(prefix, s) for prefix, over in ended.items() if not over for s in range(samples)]
+def _sampled(
+    policy: Policy, text: Experiment, spans: Sequence[Span], instead: list[list[list[int]]]
+) -> np.ndarray:
+    """[A, n]: effects on responses that the policy continues behind the action, sample s under one noise."""
+    count = len(instead[0])
+    before = [(text.prefix(span), text.prompt_length, s) for span in spans for s in range(count)]
+    after = [
+        (text.changed(span, tokens, end=max(span[1], text.prompt_length)), text.begin(span, tokens), s)
+        for span, drawn in zip(spans, instead, strict=True)
+        for s, tokens in enumerate(drawn)
+    ]
+    if text.outcome == "logprob":
+        given = continued(policy, text, before)
+        drawn = [row[len(prefix) :] for (row, _), (prefix, _, _) in zip(given, before, strict=True)]
+        sides = [
+            [([*prefix, *tokens], len(prefix)) for (prefix, _, _), tokens in zip(side, drawn, strict=True)]
+            for side in (before, after)
+        ]
+        sums = [logprob_sums(policy, rows) for rows in sides]
+    else:
+        sums = np.split(outcomes(policy, text.outcome, continued(policy, text, [*before, *after])), 2)
+    return (sums[0] - sums[1]).reshape(len(spans), count)
+
+
+def continued(
+    policy: Policy, text: Experiment, wanted: Sequence[tuple[list[int], int, int]], *, first: int = 0
+) -> list[Row]:
+    """(ids, place of the response) of every (prefix, place of the response, sample), continued by the policy.
+
+    Sample s has the same noise behind every prefix, from number `first` on; the same prefix and sample run once; a
+    response that has ended is not continued.
+    """
+    keys = [(tuple(ids), s) for ids, _, s in wanted]
+    over = {
+        key for key, (ids, start, _) in zip(keys, wanted, strict=True) if ids[start:][-1:] == [text.eos_id]
+    }
+    running = [key for key in dict.fromkeys(keys) if key not in over]
+    noise = gumbel(text.seed)
     drawn = policy.continuations(
-        [prefix for prefix, _ in keys],
-        streams=[s for _, s in keys],
-        limit=limit,
-        eos_id=eos_id,
-        noise=gumbel(seed),
+        [ids for ids, _ in running],
+        streams=[s for _, s in running],
+        limit=text.limit,
+        eos_id=text.eos_id,
+        noise=lambda stream, position, size: noise(stream, first + position, size),
     )
-    over: dict[tuple[tuple[int, ...], int], list[int]] = {(p, s): [] for p in ended for s in range(samples)}
-    return over | dict(zip(keys, drawn, strict=True))
-
-
-def _sums(policy: Policy, prefix: list[int], continuations: Sequence[list[int]]) -> np.ndarray:
-    """Log-probability of every continuation behind the prefix."""
-    rows = [prefix + tokens for tokens in continuations]
-    return policy.response_logprobs(rows, [len(prefix)] * len(rows)).sum(1).cpu().numpy()
+    tokens: dict[Any, list[int]] = {key: [] for key in over}
+    tokens |= dict(zip(running, drawn, strict=True))
+    return [([*ids, *tokens[key]], start) for key, (ids, start, _) in zip(keys, wanted, strict=True)]

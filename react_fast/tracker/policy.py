@@ -5,7 +5,8 @@ never touched.
 import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from functools import cached_property
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -13,8 +14,13 @@ from torch import nn
 
 from ..ops.logprob import token_logprobs
 
-# Sequences of one forward. Eight to sixteen were best on CPUs; the logits of sixteen long ones fit in memory.
-ROWS = 16
+# Sequences of one forward: eight to sixteen were best on CPUs; of short ones as many as make up SHORT tokens, of
+# long ones no more than LONG tokens, whose keys and values have to fit in memory.
+ROWS, SHORT, LONG = 16, 1024, 2**15
+# Noise that is kept, in numbers: what the rows of a few hundred tokens of a large vocabulary share.
+_KEPT = 2**22
+# Shared tokens from which on a forward of their own pays.
+_SHARED = 8
 
 Noise = Callable[[int, int, int], torch.Tensor]
 
@@ -35,16 +41,21 @@ class Policy:
         self.embedding = _embedding(model)
         self.vocab_size = int(self.embedding.weight.shape[0])
         self.hugging_face = hasattr(model, "generate")
+        self.tokens = 0  # computed by forwards without gradient
 
     @property
     def device(self) -> torch.device:
         return self.embedding.weight.device
 
-    def logits(self, ids: torch.Tensor, attention_mask: torch.Tensor | None = None) -> torch.Tensor:
-        """[B, T] -> [B, T, V]."""
+    def logits(
+        self, ids: torch.Tensor, attention_mask: torch.Tensor | None = None, *, keep: int = 0
+    ) -> torch.Tensor:
+        """[B, T] -> [B, T, V]; of the last `keep` positions alone where the model can leave the others out."""
         if not self.hugging_face:
-            return self.model(ids)
-        return self.model(input_ids=ids, attention_mask=attention_mask, use_cache=False).logits
+            out = self.model(ids)
+            return getattr(out, "logits", out)
+        options = {"logits_to_keep": keep} if keep and self._keeps_last else {}
+        return self.model(input_ids=ids, attention_mask=attention_mask, use_cache=False, **options).logits
 
     @contextmanager
     def evaluation(self) -> Iterator[None]:
@@ -57,15 +68,24 @@ class Policy:
             self.model.train(was_training)
 
     @contextmanager
-    def embedded(self) -> Iterator[list[torch.Tensor]]:
-        """Embedding outputs of the forwards inside, as leaves that nothing before them hangs on."""
+    def cut(self, layer: nn.Module, values: torch.Tensor | None = None) -> Iterator[list[torch.Tensor]]:
+        """Outputs [B, T, D] of a layer in the forwards inside, as leaves that nothing before them hangs on;
+        `values` [B, T, D] stand in their place where given.
+
+        Raises: ValueError if the layer's output is no [B, T, D].
+        """
         leaves: list[torch.Tensor] = []
 
-        def cut(module: nn.Module, args: Any, output: torch.Tensor) -> torch.Tensor:
-            leaves.append(output.detach().requires_grad_())
-            return leaves[-1]
+        def cut(module: nn.Module, args: Any, output: Any) -> Any:
+            first = output[0] if isinstance(output, tuple) else output
+            if not isinstance(first, torch.Tensor) or first.dim() != 3 or not first.is_floating_point():
+                raise ValueError(
+                    f"layer must have an output [B, T, D], got {type(first).__name__} of {module}"
+                )
+            leaves.append((first if values is None else values).detach().requires_grad_())
+            return (leaves[-1], *output[1:]) if isinstance(output, tuple) else leaves[-1]
 
-        handle = self.embedding.register_forward_hook(cut)
+        handle = layer.register_forward_hook(cut)
         try:
             with torch.enable_grad():
                 yield leaves
@@ -117,22 +137,60 @@ class Policy:
 
     @torch.no_grad()
     def response_logprobs(self, rows: Sequence[Sequence[int]], starts: Sequence[int]) -> torch.Tensor:
-        """Log-probability of every token from `starts[i]` on in row i.
+        """Log-probability of every token from `starts[i]` on in row i, at least 1.
+
+        Rows that begin alike run together, and what they share runs once.
 
         Returns: [N, T] float64, T the longest row; column t belongs to token t; 0 before the start and behind
             the end.
         """
         width = max(map(len, rows))
         out = torch.zeros(len(rows), width, dtype=torch.float64, device=self.device)
+        order = sorted(range(len(rows)), key=lambda i: tuple(rows[i]))
+        size = _rows_at_once(width)
         with self.evaluation():
-            for first in range(0, len(rows), ROWS):
-                ids, mask = self.padded(rows[first : first + ROWS])
-                begin = torch.tensor(starts[first : first + ROWS], device=self.device)
+            for first in range(0, len(order), size):
+                part = order[first : first + size]
+                ids, mask = self.padded([rows[i] for i in part])
+                begin = torch.tensor([starts[i] for i in part], device=self.device)
                 counted = mask & (torch.arange(ids.shape[1], device=self.device) >= begin[:, None])
-                logits = self.logits(ids, mask.long())
-                found = logprobs(logits[:, :-1], ids[:, 1:], counted[:, 1:])
-                out[first : first + ROWS, 1 : ids.shape[1]] = found
+                skip = int(begin.min()) - 1
+                options = {"logits_to_keep": ids.shape[1] - skip} if self._keeps_last else {}
+                logits, _ = self._behind_shared(ids, mask.long(), min(skip, _shared(ids, mask)), **options)
+                skip = ids.shape[1] - logits.shape[1]
+                found = logprobs(logits[:, :-1], ids[:, skip + 1 :], counted[:, skip + 1 :])
+                out[part, skip + 1 : ids.shape[1]] = found.double()
         return out
+
+    def _behind_shared(
+        self, ids: torch.Tensor, mask: torch.Tensor, shared: int, **options: Any
+    ) -> tuple[torch.Tensor, Any]:
+        """Logits [n, T - s, V] behind the first s tokens, which all rows share, and the key/value cache; s is
+        `shared`, or 0 where running those once for all saves nothing or the model has no such cache."""
+        if not self.hugging_face:
+            return self._forward(ids, None), None
+        name, cache = cache_argument(self.model), cast(Any, None)
+        if shared >= _SHARED and len(ids) > 1:
+            cache = self._forward(ids[:1, :shared], mask[:1, :shared], **{name: None}, **self._keeps_last)[
+                name
+            ]
+        if hasattr(cache, "batch_repeat_interleave"):
+            cache.batch_repeat_interleave(len(ids))
+        else:
+            cache, shared = None, 0
+        out = self._forward(ids[:, shared:], mask, **{name: cache}, **options)
+        return out["logits"], out[name]
+
+    def _forward(self, ids: torch.Tensor, mask: torch.Tensor | None, **options: Any) -> Any:
+        self.tokens += ids.numel()
+        if not self.hugging_face:
+            return self.model(ids)
+        return self.model(input_ids=ids, attention_mask=mask, use_cache=True, **options)
+
+    @cached_property
+    def _keeps_last(self) -> dict[str, int]:
+        """The option that makes the model compute the last position's logits only, where it has one."""
+        return {"logits_to_keep": 1} if "logits_to_keep" in _options(self.model) else {}
 
     def padded(self, rows: Sequence[Sequence[int]]) -> tuple[torch.Tensor, torch.Tensor]:
         """(ids [N, T] padded on the right with id 0, mask [N, T])."""
@@ -167,8 +225,9 @@ class Policy:
         with self.evaluation():
             for length in lengths:
                 rows = [i for i, prefix in enumerate(prefixes) if len(prefix) == length]
-                for first in range(0, len(rows), ROWS):
-                    part = rows[first : first + ROWS]
+                size = _rows_at_once(length)
+                for first in range(0, len(rows), size):
+                    part = rows[first : first + size]
                     ids = torch.tensor([list(prefixes[i]) for i in part], device=self.device)
                     chosen = self._continue(ids, [streams[i] for i in part], limit, eos_id, noise)
                     for i, tokens in zip(part, chosen.tolist(), strict=True):
@@ -179,16 +238,25 @@ class Policy:
         self, ids: torch.Tensor, streams: list[int], limit: int, eos_id: int | None, noise: Noise | None
     ) -> torch.Tensor:
         """At most `limit` tokens behind prefixes of one length, which therefore need no padding."""
-        cache: Any = None
         name = cache_argument(self.model) if self.hugging_face else ""
         start = ids.shape[1]
+        # Samples of one prefix differ in their noise alone, so that the prefix runs once.
+        distinct, copies = torch.unique(ids, dim=0, return_inverse=True)
+        seen = torch.ones_like(distinct)
+        shared = min(_shared(distinct, seen.bool()), start - 1)
+        logits, cache = self._behind_shared(distinct, seen, shared, **self._keeps_last)
+        logits = logits[copies, -1]
+        if hasattr(cache, "batch_select_indices"):
+            cache.batch_select_indices(copies)
+        elif self.hugging_face and len(distinct) < len(ids):
+            logits, cache = self._behind_shared(ids, torch.ones_like(ids), 0, **self._keeps_last)
+            logits = logits[:, -1]
         for position in range(limit):
-            if self.hugging_face:
-                step = ids if cache is None else ids[:, -1:]
-                out = self.model(input_ids=step, use_cache=True, **{name: cache})
-                logits, cache = out.logits[:, -1], getattr(out, name)
-            else:
-                logits = self.model(ids)[:, -1]
+            if position and self.hugging_face:
+                out = self._forward(ids[:, -1:], None, **{name: cache})
+                logits, cache = out.logits[:, -1], out[name]
+            elif position:
+                logits = self._forward(ids, None)[:, -1]
             scores = torch.log_softmax(logits.double(), -1)
             if noise is not None:
                 drawn = {stream: noise(stream, position, scores.shape[1]) for stream in set(streams)}
@@ -199,9 +267,25 @@ class Policy:
         return ids[:, start:]
 
 
+def _rows_at_once(length: int) -> int:
+    return max(1, min(max(ROWS, SHORT // length), LONG // length))
+
+
+def _shared(ids: torch.Tensor, mask: torch.Tensor) -> int:
+    """Tokens at the beginning that all rows [N, T] share."""
+    same = ((ids == ids[:1]) & mask).all(0)
+    return int(same.long().cumprod(0).sum())
+
+
 def cache_argument(model: nn.Module) -> str:
     """What a Hugging Face model calls its key/value cache: transformers 5 renamed past_key_values to cache."""
-    return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
+    return "cache" if "cache" in _options(model) else "past_key_values"
+
+
+def _options(model: nn.Module) -> Any:
+    """Arguments of the forward; of the model inside where an adapter hands on what it does not know."""
+    inner: Any = getattr(model, "get_base_model", lambda: model)()
+    return inspect.signature(inner.forward).parameters
 
 
 def logprobs(logits: torch.Tensor, ids: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
@@ -220,14 +304,18 @@ def gumbel(seed: int) -> Noise:
     Source: Oberst & Sontag 2019 (arXiv:1905.05824).
     """
 
+    kept: dict[tuple[int, int, int], torch.Tensor] = {}
+
     def draw(stream: int, position: int, size: int) -> torch.Tensor:
-        key, counter = (
-            np.array([seed, stream], dtype=np.uint64),
-            np.array([0, 0, 0, position], dtype=np.uint64),
-        )
-        return torch.from_numpy(
-            np.random.Generator(np.random.Philox(key=key, counter=counter)).gumbel(size=size)
-        )
+        place = (stream, position, size)
+        if place not in kept:
+            if (len(kept) + 1) * size > _KEPT:
+                kept.clear()
+            key = np.array([seed, stream], dtype=np.uint64)
+            counter = np.array([0, 0, 0, position], dtype=np.uint64)
+            generator = np.random.Generator(np.random.Philox(key=key, counter=counter))
+            kept[place] = torch.from_numpy(generator.gumbel(size=size))
+        return kept[place]
 
     return draw
 

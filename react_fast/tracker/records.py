@@ -11,7 +11,7 @@ class KeyToken:
 
     Attributes:
         token_id, token: of the vocabulary; its text.
-        kind: "attribution" (observational, gradient x input) or "effect" (interventional, deletion).
+        kind: "attribution" (observational, gradient x input) or "effect" (interventional).
         count: observations.
         mean, standard_error: of them; the unit is the outcome's (nats for log-probabilities and losses).
         low, high: 95% interval of the mean.
@@ -68,7 +68,7 @@ class HeatMap:
 
 @dataclass(frozen=True)
 class EffectRow:
-    """Effect of one action of one example: outcome(as it is) - outcome(with the action deleted).
+    """Effect of one action of one example: outcome(as it is) - outcome(do(action := counterfactual)).
 
     Attributes:
         tokens: texts of the action's tokens.

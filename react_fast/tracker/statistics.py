@@ -1,7 +1,7 @@
 """Intervals and tests. numpy float64 in and out, any shape."""
 
 import numpy as np
-from scipy import special
+from scipy import special, stats
 
 LEVEL = 0.95
 RESAMPLES = 2000
@@ -41,7 +41,8 @@ def student_p_value(mean: np.ndarray, standard_error: np.ndarray, count: np.ndar
 def bootstrap_interval(
     samples: np.ndarray, *, level: float = LEVEL, resamples: int = RESAMPLES, seed: int = 0
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Percentile bootstrap of the mean over the last axis.
+    """Expanded percentile bootstrap of the mean over the last axis: for normal observations it is as wide as
+    Student's interval, while the plain percentile one covers 88% with eight of them.
 
     Args:
         samples: [..., n] with n at least 2. All rows are resampled with the same draws.
@@ -49,7 +50,7 @@ def bootstrap_interval(
         resamples: bootstrap means.
         seed: of the draws; the same seed gives the same interval.
     Returns: (low, high) [...].
-    Source: Efron 1979.
+    Source: Efron 1979; Hesterberg 2015 (arXiv:1411.5279), section 5.4, for the expansion.
     """
     samples = np.asarray(samples, dtype=float)
     count = samples.shape[-1]
@@ -57,7 +58,8 @@ def bootstrap_interval(
     # [resamples, n]: how often each sample is drawn; means are then one product.
     weights = np.apply_along_axis(np.bincount, 1, draws, minlength=count) / count
     means = samples @ weights.T
-    low, high = np.quantile(means, [0.5 - level / 2, 0.5 + level / 2], axis=-1)
+    tail = special.ndtr(special.stdtrit(count - 1, 0.5 - level / 2) * np.sqrt(count / (count - 1)))
+    low, high = np.quantile(means, [tail, 1 - tail], axis=-1)
     return low, high
 
 
@@ -78,3 +80,31 @@ def benjamini_hochberg(p_values: np.ndarray, *, rate: float = 0.05) -> np.ndarra
     if len(below):
         rejected[order[: below[-1] + 1]] = True
     return rejected
+
+
+def benjamini_yekutieli(p_values: np.ndarray, *, rate: float = 0.05) -> np.ndarray:
+    """`benjamini_hochberg` at rate / (1 + 1/2 + ... + 1/n), which holds however the tests depend on each other.
+
+    Source: Benjamini & Yekutieli 2001, theorem 1.3.
+    """
+    harmonic = np.sum(1 / np.arange(1, len(p_values) + 1))
+    return benjamini_hochberg(p_values, rate=rate / max(harmonic, 1.0))
+
+
+CORRECTIONS = {"benjamini_hochberg": benjamini_hochberg, "benjamini_yekutieli": benjamini_yekutieli}
+
+
+def auroc(scores: np.ndarray, labels: np.ndarray) -> float:
+    """Area under the ROC curve: the chance that a positive's score exceeds a negative's, ties counted half.
+
+    Args:
+        scores: [n]. labels: [n] bool, true for a positive.
+    Returns: in [0, 1]; NaN without positives or without negatives.
+    Source: Hanley & McNeil 1982, the Mann-Whitney form.
+    """
+    labels = np.asarray(labels, dtype=bool)
+    ranks = stats.rankdata(scores)
+    positives, negatives = int(labels.sum()), int((~labels).sum())
+    if not positives or not negatives:
+        return float("nan")
+    return float((ranks[labels].sum() - positives * (positives + 1) / 2) / (positives * negatives))

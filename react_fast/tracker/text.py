@@ -47,3 +47,14 @@ def check_count(name: str, value: Any, least: int) -> int:
     if value < least:
         raise ValueError(f"{name} must be at least {least}, got {value}")
     return value
+
+
+def before_last(actions: torch.Tensor) -> torch.Tensor:
+    """[B, T] true where an action comes later in the row."""
+    count = actions.cumsum(1)
+    return count < count[:, -1:]
+
+
+def check_rectangle(name: str, value: torch.Tensor) -> None:
+    if value.dim() != 2:
+        raise ValueError(f"{name} must be [B, T], got {list(value.shape)}")

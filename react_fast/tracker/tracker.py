@@ -1,37 +1,38 @@
 """The causality tracker: what the policy's choices hang on, observed while it trains and tested by
 interventions."""
 
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, replace
+from itertools import pairwise
 from typing import Any
 
 import torch
 
 from ..ops import _check
 from ..ops.attribution import attribution_scores
-from ..ops.moments import RunningMoments
-from .attribution import Attribution, Target, attribute, batch_scores
-from .findings import key_tokens, position_means
-from .intervention import Deletion, Effects, Experiment, Outcome, intervene
+from .accumulation import Accumulation
+from .actions import Actions, find_actions
+from .attribution import METHODS, Attribution, Method, Target, attribute, batch_scores
+from .counterfactuals import Deletion, check_counterfactual
+from .intervention import Effects, Experiment, check_spans, intervene
+from .outcomes import Outcome, check_outcome
 from .policy import Policy
-from .records import EffectRow, HeatMap, KeyToken, PositionMean
-from .text import Ids, Span, Text, check_count, check_ids
-
-METHODS = ("grad_x_input",)
-KINDS = ("attribution", "effect")
-_MOMENTS = ("by_token", "by_position", "effects_by_token")
+from .records import EffectRow, HeatMap
+from .step_values import StepValues, step_values
+from .text import Ids, Span, Text, before_last, check_count, check_ids, check_rectangle
 
 
-class CausalityTracker:
+class CausalityTracker(Accumulation):
     """Accumulates attribution over training and measures effects of interventions.
 
     Args:
         model: Hugging Face causal LM, or a causal nn.Module with `model(ids [B, T]) -> logits [B, T, V]`
             whose token embedding is its only nn.Embedding.
         tokenizer: gives texts to tokens in records and reports; None: their numbers.
-        attribution: "grad_x_input": gradient of the outcome at the embedding output times the embedding.
-        interventions: what an intervention does to an action; None: Deletion().
+        attribution: what `attribute` computes unless told otherwise: "grad_x_input" | "saliency" |
+            "integrated_gradients". What a training backward holds, and so `observe` reads, is gradient x input.
+        interventions: the counterfactual that stands in an action's place; None: Deletion().
         every: of the training steps (or the calls of `observe`, if it is not told the step), one in `every`
             is observed.
         seed: of sampled responses and bootstraps.
@@ -48,20 +49,13 @@ class CausalityTracker:
         every: int = 1,
         seed: int = 0,
     ) -> None:
-        self.policy = Policy(model)
-        self.tokenizer = tokenizer
+        super().__init__(Policy(model), tokenizer)
         self.attribution = _check.choice("attribution", attribution, METHODS)
-        self.interventions = Deletion() if interventions is None else interventions
-        if not hasattr(self.interventions, "replacement"):
-            raise TypeError(f"interventions must have a method replacement(tokens), got {interventions!r}")
+        self.interventions = check_counterfactual(
+            "interventions", Deletion() if interventions is None else interventions
+        )
         self.every = check_count("every", every, 1)
         self.seed = check_count("seed", seed, 0)
-        self.calls = 0
-        self.by_token = RunningMoments(self.policy.vocab_size, self.policy.device)
-        self.by_position = RunningMoments(1, self.policy.device)
-        self.effects_by_token = RunningMoments(self.policy.vocab_size, self.policy.device)
-        self.heat_maps: list[HeatMap] = []
-        self.effects: list[EffectRow] = []
 
     # ---- training ------------------------------------------------------------------------------------------
 
@@ -91,8 +85,8 @@ class CausalityTracker:
             embedding, or if its output was changed in place.
         """
         _check.integer("input_ids", input_ids)
-        _rectangle("input_ids", input_ids)
-        counted = _before_last(
+        check_rectangle("input_ids", input_ids)
+        counted = before_last(
             _check.mask("action_mask", action_mask, input_ids.shape, "input_ids", input_ids.device)
         )
         positions = torch.arange(input_ids.shape[1], device=input_ids.device).expand_as(input_ids)
@@ -131,7 +125,7 @@ class CausalityTracker:
         Returns: [B, T] float32 (float64 for a float64 policy).
         """
         _check.integer("input_ids", input_ids)
-        _rectangle("input_ids", input_ids)
+        check_rectangle("input_ids", input_ids)
         actions = _check.mask("action_mask", action_mask, input_ids.shape, "input_ids", input_ids.device)
         if attention_mask is not None:
             _check.mask("attention_mask", attention_mask, input_ids.shape, "input_ids", input_ids.device)
@@ -139,87 +133,175 @@ class CausalityTracker:
 
     # ---- one text ------------------------------------------------------------------------------------------
 
-    def attribute(self, prompt_ids: Ids, response_ids: Ids, target: Target = "response") -> Attribution:
-        """Gradient x input of an outcome at every token of prompt and response.
+    def attribute(
+        self,
+        prompt_ids: Ids,
+        response_ids: Ids,
+        target: Target = "response",
+        *,
+        method: str | None = None,
+        scorer: Any = None,
+        layer: Any = None,
+        baseline: int | None = None,
+        steps: int = 50,
+        inputs: str = "all",
+    ) -> Attribution:
+        """Attribution of an outcome to every token of prompt and response: sequence form, one forward and one
+        backward (times `steps`), or matrix form, every response token against every token before it.
+
+            grad_x_input: sum_d g_d x_d        saliency: sqrt(sum_d g_d^2)
+            integrated_gradients: sum_d (x_d - x'_d) * mean of g_d on the straight way from the baseline x' to x
+
+        with x the embedding output (or the layer's) and g the outcome's gradient there.
 
         Args:
             prompt_ids, response_ids: [P] and [R] token ids, at least one each.
             target: "response": log-probability of the response, scores [P + R]; "token": of each of its
                 tokens, scores [R, P + R], row i exactly 0 from response token i on; or a function of the
                 logits [P + R, V] with a scalar result, scores [P + R].
+            method: one of the above; None: the tracker's `attribution`.
+            scorer: another module on the same token ids, such as a differentiable reward or value model, in
+                place of the policy: `scorer(ids [B, T])`, or its `logits`; `target` is then a function of one
+                row of it.
+            layer: module, or its name, with an output [B, T, D]; None: the token embedding.
+            baseline: token id that x' embeds; None: the tokenizer's padding token, or the zero vector where there
+                is none (models that begin with a norm then need many steps). For a layer, its output on that.
+            steps: points of the Gauss-Legendre quadrature, at least 1.
+            inputs: "all": every token starts at the baseline; "prompt": those of the prompt, and the response's
+                own tokens get 0.
+        Returns: Attribution; its `gap` says how far integrated gradients are from complete.
         Raises: TypeError, ValueError or IndexError in one line.
+        Source: Simonyan et al. 2013 (arXiv:1312.6034), saliency; Shrikumar et al. 2016 (arXiv:1605.01713),
+            gradient x input; Sundararajan et al. 2017 (arXiv:1703.01365), integrated gradients.
         """
-        return attribute(self.policy, self._text(prompt_ids, response_ids), target)
+        if baseline is None:
+            baseline = getattr(self.tokenizer, "pad_token_id", None) if scorer is None else None
+        else:
+            check_ids("baseline", [baseline], self.policy.vocab_size)
+        chosen = Method(self.attribution if method is None else method, layer, baseline, steps, inputs)
+        policy = self.policy if scorer is None else Policy(scorer)
+        if scorer is not None and not callable(target):
+            raise ValueError(f"target must be a function of the scorer's output, got {target!r}")
+        return attribute(policy, self._text(prompt_ids, response_ids), target, chosen)
 
     def intervene(
         self,
         prompt_ids: Ids,
         response_ids: Ids,
-        actions: str | Sequence[Span] = "token",
+        actions: Actions = "token",
         outcome: Outcome = "logprob",
         samples: int | None = None,
         *,
+        counterfactual: Any = None,
         interval: str = "student_t",
+        correction: str = "benjamini_hochberg",
         max_new_tokens: int | None = None,
+        max_tokens: int | None = None,
+        turn_index: Sequence[int] | None = None,
+        skip_special: bool = False,
     ) -> Effects:
-        """Effect of every action: outcome as it is - outcome with the action deleted.
+        """Effect of every action: outcome as it is - outcome with the counterfactual in the action's place.
 
         Without `samples` the response is fixed. "logprob" is then the log-probability of the response tokens
         outside the action, and a function gets the response ids with and without the action.
 
         With `samples`, the policy continues n times behind the action (the whole prompt at least), where it
-        is and where it is deleted, under the same noise. "logprob" is then the log-probability of the
-        continuation drawn with the action, before and after its deletion; a function gets the response so far
+        is and where it is changed, under the same noise. "logprob" is then the log-probability of the
+        continuation drawn with the action, before and after the change; a function gets the response so far
         and each side's own continuation. The effect is the mean of the n paired differences.
 
-        Effects of single tokens on "logprob" are also accumulated into `effects_by_token`.
+        Actions that would leave nothing to continue from are left out, or refused where their places were given.
+        Effects of single tokens on "logprob" under the tracker's own counterfactual are also accumulated into
+        `effects_by_token`.
 
         Args:
             prompt_ids, response_ids: [P] and [R] token ids, at least one each.
-            actions: "token": each token of both; "span": each word (needs a tokenizer); or places (start,
-                end) in prompt + response.
-            outcome: "logprob" (nats), or a function from response ids to a number, such as a reward.
+            actions: "token": each token of both; "word" ("span"), "sentence", "line", "step" (a reasoning step:
+                paragraph, or line where there is only one): they need a tokenizer; "turn"; a compiled regular
+                expression: each of its matches; or places (start, end) in prompt + response.
+            outcome: "logprob" (nats); a function from response ids to a number, such as a reward or a `Return`;
+                or a `TargetLogprob`.
             samples: None, or at least 2.
-            interval: "student_t" | "bootstrap" (percentile), both 95%.
+            counterfactual: Deletion(), Replacement(id), Resample(), DonorSwap(donors), or an object with a method
+                replacement(tokens) -> tokens; None: the tracker's `interventions`.
+            interval: "student_t" | "bootstrap" (expanded percentile, paired), both 95%.
+            correction: "benjamini_hochberg" | "benjamini_yekutieli" (for any dependence), both at 5%.
             max_new_tokens: longest continuation; None: R.
+            max_tokens: budget: most tokens that the policy may compute, counted as if there were no cache; fewer
+                samples are taken where it is short.
+            turn_index: [P + R] turn of every token, for actions "turn".
+            skip_special: leave out the named actions that hold a special token of the tokenizer, such as a chat
+                template's marks.
         Raises: TypeError, ValueError or IndexError in one line.
         """
-        text = self._text(prompt_ids, response_ids)
-        limit = len(text.ids) - text.prompt_length if max_new_tokens is None else max_new_tokens
-        effects = intervene(
-            self.policy,
-            Experiment(text.ids, text.prompt_length, self.interventions),
-            actions,
+        text = self._experiment(
+            self._text(prompt_ids, response_ids),
+            counterfactual,
             outcome,
-            texts=None if self.tokenizer is None else self.texts(text.ids),
-            samples=None if samples is None else check_count("samples", samples, 2),
+            samples=samples,
+            limit=max_new_tokens,
             interval=interval,
-            seed=self.seed,
-            limit=check_count("max_new_tokens", limit, 1),
-            eos_id=self._eos_id,
+            correction=correction,
+            max_tokens=max_tokens,
         )
-        if outcome == "logprob":
+        spans = self._spans(actions, text, turn_index, skip_special)
+        effects = intervene(self.policy, text, spans)
+        if outcome == "logprob" and counterfactual is None:
             self._accumulate(effects)
         return effects
 
-    # ---- findings ------------------------------------------------------------------------------------------
+    def step_values(
+        self,
+        prompt_ids: Ids,
+        response_ids: Ids,
+        outcome: Outcome,
+        samples: int,
+        *,
+        actions: Actions = "step",
+        interval: str = "student_t",
+        correction: str = "benjamini_hochberg",
+        max_response_tokens: int | None = None,
+        turn_index: Sequence[int] | None = None,
+    ) -> StepValues:
+        """Monte-Carlo values: the policy continues n times from before and behind every step of the response.
 
-    def key_tokens(self, k: int = 20, *, kind: str = "attribution", min_count: int = 5) -> list[KeyToken]:
-        """The k tokens whose 95% interval of the mean is farthest from 0, the most telling first.
+        A step's effect, value behind - value before, is what it brings beyond what the policy would have done in
+        its place: `intervene` with Resample, where the response may also end otherwise. It is an unbiased estimate
+        of the step's advantage. S steps cost S + 1 states of n continuations each.
 
         Args:
-            k: most rows.
-            kind: "attribution" (of `observe`) or "effect" (of `intervene`).
-            min_count: observations a token needs, at least 2.
+            prompt_ids, response_ids: [P] and [R] token ids, at least one each.
+            outcome: a function from response ids to a number, or a `TargetLogprob`.
+            samples: at least 2.
+            actions: as of `intervene`; those in the response must follow each other without a gap.
+            interval, correction: as of `intervene`.
+            max_response_tokens: longest response, at least R; None: R. A response that ended is not continued.
+            turn_index: [P + R] turn of every token, for actions "turn".
+        Raises: TypeError, ValueError or IndexError in one line.
+        Source: Kazemnejad et al. 2024, VinePPO (arXiv:2410.01679).
         """
-        _check.choice("kind", kind, KINDS)
-        moments = self.by_token if kind == "attribution" else self.effects_by_token
-        limits = check_count("k", k, 0), check_count("min_count", min_count, 2)
-        return key_tokens(moments, kind, *limits, text=lambda token_id: self.texts([token_id])[0])
+        text = self._text(prompt_ids, response_ids)
+        size = len(text.ids) - text.prompt_length
+        if outcome == "logprob":
+            raise ValueError("outcome must be a function of response ids or a TargetLogprob, got 'logprob'")
+        limit = size if max_response_tokens is None else max_response_tokens
+        experiment = self._experiment(
+            text,
+            None,
+            outcome,
+            samples=samples,
+            limit=check_count("max_response_tokens", limit, size),
+            interval=interval,
+            correction=correction,
+        )
+        spans = [
+            span for span in self._spans(actions, experiment, turn_index) if span[0] >= text.prompt_length
+        ]
+        if not spans or any(a[1] != b[0] for a, b in pairwise(spans)):
+            raise ValueError(f"actions must be steps of the response without a gap, got {spans}")
+        return step_values(self.policy, experiment, spans, check_count("samples", samples, 2))
 
-    def positions(self, *, min_count: int = 2) -> list[PositionMean]:
-        """Mean attribution at every position of the sequence with at least `min_count` observations."""
-        return position_means(self.by_position, check_count("min_count", min_count, 2))
+    # ---- findings ------------------------------------------------------------------------------------------
 
     def add_example(
         self, prompt_ids: Ids, response_ids: Ids, *, samples: int | None = None, title: str = ""
@@ -260,135 +342,54 @@ class CausalityTracker:
                 )[0]
             self.add_example(ids, response, samples=samples, title=prompt)
 
-    def findings(self, k: int = 50) -> dict[str, Any]:
-        """What the report shows: the arguments of `CausalityReport`."""
-        observed, tested = self.key_tokens(k), self.key_tokens(k, kind="effect", min_count=2)
+    def settings(self) -> dict[str, Any]:
+        """What a report says about how it came about."""
         return {
-            "key_tokens": observed + tested,
-            "by_position": self.positions(),
-            "heat_maps": list(self.heat_maps),
-            "effects": list(self.effects),
-            "meta": {
-                "model": type(self.policy.model).__name__,
-                "attribution": self.attribution,
-                "intervention": repr(self.interventions),
-                "every": self.every,
-                "seed": self.seed,
-                "observed_calls": self.calls,
-                "observed_tokens": int(self.by_token.count.sum()),
-                "interventions": int(self.effects_by_token.count.sum()),
-            },
+            "model": type(self.policy.model).__name__,
+            "attribution": self.attribution,
+            "intervention": repr(self.interventions),
+            "every": self.every,
+            "seed": self.seed,
         }
-
-    def report(self) -> Any:
-        """The findings as a CausalityReport: .to_html(path), .to_json(path), ..."""
-        from .report import CausalityReport
-
-        return CausalityReport(**self.findings())
-
-    # ---- state ---------------------------------------------------------------------------------------------
-
-    def state_dict(self) -> dict[str, Any]:
-        """Everything found so far: tensors and plain JSON values."""
-        return {
-            "calls": self.calls,
-            **{name: getattr(self, name).state_dict() for name in _MOMENTS},
-            "heat_maps": [asdict(heat_map) for heat_map in self.heat_maps],
-            "effects": [asdict(row) for row in self.effects],
-        }
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go back to a `state_dict`.
-
-        Raises: ValueError if it is of a policy with another vocabulary, or something else.
-        """
-        missing = [name for name in ("calls", *_MOMENTS, "heat_maps", "effects") if name not in state]
-        if missing:
-            raise ValueError(f"state must be a tracker's state_dict, got one without {missing[0]!r}")
-        size = _size(state["by_token"])
-        if size != self.policy.vocab_size:
-            raise ValueError(f"state must be of {self.policy.vocab_size} tokens like the policy, got {size}")
-        self.by_position = RunningMoments(_size(state["by_position"]), self.policy.device)
-        for name in _MOMENTS:
-            getattr(self, name).load_state_dict(state[name])
-        self.calls = int(state["calls"])
-        self.heat_maps = [HeatMap.from_dict(values) for values in state["heat_maps"]]
-        self.effects = [EffectRow.from_dict(values) for values in state["effects"]]
-
-    def merge(self, other: "CausalityTracker") -> None:
-        """Add what another tracker of the same vocabulary found, as if this one had seen both.
-
-        Raises: TypeError for something else, ValueError for another vocabulary.
-        """
-        if not isinstance(other, CausalityTracker):
-            raise TypeError(f"other must be a CausalityTracker, got {type(other).__name__}")
-        if other.policy.vocab_size != self.policy.vocab_size:
-            raise ValueError(
-                f"other must have {self.policy.vocab_size} tokens, got {other.policy.vocab_size}"
-            )
-        self._reach(other._length)
-        self.by_token.merge(other.by_token)
-        self.effects_by_token.merge(other.effects_by_token)
-        self.by_position.merge(_resized(other.by_position, self._length, self.policy.device))
-        shift = len(self.heat_maps)
-        self.calls += other.calls
-        self.heat_maps += other.heat_maps
-        self.effects += [replace(row, example=row.example + shift) for row in other.effects]
 
     # ---- inside --------------------------------------------------------------------------------------------
-
-    def texts(self, ids: Sequence[int]) -> list[str]:
-        """Text of every token on its own; its number without a tokenizer."""
-        if self.tokenizer is None:
-            return [str(i) for i in ids]
-        return [self.tokenizer.decode([i]) for i in ids]
 
     @property
     def _eos_id(self) -> int | None:
         return getattr(self.tokenizer, "eos_token_id", None)
 
-    @property
-    def _length(self) -> int:
-        return _size(self.by_position.state_dict())
+    def _experiment(
+        self, text: Text, counterfactual: Any, outcome: Any, *, samples: Any, limit: Any, **options: Any
+    ) -> Experiment:
+        """The checked plan of an intervention on a text."""
+        limit = len(text.ids) - text.prompt_length if limit is None else limit
+        if options.get("max_tokens") is not None:
+            check_count("max_tokens", options["max_tokens"], 1)
+        chosen = self.interventions if counterfactual is None else counterfactual
+        return Experiment(
+            text.ids,
+            text.prompt_length,
+            check_counterfactual("counterfactual", chosen),
+            check_outcome(outcome, self.policy.vocab_size),
+            samples=None if samples is None else check_count("samples", samples, 2),
+            seed=self.seed,
+            limit=check_count("max_new_tokens", limit, 1),
+            eos_id=self._eos_id,
+            **options,
+        )
 
-    def _reach(self, length: int) -> None:
-        """Room for sequences of this length, doubled so that it is seldom needed."""
-        if length > self._length:
-            self.by_position = _resized(self.by_position, max(length, 2 * self._length), self.policy.device)
-
-    def _accumulate(self, effects: Effects) -> None:
-        single = [i for i, (start, end) in enumerate(effects.spans) if end - start == 1]
-        ids = torch.tensor([effects.token_ids[effects.spans[i][0]] for i in single], dtype=torch.int64)
-        self.effects_by_token.update(effects.mean[single].to(self.policy.device), ids.to(self.policy.device))
+    def _spans(
+        self, actions: Any, text: Experiment, turn_index: Sequence[int] | None, skip_special: bool = False
+    ) -> list[Span]:
+        texts = None if self.tokenizer is None else self.texts(text.ids)
+        named = isinstance(actions, (str, re.Pattern))
+        spans = find_actions(actions, text, texts, turn_index)
+        if skip_special and named:
+            special = set(getattr(self.tokenizer, "all_special_ids", ()))
+            spans = [span for span in spans if special.isdisjoint(text.ids[slice(*span)])]
+        return check_spans(text, spans, drop=named)
 
     def _text(self, prompt_ids: Ids, response_ids: Ids) -> Text:
         prompt = check_ids("prompt_ids", prompt_ids, self.policy.vocab_size)
         response = check_ids("response_ids", response_ids, self.policy.vocab_size)
         return Text((*prompt, *response), len(prompt))
-
-
-def _before_last(actions: torch.Tensor) -> torch.Tensor:
-    """[B, T] true where an action comes later in the row."""
-    count = actions.cumsum(1)
-    return count < count[:, -1:]
-
-
-def _resized(moments: RunningMoments, size: int, device: torch.device) -> RunningMoments:
-    """The same moments with room for `size` ids."""
-    state = moments.state_dict()
-    longer = RunningMoments(size, device)
-    room = longer.state_dict()
-    for name, value in state.items():
-        if isinstance(value, torch.Tensor) and value.dim():
-            room[name] = torch.cat([value.to(device), value.new_zeros(size - len(value), device=device)])
-    longer.load_state_dict(room)
-    return longer
-
-
-def _size(state: dict[str, Any]) -> int:
-    return len(state["count"])
-
-
-def _rectangle(name: str, value: torch.Tensor) -> None:
-    if value.dim() != 2:
-        raise ValueError(f"{name} must be [B, T], got {list(value.shape)}")

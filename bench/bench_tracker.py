@@ -1,0 +1,128 @@
+"""What the tracker does with one text, against Captum: integrated gradients and token ablations.
+
+A 4-layer model of width 256 with 8k tokens, 256 prompt and 32 response tokens; everyone has the same numbers.
+"""
+
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+import pytest
+import torch
+
+from react_fast.tracker import CausalityTracker, Replacement
+from react_fast.trainer.model import fresh_model
+
+from . import common
+from .common import AbsentError, race
+
+# Each step costs as much as the one before it, and Captum's 50 take minutes.
+STEPS = 8
+CLOSE: dict[str, Any] = {"rtol": 1e-4, "atol": 1e-4}
+
+Scores = Callable[[], torch.Tensor]
+
+
+@cache
+def _text() -> tuple[Any, Any, str, torch.Tensor]:
+    """(model, tokenizer of bytes, prompt, ids of the response)"""
+    from transformers import AutoModelForCausalLM, LlamaConfig
+
+    prompt, response = (24, 4) if common.QUICK else (256, 32)
+    sizes: dict[str, Any] = {
+        "hidden_size": 256,
+        "intermediate_size": 1024,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+    }
+    config = LlamaConfig(vocab_size=8192, max_position_embeddings=512, **sizes)
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    _, tokenizer = fresh_model(["a"], vocab_size=259, hidden_size=16, layers=1, heads=2)
+    text = "".join(chr(33 + i % 90) for i in range(prompt))
+    return model, tokenizer, text, torch.randint(3, 8000, (response,))
+
+
+def _checked(expected: torch.Tensor) -> Callable[[str, object], None]:
+    """A peer with other numbers is told so instead of timed."""
+
+    def check(name: str, found: Any) -> None:
+        if not torch.allclose(found, expected, **CLOSE):
+            raise AbsentError(f"other numbers, by up to {float((found - expected).abs().max()):.2g}")
+
+    return check
+
+
+def _captum_gradients(model: Any, tokenizer: Any, prompt: str, response: torch.Tensor) -> Scores:
+    from captum.attr import LayerIntegratedGradients, LLMGradientAttribution, TextTokenInput
+
+    method = LLMGradientAttribution(LayerIntegratedGradients(model, model.get_input_embeddings()), tokenizer)
+    text = TextTokenInput(prompt, tokenizer)
+    return lambda: method.attribute(text, target=response, n_steps=STEPS).token_attr
+
+
+@pytest.mark.parametrize("form", ["matrix", "sequence"])
+def test_integrated_gradients(benchmark, form):
+    model, tokenizer, prompt, response = _text()
+    tracker, ids = CausalityTracker(model), tokenizer(prompt)["input_ids"]
+    options: dict[str, Any] = {
+        "method": "integrated_gradients",
+        "baseline": 0,
+        "steps": STEPS,
+        "inputs": "prompt",
+    }
+    target = "token" if form == "matrix" else "response"
+    theirs = _captum_gradients(model, tokenizer, prompt, response)
+
+    def ours() -> torch.Tensor:
+        return tracker.attribute(ids, response, target, **options).scores[..., : len(ids)]
+
+    race(
+        benchmark,
+        {"react_fast": ours, "captum": theirs if form == "matrix" else lambda: theirs().sum(0)},
+        case=f"integrated gradients, {STEPS} steps, {form} form [{len(ids)} + {len(response)}]",
+        check=_checked(ours()),
+        rounds=3,
+    )
+
+
+def test_token_ablation(benchmark):
+    """Every prompt token replaced by token 0: the change of the response's log-probability."""
+    from captum.attr import FeatureAblation, LLMAttribution, TextTokenInput
+
+    model, tokenizer, prompt, response = _text()
+    tracker, ids = CausalityTracker(model), tokenizer(prompt)["input_ids"]
+    spans = [(i, i + 1) for i in range(len(ids))]
+    text = TextTokenInput(prompt, tokenizer)
+    method = LLMAttribution(FeatureAblation(model), tokenizer)
+
+    def ours() -> torch.Tensor:
+        found = tracker.intervene(ids, response, spans, counterfactual=Replacement(0))
+        return found.mean.float()
+
+    @torch.no_grad()
+    def total(rows: torch.Tensor) -> torch.Tensor:
+        whole = torch.cat([rows, response.expand(len(rows), -1)], 1)
+        logits = model(input_ids=whole, use_cache=False).logits[:, len(ids) - 1 : -1]
+        return logits.log_softmax(-1).gather(2, whole[:, len(ids) :, None]).sum((1, 2))
+
+    def batched(size: int) -> Scores:
+        ablation = FeatureAblation(total)
+        return lambda: ablation.attribute(torch.tensor([ids]), perturbations_per_eval=size)[0].float()
+
+    def one_by_one(**options: Any) -> Scores:
+        return lambda: method.attribute(text, target=response, **options).seq_attr.float()
+
+    race(
+        benchmark,
+        {
+            "react_fast": ours,
+            "captum x8": batched(8),
+            "captum x16": batched(16),
+            "captum sequence": one_by_one(forward_in_tokens=False),
+            "captum default": one_by_one(),
+        },
+        case=f"ablation of {len(ids)} tokens [{len(ids)} + {len(response)}]",
+        check=_checked(ours()),
+        rounds=3,
+    )
