@@ -143,7 +143,9 @@ def token_surrogate(
     elif OBJECTIVE == SAPO:
         value, slope, low, high, dual = _sapo(A, ratio, live_ratio, p0, p1, WIDE)
     elif (OBJECTIVE == DPPO_TV) | (OBJECTIVE == DPPO_KL):
-        value, slope, low, high, dual = _dppo(logp, old, A, ratio, x, p0, p1, p2, OBJECTIVE == DPPO_KL, WIDE)
+        value, slope, low, high, dual = _dppo(
+            logp, old, A, x, ratio, on, p0, p1, p2, OBJECTIVE == DPPO_KL, WIDE
+        )
     elif OBJECTIVE == DRO:
         value, slope = weighted_logp(logp, A, 1.0)
         value += 0.5 * p0 * x * x

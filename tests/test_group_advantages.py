@@ -42,11 +42,12 @@ def test_groups_equal_float64_reference(backend, baseline, scale, dtype):
 @pytest.mark.parametrize("scale", SCALES)
 @pytest.mark.parametrize("baseline", BASELINES)
 def test_group_gradcheck(backend, baseline, scale, singleton):
+    count = 9 if backend == "cpu" else 5
     contract.assert_gradcheck(
         lambda r: rf.group_advantages(
-            r, IDS[:9], baseline=baseline, scale=scale, singleton=singleton, eps=0.1
+            r, IDS[:count], baseline=baseline, scale=scale, singleton=singleton, eps=0.1
         ),
-        torch.randn(9),
+        torch.randn(count),
     )  # fmt: skip
 
 
@@ -95,12 +96,13 @@ def test_every_baseline_and_scale_equals_float64_reference(backend, baseline, sc
 @pytest.mark.parametrize("baseline", ["mean", "leave_one_out", "none", "length_weighted", "given"])
 @pytest.mark.parametrize("scale", ["std", "batch_std"])
 def test_gradcheck_of_every_baseline_and_scale(backend, baseline, scale, singleton):
-    beside = _beside(baseline, count=9)
+    count = 9 if backend == "cpu" else 5
+    beside = _beside(baseline, count=count)
     contract.assert_gradcheck(
         lambda r: rf.group_advantages(
-            r, IDS[:9], baseline=baseline, scale=scale, singleton=singleton, eps=0.1, **beside
+            r, IDS[:count], baseline=baseline, scale=scale, singleton=singleton, eps=0.1, **beside
         ),
-        torch.randn(9),
+        torch.randn(count),
     )
 
 
