@@ -8,12 +8,14 @@ never launched.
 import argparse
 import importlib
 import json
+import multiprocessing
 import os
 import re
 import subprocess
 import sys
 import tempfile
 from collections.abc import Iterable, Mapping
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -76,9 +78,13 @@ class Resources:
     occupancy: float
 
 
+def variants_of(path: str) -> tuple[Variant, ...]:
+    return tuple(importlib.import_module(f"{__package__}.{path}").VARIANTS)
+
+
 def variants() -> Iterable[tuple[str, Variant]]:
     for path in PATHS:
-        for variant in importlib.import_module(f"{__package__}.{path}").VARIANTS:
+        for variant in variants_of(path):
             yield path, variant
 
 
@@ -152,12 +158,19 @@ def inspect(path: str, variant: Variant, capability: int) -> Resources:
     )
 
 
+def _inspect_numbered(path: str, number: int) -> list[Resources]:
+    """One variant on all its targets, named so that another process can find it."""
+    variant = variants_of(path)[number]
+    return [inspect(path, variant, capability) for capability in variant.targets]
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--json", type=Path, help="also write the table to this file")
     parser.add_argument("--only", choices=PATHS, help="one hot path")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes (default: one a core)")
     arguments = parser.parse_args()
     # Triton 3.9 warns when this is unset; fused multiply-add has always been its default.
     os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
@@ -167,25 +180,16 @@ def main() -> int:
     row = "{:<12} {:<78} {:>6} {:>5} {:>7} {:>7} {:>9} {:>10}"
     print(row.format("path", "variant", "target", "regs", "shared", "spills", "16B loads", "occupancy"))
     table = []
-    for path, variant in variants():
-        if arguments.only not in (None, path):
-            continue
-        for capability in variant.targets:
-            r = inspect(path, variant, capability)
-            table.append(r)
-            wide = f"{r.wide_loads}/{r.loads}"
-            print(
-                row.format(
-                    path,
-                    r.variant[:78],
-                    r.target,
-                    r.registers,
-                    r.shared,
-                    r.spilled,
-                    wide,
-                    f"{r.occupancy:.0%}",
-                )
-            )
+    paths = PATHS if arguments.only is None else [arguments.only]
+    jobs = [(path, number) for path in paths for number in range(len(variants_of(path)))]
+    processes = ProcessPoolExecutor(arguments.jobs, mp_context=multiprocessing.get_context("spawn"))
+    with processes:
+        for found in processes.map(_inspect_numbered, *zip(*jobs, strict=True)):
+            table += found
+            for r in found:
+                wide = f"{r.wide_loads}/{r.loads}"
+                cells = (r.path, r.variant[:78], r.target, r.registers, r.shared, r.spilled, wide)
+                print(row.format(*cells, f"{r.occupancy:.0%}"), flush=True)
     if arguments.json:
         arguments.json.write_text(json.dumps([vars(r) for r in table], indent=1) + "\n")
     spilling = [r for r in table if r.spilled]
