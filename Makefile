@@ -14,7 +14,7 @@ demo: $(RUN)
 	$(BIN)/react-fast train --config examples/translation.yaml --run_dir $(DEMO_DIR) --resume auto
 
 test: $(RUN)
-	$(BIN)/python -m pytest tests
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests -n auto --dist loadgroup
 
 parity: $(VENV)/peers-$(TORCH)
 	$(BIN)/python -m pytest tests/test_parity_*.py tests/test_presets.py tests/test_objectives_peers.py

@@ -97,7 +97,7 @@ def test_what_changes_no_bit(op, drawn):
 
 
 @pytest.mark.parametrize("op", OPS)
-@settings(max_examples=10, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@settings(max_examples=5, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(drawn=batches())
 def test_what_changes_no_bit_in_kernels(op, drawn):
     with rf.use_backend("triton"):

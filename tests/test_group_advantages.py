@@ -25,8 +25,8 @@ def _wide(dtype):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_groups_equal_float64_reference(backend, baseline, scale, dtype):
     rewards = torch.randn(16).to(dtype)
-    for options in ({}, {"ddof": 0}, {"min_std": 0.9}, {"eps": 0.1}, {"singleton": "raw"}):
-        if baseline == "none" and scale == "std" and options != {"eps": 0.1}:
+    for options in ({}, {"ddof": 0, "min_std": 0.9}, {"eps": 0.1, "singleton": "raw"}):
+        if baseline == "none" and scale == "std" and "eps" not in options:
             options = {**options, "eps": 0.1}  # a group of one has no spread: only eps is left to divide by
         given = {"baseline": baseline, "scale": scale, **options}
         actual = rf.group_advantages(rewards, IDS, **given)
@@ -65,7 +65,7 @@ def test_every_baseline_and_scale_equals_float64_reference(backend, baseline, sc
     rewards = torch.randn(16).to(dtype)
     rewards[4] = float("nan")
     valid = torch.arange(16) != 9
-    for options in ({}, {"ddof": 0}, {"min_std": 2.0}, {"singleton": "raw"}):
+    for options in ({"ddof": 0}, {"min_std": 2.0, "singleton": "raw"}):
         given = {"baseline": baseline, "scale": scale, "eps": 0.1, "valid": valid, **options}
         actual = rf.group_advantages(rewards, IDS, **given, **_beside(baseline, dtype))
         expected = contract.reference(
@@ -193,7 +193,8 @@ def test_group_does_not_depend_on_the_others(backend):
 
 
 def test_large_batch_and_strides(backend):
-    rewards, ids = torch.randn(2, 3000).T, torch.randint(0, 400, (3000, 2))
+    rewards = torch.randn(2, 3000 if backend == "cpu" else 700).T
+    ids = torch.randint(0, len(rewards) // 8, rewards.shape)
     found = rf.group_advantages(rewards[:, 1], ids[:, 0])
     expected = contract.reference(rf.group_advantages, rewards[:, 1], ids[:, 0])
     # About eight rewards a group; a group of two close rewards magnifies by at most 1 / eps = 1e4.
@@ -235,12 +236,12 @@ def test_moments_of_parts_are_those_of_the_whole(backend):
 @pytest.mark.parametrize("ddof", [0, 1])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_whiten_equals_float64_reference(backend, dtype, ddof, shift_mean):
-    x, mask = (torch.randn(5, 300) + 2).to(dtype), torch.rand(5, 300) > 0.3
+    x, mask = (torch.randn(5, 70) + 2).to(dtype), torch.rand(5, 70) > 0.3  # more than one interpreted block
     for given in (None, mask):
         found = rf.whiten(x, mask=given, ddof=ddof, shift_mean=shift_mean)
         expected = contract.reference(rf.whiten, x, mask=given, ddof=ddof, shift_mean=shift_mean)
         assert found.dtype == _wide(dtype)
-        # A mean and a spread of 1500 numbers of size 5: a few dozen roundings of that size.
+        # A mean and a spread of 350 numbers of size 5: a few dozen roundings of that size.
         assert float((found.double() - expected).abs().max()) <= 5 * 64 * contract.EPS[found.dtype]
 
 

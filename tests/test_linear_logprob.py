@@ -52,7 +52,8 @@ def _all(leaves, ids, options):
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_equals_reference_in_float64(backend, monkeypatch, shape, name):
     monkeypatch.setenv("REACT_FAST_TILE_MIB", "1")  # several tiles and, for the largest shape, blocks of rows
-    case = _case(shape, name)
+    rows = shape[0] if backend == "cpu" else min(shape[0], 10)
+    case = _case((rows, *shape[1:]), name)
     found = _all(*case)
     with rf.use_backend("reference"):
         expected = _all(*case)

@@ -47,7 +47,8 @@ def test_in_place_equals_ordinary_bitwise(backend, dtype, view):
 # Several chunks of a row: each must read its chosen tokens before another writes.
 @pytest.mark.parametrize("shape", [(3, 40000), (300, 257)], ids=str)
 def test_in_place_in_chunks(backend, shape):
-    logits, ids = case(shape, torch.bfloat16, tokens=(20,))
+    rows = shape[0] if backend == "cpu" else min(shape[0], 30)
+    logits, ids = case((rows, shape[1]), torch.bfloat16, tokens=(20,))
     expected, _ = _backward(logits, ids)
     slope, y = _backward(logits, ids, inplace_backward=True)
     contract.assert_bitwise(slope, expected)
