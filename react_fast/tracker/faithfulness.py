@@ -10,6 +10,7 @@ import torch
 from scipy import stats
 
 from ..ops import _check
+from .actions import Actions
 from .attribution import INPUTS, Attribution
 from .intervention import Effects, Experiment
 from .outcomes import Outcome, check_outcome
@@ -86,7 +87,7 @@ def faithfulness(
     outcome: Outcome = "logprob",
     samples: int | None = None,
     *,
-    actions: Sequence[Span] | None = None,
+    actions: Actions | None = None,
     inputs: str = "all",
     counterfactual: Any = None,
     fractions: Sequence[float] = FRACTIONS,
@@ -116,13 +117,14 @@ def faithfulness(
             features are the tokens before it;
             Attribution, or Effects, whose actions' means are spread evenly over their tokens.
         outcome, samples, max_new_tokens: as of `CausalityTracker.intervene`.
-        actions: places (start, end) that are one feature each, in order and without overlap; a feature's score
-            is the sum of its tokens'. None: tokens.
+        actions: places (start, end) that are one feature each, in order and without overlap, or a name or a
+            regular expression as of `CausalityTracker.intervene`; a feature's score is the sum of its tokens'.
+            None: tokens.
         inputs: "all", or "prompt" for features of the prompt alone.
         counterfactual: Deletion(), Replacement(id) or an object with a method replacement(tokens); None: the
             tracker's `interventions`.
         fractions: shares k of comprehensiveness and sufficiency, in [0, 1]; at least one feature is taken.
-        points: steps of the deletion and insertion curves, at least 1.
+        points: steps of the deletion and insertion curves, each rounded to whole features, at least 1.
         subsets: random ones for infidelity and the datamodelling score, at least 2.
         keep: chance of a feature to be kept in one, in [0, 1].
         max_tokens: budget: most tokens that the policy may compute, counted as if there were no cache; fewer
@@ -150,7 +152,8 @@ def faithfulness(
         eos_id=getattr(tracker.tokenizer, "eos_token_id", None),
         max_tokens=None if max_tokens is None else check_count("max_tokens", max_tokens, 1),
     )
-    spans = features(text, actions, _check.choice("inputs", inputs, INPUTS), policy.vocab_size)
+    texts = None if tracker.tokenizer is None else tracker.texts(text.ids)
+    spans = features(text, actions, texts, _check.choice("inputs", inputs, INPUTS), policy.vocab_size)
     if not isinstance(scores, Mapping) or not scores:
         raise TypeError(f"scores must be a mapping of names to scores, got {type(scores).__name__}")
     tables = {name: _table(name, value, text) for name, value in scores.items()}

@@ -1,5 +1,6 @@
 """One text with any of its features taken out, and the outcome of each such text."""
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -7,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from .actions import Actions, find_actions
 from .intervention import Experiment, continued
 from .outcomes import Row, logprob_sums, outcomes
 from .policy import Policy
@@ -16,8 +18,10 @@ from .text import Span
 Request = tuple[np.ndarray, int, int]
 
 
-def features(text: Experiment, actions: Sequence[Span] | None, inputs: str, vocab_size: int) -> list[Span]:
-    """Places of what can be taken out and changes the outcome.
+def features(
+    text: Experiment, actions: Actions | None, texts: Sequence[str] | None, inputs: str, vocab_size: int
+) -> list[Span]:
+    """Places of what can be taken out and changes the outcome; `texts` of every token, None without a tokenizer.
 
     Raises: TypeError, ValueError or IndexError in one line.
     """
@@ -29,7 +33,9 @@ def features(text: Experiment, actions: Sequence[Span] | None, inputs: str, voca
     if actions is None:
         spans = [(i, i + 1) for i in range(first, end)]
     else:
-        spans = [(int(a), int(b)) for a, b in actions]
+        spans = find_actions(actions, text, texts, None)
+        if isinstance(actions, (str, re.Pattern)):
+            spans = [(start, stop) for start, stop in spans if first <= start and stop <= end]
     place = first
     for i, (start, stop) in enumerate(spans):
         if not place <= start < stop <= end:
