@@ -31,6 +31,8 @@ SECONDS = 4.0
 # At least this many samples; of others than us and the limit two where a sample takes SLOW seconds and one where
 # it takes CRAWLING ones, so that the log-prob part stays near 20 minutes of two cores. The warm-up is no sample.
 FEWEST, SLOW, CRAWLING = 3, 1.0, 5.0
+# Minutes long, a call needs no warm-up: its first one is its only sample.
+MINUTES = 60.0
 # Fast contestants are repeated inside a sample until it lasts about this long, so that the clock is no issue.
 SAMPLE_SECONDS = 2e-3
 
@@ -68,9 +70,12 @@ class _Lane:
         if first < SLOW and not QUICK:
             first = min(first, _sample(run, 1))
         self.repeats = max(1, int(SAMPLE_SECONDS / max(first, 1e-9)))
-        self.samples: list[float] = []
+        self.samples: list[float] = [first] if first > MINUTES else []
+        self.done = bool(self.samples)
 
     def measure(self) -> None:
+        if self.done:
+            return
         if sum(self.samples) * self.repeats < SECONDS or len(self.samples) < self._fewest():
             self.samples.append(_sample(self.run, self.repeats))
 
@@ -123,6 +128,7 @@ def race(
     rounds: int = ROUNDS,
     check: Check | None = None,
     absent: Mapping[str, str] | None = None,
+    known: Mapping[str, float] | None = None,
     unit: str | None = None,
 ) -> dict[str, float]:
     """Run the contestants in turn and record medians.
@@ -136,6 +142,7 @@ def race(
         rounds: rounds to run.
         check: called once with the name and the first result of every contestant but the limit.
         absent: contestants that are not here -> the reason, for the table.
+        known: contestants that another case of this run has timed -> seconds of their one call.
         unit: what the limit is one of, "GEMM", where everyone's time is worth counting in it.
     Returns: median seconds of each contestant.
     """
@@ -155,15 +162,17 @@ def race(
         benchmark.pedantic(one_round, rounds=1 if QUICK else rounds, iterations=1)
     finally:
         gc.enable()
-    medians = {name: statistics.median(lane.samples) for name, lane in lanes.items()}
+    told = dict(known or {})
+    medians = {name: statistics.median(lane.samples) for name, lane in lanes.items()} | told
     benchmark.extra_info.update(
         case=case,
         limit=limit,
         unit=unit,
         bytes_moved=bytes_moved,
         median_seconds=medians,
-        samples={name: len(lane.samples) for name, lane in lanes.items()},
-        quartiles_seconds={name: lane.quartiles() for name, lane in lanes.items()},
+        samples={name: len(lane.samples) for name, lane in lanes.items()} | dict.fromkeys(told, 1),
+        quartiles_seconds={name: lane.quartiles() for name, lane in lanes.items()}
+        | {name: [seconds] * 3 for name, seconds in told.items()},
         absent=missing,
         **surroundings(),
     )
