@@ -1,4 +1,4 @@
-"""What the tracker does with one text, against Captum: integrated gradients and token ablations.
+"""What the tracker does with one text, against Captum and Inseq: attributions and token ablations.
 
 A 4-layer model of width 256 with 8k tokens, 256 prompt and 32 response tokens; everyone has the same numbers.
 """
@@ -15,7 +15,7 @@ from react_fast.tracker import CausalityTracker, Replacement
 from react_fast.trainer.model import fresh_model
 
 from . import common
-from .common import AbsentError, race
+from .common import AbsentError, built, race
 
 STEPS = 4 if common.QUICK else 50
 CLOSE: dict[str, Any] = {"rtol": 1e-4, "atol": 1e-5}
@@ -89,6 +89,50 @@ def test_integrated_gradients(benchmark, form):
         case=f"integrated gradients, {STEPS} steps, {form} form [{len(ids)} + {len(response)}]",
         check=lambda name, found: torch.testing.assert_close(found, expected, **CLOSE),
         known={"captum": seconds},
+        rounds=3,
+    )
+
+
+def _inseq(model: Any, tokenizer: Any, prompt: str, response: str) -> Scores:
+    """Its own cross-entropy fails on a single text, hence our function; models that it loads attend eagerly."""
+    import inseq
+    from inseq.attr.step_functions import probability_fn
+
+    def logprob(args: Any) -> torch.Tensor:
+        return probability_fn(args, logprob=True)
+
+    method = inseq.load_model(model, "input_x_gradient", tokenizer=tokenizer)
+
+    def scores() -> torch.Tensor:
+        found = method.attribute(prompt, prompt + response, attributed_fn=logprob, show_progress=False)
+        return found.sequence_attributions[0].target_attributions.sum(-1).T.nan_to_num()
+
+    return scores
+
+
+def test_gradient_x_input(benchmark, tmp_path):
+    """Matrix form, against Inseq on the model as it is and as Inseq loads it from a folder."""
+    model, tokenizer, prompt, _ = _text()
+    tokenizer.model_max_length = 1024
+    response = prompt[: 4 if common.QUICK else 32]
+    tracker = CausalityTracker(model)
+    ids, answer = (tokenizer(text)["input_ids"] for text in (prompt, response))
+    model.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+
+    def ours() -> torch.Tensor:
+        return tracker.attribute(ids, answer, "token").scores
+
+    peers = {"inseq": model, "inseq, loaded by it": str(tmp_path)}
+    built_here, absent = built(
+        {name: lambda at=at: _inseq(at, tokenizer, prompt, response) for name, at in peers.items()}
+    )
+    race(
+        benchmark,
+        {"react_fast": ours, **built_here},
+        case=f"gradient x input, matrix form [{len(ids)} + {len(answer)}]",
+        check=_checked(ours()),
+        absent=absent,
         rounds=3,
     )
 
