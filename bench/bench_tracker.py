@@ -24,7 +24,7 @@ Scores = Callable[[], torch.Tensor]
 
 
 @cache
-def _text() -> tuple[Any, Any, str, torch.Tensor]:
+def _text(vocab: int = 8192) -> tuple[Any, Any, str, torch.Tensor]:
     """(model, tokenizer of bytes, prompt, ids of the response)"""
     from transformers import AutoModelForCausalLM, LlamaConfig
 
@@ -35,10 +35,10 @@ def _text() -> tuple[Any, Any, str, torch.Tensor]:
         "num_hidden_layers": 4,
         "num_attention_heads": 4,
     }
-    config = LlamaConfig(vocab_size=8192, max_position_embeddings=512, **sizes)
+    config = LlamaConfig(vocab_size=vocab, max_position_embeddings=512, **sizes)
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config).eval()
-    _, tokenizer = fresh_model(["a"], vocab_size=259, hidden_size=16, layers=1, heads=2)
+    _, tokenizer = fresh_model(["a"], vocab_size=259, hidden_size=16, layers=1, heads=2, max_length=512)
     text = "".join(chr(33 + i % 90) for i in range(prompt))
     return model, tokenizer, text, torch.randint(3, 8000, (response,))
 
@@ -110,10 +110,11 @@ def _inseq(model: Any, tokenizer: Any, prompt: str, response: str) -> Scores:
     return scores
 
 
-def test_gradient_x_input(benchmark, tmp_path):
+# That of Captum's cases, and Llama's: Inseq computes the logits of every position.
+@pytest.mark.parametrize("vocab", [8192, 32000])
+def test_gradient_x_input(benchmark, tmp_path, vocab):
     """Matrix form, against Inseq on the model as it is and as Inseq loads it from a folder."""
-    model, tokenizer, prompt, _ = _text()
-    tokenizer.model_max_length = 1024
+    model, tokenizer, prompt, _ = _text(vocab)
     response = prompt[: 4 if common.QUICK else 32]
     tracker = CausalityTracker(model)
     ids, answer = (tokenizer(text)["input_ids"] for text in (prompt, response))
@@ -130,7 +131,7 @@ def test_gradient_x_input(benchmark, tmp_path):
     race(
         benchmark,
         {"react_fast": ours, **built_here},
-        case=f"gradient x input, matrix form [{len(ids)} + {len(answer)}]",
+        case=f"gradient x input, matrix form [{len(ids)} + {len(answer)}], {vocab} tokens",
         check=_checked(ours()),
         absent=absent,
         rounds=3,

@@ -1,4 +1,4 @@
-"""The tracker on three families of models, both attentions, both precisions, padding on either side, adapters, chat
+"""The tracker on three families of models, both attentions and precisions, padding on either side, adapters, chat
 templates and long contexts."""
 
 import numpy as np
