@@ -1,7 +1,7 @@
 """Peak memory of the tracker on one long text: `python -m bench.tracker_memory [--tokens 8192]`.
 
-The model of bench_tracker with 32 response tokens, float32. Every measure runs in a process of its own; its peak is
-the largest resident set during the call, less that before it. Writes bench/results/tracker_memory.md.
+The model of bench_tracker with 32 response tokens, float32. Every measure runs in a process of its own; its peak
+is the largest resident set during the call, less that before it. Writes bench/results/tracker_memory.md.
 """
 
 import argparse
