@@ -3,7 +3,6 @@
 A 4-layer model of width 256 with 8k tokens, 256 prompt and 32 response tokens; everyone has the same numbers.
 """
 
-import time
 from collections.abc import Callable
 from functools import cache
 from typing import Any
@@ -15,7 +14,7 @@ from react_fast.tracker import CausalityTracker, Replacement
 from react_fast.trainer.model import fresh_model
 
 from . import common
-from .common import AbsentError, built, race
+from .common import AbsentError, built, now, race
 
 STEPS = 4 if common.QUICK else 50
 CLOSE: dict[str, Any] = {"rtol": 1e-4, "atol": 1e-5}
@@ -61,9 +60,9 @@ def _captum_gradients() -> tuple[float, torch.Tensor]:
     model, tokenizer, prompt, response = _text()
     method = LLMGradientAttribution(LayerIntegratedGradients(model, model.get_input_embeddings()), tokenizer)
     text = TextTokenInput(prompt, tokenizer)
-    begin = time.perf_counter()
+    begin = now()
     found = method.attribute(text, target=response, n_steps=STEPS).token_attr
-    return time.perf_counter() - begin, found
+    return now() - begin, found
 
 
 @pytest.mark.parametrize("form", ["matrix", "sequence"])
