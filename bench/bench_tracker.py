@@ -1,4 +1,4 @@
-"""What the tracker does with one text, against Captum: integrated gradients and token ablations.
+"""What the tracker does with one text, against Captum and Inseq: attributions and token ablations.
 
 A 4-layer model of width 256 with 8k tokens, 256 prompt and 32 response tokens; everyone has the same numbers.
 """
@@ -14,17 +14,16 @@ from react_fast.tracker import CausalityTracker, Replacement
 from react_fast.trainer.model import fresh_model
 
 from . import common
-from .common import AbsentError, race
+from .common import AbsentError, built, now, race
 
-# Each step costs as much as the one before it, and Captum's 50 take minutes.
-STEPS = 8
-CLOSE: dict[str, Any] = {"rtol": 1e-4, "atol": 1e-4}
+STEPS = 4 if common.QUICK else 50
+CLOSE: dict[str, Any] = {"rtol": 1e-4, "atol": 1e-5}
 
 Scores = Callable[[], torch.Tensor]
 
 
 @cache
-def _text() -> tuple[Any, Any, str, torch.Tensor]:
+def _text(vocab: int = 8192) -> tuple[Any, Any, str, torch.Tensor]:
     """(model, tokenizer of bytes, prompt, ids of the response)"""
     from transformers import AutoModelForCausalLM, LlamaConfig
 
@@ -35,10 +34,10 @@ def _text() -> tuple[Any, Any, str, torch.Tensor]:
         "num_hidden_layers": 4,
         "num_attention_heads": 4,
     }
-    config = LlamaConfig(vocab_size=8192, max_position_embeddings=512, **sizes)
+    config = LlamaConfig(vocab_size=vocab, max_position_embeddings=512, **sizes)
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config).eval()
-    _, tokenizer = fresh_model(["a"], vocab_size=259, hidden_size=16, layers=1, heads=2)
+    _, tokenizer = fresh_model(["a"], vocab_size=259, hidden_size=16, layers=1, heads=2, max_length=512)
     text = "".join(chr(33 + i % 90) for i in range(prompt))
     return model, tokenizer, text, torch.randint(3, 8000, (response,))
 
@@ -53,12 +52,17 @@ def _checked(expected: torch.Tensor) -> Callable[[str, object], None]:
     return check
 
 
-def _captum_gradients(model: Any, tokenizer: Any, prompt: str, response: torch.Tensor) -> Scores:
+@cache
+def _captum_gradients() -> tuple[float, torch.Tensor]:
+    """(seconds, [R, P]) of Captum's one call of minutes, whose sum over the rows is its sequence form."""
     from captum.attr import LayerIntegratedGradients, LLMGradientAttribution, TextTokenInput
 
+    model, tokenizer, prompt, response = _text()
     method = LLMGradientAttribution(LayerIntegratedGradients(model, model.get_input_embeddings()), tokenizer)
     text = TextTokenInput(prompt, tokenizer)
-    return lambda: method.attribute(text, target=response, n_steps=STEPS).token_attr
+    begin = now()
+    found = method.attribute(text, target=response, n_steps=STEPS).token_attr
+    return now() - begin, found
 
 
 @pytest.mark.parametrize("form", ["matrix", "sequence"])
@@ -72,16 +76,63 @@ def test_integrated_gradients(benchmark, form):
         "inputs": "prompt",
     }
     target = "token" if form == "matrix" else "response"
-    theirs = _captum_gradients(model, tokenizer, prompt, response)
+    seconds, theirs = _captum_gradients()
+    expected = theirs if form == "matrix" else theirs.sum(0)
 
     def ours() -> torch.Tensor:
         return tracker.attribute(ids, response, target, **options).scores[..., : len(ids)]
 
     race(
         benchmark,
-        {"react_fast": ours, "captum": theirs if form == "matrix" else lambda: theirs().sum(0)},
+        {"react_fast": ours},
         case=f"integrated gradients, {STEPS} steps, {form} form [{len(ids)} + {len(response)}]",
+        check=lambda name, found: torch.testing.assert_close(found, expected, **CLOSE),
+        known={"captum": seconds},
+        rounds=3,
+    )
+
+
+def _inseq(model: Any, tokenizer: Any, prompt: str, response: str) -> Scores:
+    """Its own cross-entropy fails on a single text, hence our function; models that it loads attend eagerly."""
+    import inseq
+    from inseq.attr.step_functions import probability_fn
+
+    def logprob(args: Any) -> torch.Tensor:
+        return probability_fn(args, logprob=True)
+
+    method = inseq.load_model(model, "input_x_gradient", tokenizer=tokenizer)
+
+    def scores() -> torch.Tensor:
+        found = method.attribute(prompt, prompt + response, attributed_fn=logprob, show_progress=False)
+        return found.sequence_attributions[0].target_attributions.sum(-1).T.nan_to_num()
+
+    return scores
+
+
+# That of Captum's cases, and Llama's: Inseq computes the logits of every position.
+@pytest.mark.parametrize("vocab", [8192, 32000])
+def test_gradient_x_input(benchmark, tmp_path, vocab):
+    """Matrix form, against Inseq on the model as it is and as Inseq loads it from a folder."""
+    model, tokenizer, prompt, _ = _text(vocab)
+    response = prompt[: 4 if common.QUICK else 32]
+    tracker = CausalityTracker(model)
+    ids, answer = (tokenizer(text)["input_ids"] for text in (prompt, response))
+    model.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+
+    def ours() -> torch.Tensor:
+        return tracker.attribute(ids, answer, "token").scores
+
+    peers = {"inseq": model, "inseq, loaded by it": str(tmp_path)}
+    built_here, absent = built(
+        {name: lambda at=at: _inseq(at, tokenizer, prompt, response) for name, at in peers.items()}
+    )
+    race(
+        benchmark,
+        {"react_fast": ours, **built_here},
+        case=f"gradient x input, matrix form [{len(ids)} + {len(answer)}], {vocab} tokens",
         check=_checked(ours()),
+        absent=absent,
         rounds=3,
     )
 

@@ -89,7 +89,7 @@ def _peer_versions() -> dict[str, str]:
     from importlib.metadata import PackageNotFoundError, version
 
     found = {}
-    fused = ("triton", "trl", "liger-kernel", "cut-cross-entropy", "quack-kernels", "verl")
+    fused = ("triton", "captum", "inseq", "trl", "liger-kernel", "cut-cross-entropy", "quack-kernels", "verl")
     for name in (*fused, "openrlhf", "torchrl", "stable-baselines3", "tianshou", "rlax", "jax"):
         try:
             found[name] = version(name)
@@ -143,7 +143,8 @@ def times(cases: Sequence[dict[str, Any]]) -> str:
         ratios = [f"{medians[n] / ours:.3g}x" if n in medians and ours else "" for n in names]
         over = f"{ours / medians[LIMIT]:.2f}x" if LIMIT in medians and ours else ""
         shown = _time(ours) if ours else "absent"
-        lines.append([case["case"], str(case["threads"]), shown, *ratios, over, case["limit"] or ""])
+        name = case["case"] + (", processor time" if case.get("clock") == "cpu" else "")
+        lines.append([name, str(case["threads"]), shown, *ratios, over, case["limit"] or ""])
     return _rows(head, lines)
 
 

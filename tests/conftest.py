@@ -38,6 +38,12 @@ def _fixed_threads() -> Iterator[None]:
     torch.set_num_threads(THREADS)
 
 
+@pytest.fixture
+def one_thread(_fixed_threads: None) -> None:
+    """For tiny matrices."""
+    torch.set_num_threads(1)
+
+
 @pytest.fixture(params=["cpu", "triton"])
 def backend(request: pytest.FixtureRequest) -> Iterator[str]:
     """Every compiled backend in turn."""

@@ -1,5 +1,4 @@
-"""Interventions of every kind equal brute force, one forward of a whole sequence at a time; steps have the values
-that the structural causal model gives them."""
+"""Interventions of every kind equal brute force, one forward of a whole sequence at a time, and the reference."""
 
 import re
 from types import SimpleNamespace
@@ -7,10 +6,9 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, Qwen2Config
 
 from react_fast import reference
-from react_fast.envs import Record, TextEnv, ground_truth
+from react_fast.envs import ground_truth
 from react_fast.envs.slot_models import Writer
 from react_fast.tracker import (
     CausalityTracker,
@@ -20,75 +18,29 @@ from react_fast.tracker import (
     Resample,
     Return,
     TargetLogprob,
-    turn_values,
 )
 
-from .policies import CLOSE, PROMPT, RESPONSE, FirstToken, Recurrent
+from .policies import CLOSE, PROMPT, RESPONSE, Brute, FirstToken, Recurrent, family
 
-SIZES = {"vocab_size": 60, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
-NARROW = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
-FAMILIES = {
-    "llama": LlamaConfig(**SIZES, **NARROW, num_key_value_heads=1),
-    "qwen2": Qwen2Config(**SIZES, **NARROW, num_key_value_heads=2),
-    "gpt2": GPT2Config(**SIZES, n_positions=64, n_embd=16, n_layer=2, n_head=2),
-}
 # Long enough for the shared beginning to come from the key/value cache.
 LONG = [3 + (7 * i) % 50 for i in range(14)]
 
 
-def _model(family, attention="sdpa"):
-    torch.manual_seed(3)
-    model = AutoModelForCausalLM.from_config(FAMILIES[family], attn_implementation=attention)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.mul_(3)
-    return model.double().eval()
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    torch.set_num_threads(1)  # the matrices are tiny
-
-
-class Brute:
-    """do(action := tokens) by definition: no cache, no batch, no padding."""
-
-    def __init__(self, model, seed):
-        self.model, self.seed = model, seed
-
-    @torch.no_grad()
-    def logp(self, ids):
-        logits = self.model(torch.tensor([ids]))
-        return torch.log_softmax(getattr(logits, "logits", logits)[0], -1).numpy()
-
-    def score(self, ids, start):
-        """log p of ids from `start` on."""
-        table = self.logp(ids)
-        return sum(float(table[t - 1, ids[t]]) for t in range(start, len(ids)))
-
-    def draw(self, prefix, stream, count, first=0):
-        """The largest of log p + Gumbel noise, whose number counts from `first`."""
-        drawn = []
-        for position in range(first, first + count):
-            key = np.array([self.seed, stream], dtype=np.uint64)
-            counter = np.array([0, 0, 0, position], dtype=np.uint64)
-            logp = self.logp(prefix + drawn)[-1]
-            noise = np.random.Generator(np.random.Philox(key=key, counter=counter)).gumbel(size=len(logp))
-            drawn.append(int(np.argmax(logp + noise)))
-        return drawn
-
-    def instead(self, kind, ids, span, sample):
-        if isinstance(kind, Resample):
-            return self.draw(ids[: span[0]], 2**32 + sample, span[1] - span[0])
-        if isinstance(kind, DonorSwap):
-            return list(kind.donors[sample % len(kind.donors)])
-        return kind.replacement(ids[span[0] : span[1]])
+def _instead(brute, kind, ids, span, sample):
+    if isinstance(kind, Resample):
+        return brute.draw(ids[: span[0]], 2**32 + sample, span[1] - span[0])
+    if isinstance(kind, DonorSwap):
+        return list(kind.donors[sample % len(kind.donors)])
+    return kind.replacement(ids[span[0] : span[1]])
 
 
 KINDS = [Deletion(), Replacement(5), Resample(3), DonorSwap([[9], [10, 11, 12]])]
 # Every kind on one family, every family at least once.
 CASES = [("llama", kind) for kind in KINDS] + [("qwen2", KINDS[0]), ("gpt2", KINDS[2])]
-NAMES = [f"{family}-{type(kind).__name__}" for family, kind in CASES]
+NAMES = [f"{name}-{type(kind).__name__}" for name, kind in CASES]
 SPANS = [(2, 3), (10, 14), (15, 17), (17, 18)]
 
 
@@ -96,9 +48,9 @@ def _reward(ids):
     return sum(ids) % 7 + 0.5 * len(ids)
 
 
-@pytest.mark.parametrize(("family", "kind"), CASES, ids=NAMES)
-def test_effects_on_a_fixed_response_equal_brute_force(family, kind):
-    model = _model(family)
+@pytest.mark.parametrize(("name", "kind"), CASES, ids=NAMES)
+def test_effects_on_a_fixed_response_equal_brute_force(name, kind):
+    model = family(name)
     tracker, brute = CausalityTracker(model, seed=4), Brute(model, 4)
     ids, target = LONG + RESPONSE, [8, 13]
     size = len(LONG)
@@ -106,9 +58,11 @@ def test_effects_on_a_fixed_response_equal_brute_force(family, kind):
     for outcome in ("logprob", TargetLogprob(target), _reward):
         effects = tracker.intervene(LONG, RESPONSE, SPANS, outcome, counterfactual=kind)
         assert effects.values.shape == (len(SPANS), counts[type(kind)])
+        slow = reference.Tracker(model, seed=4).intervene(LONG, RESPONSE, SPANS, outcome, counterfactual=kind)
+        np.testing.assert_allclose(effects.values, slow, **CLOSE)
         for i, (start, end) in enumerate(SPANS):
             for s in range(effects.values.shape[1]):
-                new = brute.instead(kind, ids, (start, end), s)
+                new = _instead(brute, kind, ids, (start, end), s)
                 changed = ids[:start] + new + ids[end:]
                 behind = len(ids) - max(end, size)
                 if outcome == "logprob":
@@ -123,17 +77,20 @@ def test_effects_on_a_fixed_response_equal_brute_force(family, kind):
                 np.testing.assert_allclose(float(effects.values[i, s]), pair[0] - pair[1], **CLOSE)
 
 
-@pytest.mark.parametrize(("family", "kind"), CASES, ids=NAMES)
-def test_effects_on_rerolled_responses_equal_brute_force(family, kind):
-    model = _model(family)
+@pytest.mark.parametrize(("name", "kind"), CASES, ids=NAMES)
+def test_effects_on_rerolled_responses_equal_brute_force(name, kind):
+    model = family(name)
     tracker, brute = CausalityTracker(model, seed=4), Brute(model, 4)
     ids, target, size = LONG + RESPONSE, [8, 13], len(LONG)
     for outcome in ("logprob", TargetLogprob(target), _reward):
-        effects = tracker.intervene(LONG, RESPONSE, SPANS, outcome, 2, counterfactual=kind, max_new_tokens=3)
+        options = {"counterfactual": kind, "max_new_tokens": 3}
+        effects = tracker.intervene(LONG, RESPONSE, SPANS, outcome, 2, **options)
+        slow = reference.Tracker(model, seed=4).intervene(LONG, RESPONSE, SPANS, outcome, 2, **options)
+        np.testing.assert_allclose(effects.values, slow, **CLOSE)
         for i, (start, end) in enumerate(SPANS):
             for s in range(2):
                 before = ids[: max(end, size)]
-                new = brute.instead(kind, ids, (start, end), s)
+                new = _instead(brute, kind, ids, (start, end), s)
                 after = before[:start] + new + before[end:]
                 first = size if start >= size else len(after)
                 drawn, other = brute.draw(before, s, 3), brute.draw(after, s, 3)
@@ -150,7 +107,7 @@ def test_effects_on_rerolled_responses_equal_brute_force(family, kind):
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("samples", [None, 2])
 def test_the_cache_changes_no_effect_and_saves_tokens(attention, samples):
-    model = _model("llama", attention)
+    model = family("llama", attention)
     tracker, slow = CausalityTracker(model), reference.Tracker(model)
     found = tracker.intervene(LONG, RESPONSE, samples=samples)
     expected = slow.intervene(LONG, RESPONSE, samples=samples)
@@ -163,7 +120,7 @@ def test_an_adapter_is_intervened_on_with_the_cache():
     from peft import LoraConfig, get_peft_model
 
     options = {"r": 2, "task_type": "CAUSAL_LM", "target_modules": ["q_proj"], "init_lora_weights": False}
-    model = get_peft_model(_model("llama"), LoraConfig(**options)).double()
+    model = get_peft_model(family("llama"), LoraConfig(**options)).double()
     found = CausalityTracker(model).intervene(LONG, RESPONSE)
     expected = reference.Tracker(model).intervene(LONG, RESPONSE)
     torch.testing.assert_close(found.values, torch.tensor(expected, dtype=torch.float64), **CLOSE)
@@ -171,7 +128,7 @@ def test_an_adapter_is_intervened_on_with_the_cache():
 
 
 def test_bfloat16_agrees_with_float32_to_its_precision():
-    model = _model("qwen2").float()
+    model = family("qwen2").float()
     exact = CausalityTracker(model).intervene(LONG, RESPONSE).mean
     rough = CausalityTracker(model.bfloat16()).intervene(LONG, RESPONSE).mean
     # Log-probabilities of about 5 nats carry 2^-8 of rounding each, four of them in each of two sums.
@@ -193,105 +150,6 @@ def test_resampling_what_the_policy_would_say_has_no_mean_effect():
         )
         means.append(float(effects.mean[0]))
     assert abs(np.mean(means)) < 3 * np.std(means) / np.sqrt(len(means))
-
-
-# ---- step values -----------------------------------------------------------------------------------------------
-
-
-def test_step_values_are_those_of_the_structural_model():
-    truth = ground_truth(8, causes=3, mediated=1, confounded=2, noise=0.5)
-    rng = np.random.default_rng(0)
-    held, errors = [], []
-    for repeat in range(24):
-        hidden = repeat % 2
-        text = truth.write(rng, hidden)
-        found = CausalityTracker(Writer(truth), seed=repeat).step_values(
-            truth.encode(truth.prompt(hidden)),
-            truth.encode(text),
-            lambda ids, hidden=hidden: truth.reward(truth.decode(ids), hidden, rng),
-            16,
-            actions=[(1, 3), (3, 6), (6, 9)],
-        )
-        states = np.array([truth.value(text[:place], hidden) for place in (0, 2, 5, 8)])
-        held += ((found.low.numpy() <= states) & (states <= found.high.numpy())).tolist()
-        errors.append(found.effects.mean.numpy() - np.diff(states))
-        np.testing.assert_allclose(found.effects.mean, np.diff(found.values.numpy()), rtol=1e-12)
-    assert np.mean(held) > 0.88  # 96 intervals of 95%: three standard errors below
-    assert (np.abs(np.mean(errors, 0)) < 4 * np.std(errors, 0) / np.sqrt(len(errors))).all()
-
-
-def test_a_response_that_ended_has_its_own_value():
-    torch.manual_seed(0)
-    tracker = CausalityTracker(
-        FirstToken().double(), SimpleNamespace(eos_token_id=7, decode=lambda ids: " a")
-    )
-    seen = []
-    found = tracker.step_values(
-        [4, 5],
-        [6, 9, 7],
-        lambda ids: seen.append(ids) or float(len(ids)),
-        3,
-        actions="word",
-        max_response_tokens=9,
-    )
-    assert seen[-3:] == [[6, 9, 7]] * 3
-    assert all(len(ids) <= 9 for ids in seen)
-    assert (float(found.values[-1]), float(found.standard_error[-1])) == (3.0, 0.0)
-
-
-class Spoken:
-    """One token a character, whose number it is."""
-
-    eos_token_id = None
-
-    def __call__(self, text, **options):
-        return {"input_ids": [ord(character) for character in text]}
-
-    def decode(self, ids, **options):
-        return "".join(map(chr, ids))
-
-
-def _answer(state, action, record):
-    """What the environment adds is one token of the small vocabulary."""
-    return f"{state}{action}\x03"
-
-
-def _pay(state, action, record):
-    return float(sum(map(ord, action)) % 5 + (len(state) if "!" in action else 0))
-
-
-def _speaker():
-    torch.manual_seed(5)
-    model = Recurrent().double()
-    with torch.no_grad():
-        model.head.weight.mul_(3)
-    return model
-
-
-def test_turn_values_equal_episodes_played_one_by_one():
-    model, env = _speaker(), TextEnv([Record("\x05\x06")], transition=_answer, reward=_pay, max_turns=3)
-    brute = Brute(model, 6)
-    tracker = CausalityTracker(model, Spoken(), seed=6)
-    turns, gamma, limit = [[7, 8], [33, 9]], 0.5, 2
-    found = turn_values(tracker, env, 0, turns, 4, max_new_tokens=limit, gamma=gamma)
-    for k in range(3):
-        played = []
-        for s in range(4):
-            state, earned = "\x05\x06", 0.0
-            for turn in range(3):
-                given = turn < k
-                tokens = turns[turn] if given else brute.draw([ord(c) for c in state], s, limit, turn * limit)
-                action = "".join(map(chr, tokens))
-                earned += gamma**turn * _pay(state, action, None)
-                state = _answer(state, action, None)
-            played.append(earned)
-        np.testing.assert_allclose(float(found.values[k]), np.mean(played), rtol=1e-12)
-        np.testing.assert_allclose(
-            float(found.standard_error[k]), np.std(played, ddof=1) / 2, rtol=1e-9, atol=1e-12
-        )
-    assert found.effects.spans == ((2, 4), (5, 7))
-    assert float(found.standard_error[0]) > 0
-    np.testing.assert_allclose(found.effects.mean, np.diff(found.values.numpy()), atol=1e-12)
 
 
 # ---- actions ---------------------------------------------------------------------------------------------------
@@ -444,52 +302,7 @@ REFUSED = [
     (lambda t: DonorSwap([[1], []]), ValueError, r"donors must hold .* got \[\[1\], \[\]\]"),
     (lambda t: Resample(0), ValueError, "draws must be at least 1, got 0"),
     (lambda t: Return(sum, gamma=2.0), ValueError, r"gamma must be in \[0, 1\], got 2"),
-    (
-        lambda t: t.step_values([1], [2], "logprob", 2),
-        ValueError,
-        "outcome must be a function of response ids",
-    ),
-    (lambda t: t.step_values([1], [2], len, 1), ValueError, "samples must be at least 2, got 1"),
-    (
-        lambda t: t.step_values([1], [2, 3], len, 2, actions="token", max_response_tokens=1),
-        ValueError,
-        "max_response_tokens must be at least 2, got 1",
-    ),
-    (
-        lambda t: t.step_values([1], [2, 3, 4], len, 2, actions=[(1, 2), (3, 4)]),
-        ValueError,
-        "actions must be steps of the response without a gap",
-    ),
 ]
-
-
-ENV = TextEnv([Record("\x05")], transition=_answer, reward=_pay, max_turns=1)
-REFUSED += [
-    (
-        lambda t: turn_values(t, ENV, 0, [[1]], 2, max_new_tokens=1),
-        ValueError,
-        "tokenizer must be given to the tracker for turn_values",
-    ),
-    (
-        lambda t: turn_values(_spoken(t), ENV, 0, [[1], [2]], 2, max_new_tokens=1),
-        ValueError,
-        "turns must end with the episode, got 2 where it has 1",
-    ),
-    (
-        lambda t: turn_values(_spoken(t), ENV, 0, [], 2, max_new_tokens=1),
-        ValueError,
-        "turns must hold at least one turn, got none",
-    ),
-    (
-        lambda t: turn_values(_spoken(t), ENV, 0, [[50]], 2, max_new_tokens=1),
-        IndexError,
-        r"turns\[0\]\[0\] must be in \[0, 50\), got 50",
-    ),
-]
-
-
-def _spoken(tracker):
-    return CausalityTracker(tracker.policy.model, Spoken())
 
 
 @pytest.mark.parametrize(("call", "error", "text"), REFUSED, ids=range(len(REFUSED)))

@@ -13,6 +13,7 @@ from .advantage import (
     whiten,
 )
 from .attribution import RunningMoments, accumulate_by_id, attribution_scores, segment_sum
+from .faithfulness import faithfulness
 from .group_advantages import group_advantages
 from .importance_weights import high_entropy_mask, importance_weights, off_policy_mask
 from .kl_rewards import kl_rewards
@@ -78,6 +79,7 @@ __all__ = [
     "double_q_values",
     "expected_q_values",
     "expectile_loss",
+    "faithfulness",
     "gae",
     "group_advantages",
     "guided_logits",

@@ -1,4 +1,4 @@
-"""The tracker as loops over tokens: one sequence at a time, one backward an outcome, one forward a deletion."""
+"""The tracker as loops over tokens: one sequence at a time, one backward an outcome, one forward a text."""
 
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -8,6 +8,9 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
+
+# Streams of the noise that an action is drawn anew with; what follows it has the streams below.
+_ANEW = 2**32
 
 
 class Moments:
@@ -80,20 +83,40 @@ class Tracker:
         """[L]: attribution of the log-probability of all actions of a sequence to each of its tokens."""
         sequence = [int(i) for i in ids]
         chosen = [t for t in range(1, len(sequence)) if bool(actions[t])]
-        return self._attribute(sequence, lambda logits: _logprobs(logits, sequence)[chosen].sum())
+        return _grad_x_input(
+            *self._gradient(sequence, lambda logits: _logprobs(logits, sequence)[chosen].sum())
+        )
 
     # ---- one text ------------------------------------------------------------------------------------------
 
     def attribute(
-        self, prompt_ids: Sequence[int], response_ids: Sequence[int], target: Any = "response"
+        self,
+        prompt_ids: Sequence[int],
+        response_ids: Sequence[int],
+        target: Any = "response",
+        *,
+        method: str = "grad_x_input",
+        baseline: int | None = None,
+        steps: int = 50,
+        inputs: str = "all",
     ) -> torch.Tensor:
-        """Scores [P + R], or [R, P + R] for target "token"."""
+        """Scores [P + R], or [R, P + R] for target "token"; no `baseline`: the zero vector."""
         ids, start = [*prompt_ids, *response_ids], len(prompt_ids)
-        if callable(target):
-            return self._attribute(ids, target)
-        if target == "response":
-            return self._attribute(ids, lambda logits: _logprobs(logits, ids)[start:].sum())
-        return torch.stack([self._attribute(ids, _logprob_of(ids, t)) for t in range(start, len(ids))])
+        if target == "token":
+            targets = [_logprob_of(ids, t) for t in range(start, len(ids))]
+        elif target == "response":
+            targets = [lambda logits: _logprobs(logits, ids)[start:].sum()]
+        else:
+            targets = [target]
+        rows = []
+        for outcome in targets:
+            if method == "integrated_gradients":
+                moved = range(start if inputs == "prompt" else len(ids))
+                rows.append(self._integrated(ids, outcome, baseline, steps, moved))
+            else:
+                grad, embedded = self._gradient(ids, outcome)
+                rows.append(_norms(grad) if method == "saliency" else _grad_x_input(grad, embedded))
+        return torch.stack(rows) if target == "token" else rows[0]
 
     def intervene(
         self,
@@ -103,77 +126,142 @@ class Tracker:
         outcome: Any = "logprob",
         samples: int | None = None,
         *,
+        counterfactual: Any = None,
         max_new_tokens: int | None = None,
     ) -> list[list[float]]:
-        """Effects of the deletion of every action: one number, or one for each of `samples` continuations."""
+        """Effects of do(action := counterfactual): one number for each replacement, or for each of `samples`
+        continuations; no `counterfactual`: deletion."""
         ids, start = [*prompt_ids, *response_ids], len(prompt_ids)
         if actions == "token":
             actions = [(i, i + 1) for i in range(len(ids)) if start > 1 or i > 0]
         limit = max_new_tokens or len(response_ids)
+        count = samples or 1
+        if samples is None and hasattr(counterfactual, "draws"):
+            count = counterfactual.draws
+        elif samples is None and hasattr(counterfactual, "donors"):
+            count = len(counterfactual.donors)
         effects = []
         for begin, end in actions:
-            if samples is None:
-                found = [self._fixed_effect(ids, start, begin, end, outcome)]
-            else:
-                found = [
-                    self._sampled_effect(ids, start, begin, end, outcome, s, limit) for s in range(samples)
-                ]
+            found = []
+            for s in range(count):
+                new = self._instead(counterfactual, ids, begin, end, s, stops=samples is not None)
+                if samples is None:
+                    found.append(self._fixed_effect(ids, start, begin, end, new, outcome))
+                else:
+                    found.append(self._sampled_effect(ids, start, begin, end, new, outcome, s, limit))
             effects.append(found)
             if outcome == "logprob" and end - begin == 1:
                 self.effects_by_token.setdefault(ids[begin], Moments()).add(sum(found) / len(found))
         return effects
 
-    # ---- inside --------------------------------------------------------------------------------------------
+    def outcome(self, prompt: list[int], response: list[int], outcome: Any) -> float:
+        """Of a text: log-probability of a target's `token_ids` behind it, or a function of the response."""
+        if hasattr(outcome, "token_ids"):
+            return self.logprob(prompt + response, list(outcome.token_ids))
+        return float(outcome(response))
 
-    def _fixed_effect(self, ids: list[int], start: int, begin: int, end: int, outcome: Any) -> float:
-        without = ids[:begin] + ids[end:]
-        outside = [t for t in range(start, len(ids)) if not begin <= t < end]
-        if outcome != "logprob":
-            return float(outcome(ids[start:])) - float(outcome([ids[t] for t in outside]))
-        effect = 0.0
-        before, after = self._logprobs(ids), self._logprobs(without)
-        for t in outside:
-            moved = t if t < begin else t - (end - begin)
-            effect += float(before[t]) - float(after[moved])
-        return effect
-
-    def _sampled_effect(
-        self, ids: list[int], start: int, begin: int, end: int, outcome: Any, sample: int, limit: int
-    ) -> float:
-        prefix = ids[: max(end, start)]
-        changed = prefix[:begin] + prefix[end:]
-        opening = prefix[start:]
-        changed_opening = changed[start:] if begin >= start else []
-        drawn = self._continue(prefix, opening, sample, limit)
-        if outcome == "logprob":
-            before = self._logprobs(prefix + drawn)[len(prefix) :].sum()
-            return float(before - self._logprobs(changed + drawn)[len(changed) :].sum())
-        other = self._continue(changed, changed_opening, sample, limit)
-        return float(outcome(opening + drawn)) - float(outcome(changed_opening + other))
+    def logprob(self, prefix: list[int], tokens: list[int]) -> float:
+        """Log-probability of tokens behind a prefix."""
+        return float(self._logprobs(prefix + tokens)[len(prefix) :].sum())
 
     @torch.no_grad()
-    def _continue(self, prefix: list[int], opening: list[int], sample: int, limit: int) -> list[int]:
-        """The largest of log p + Gumbel noise, token by token; the noise is keyed (seed, sample, position)."""
+    def draw(self, prefix: list[int], stream: int, limit: int, *, stops: bool = True) -> list[int]:
+        """The largest of log p + Gumbel noise, token by token; the noise is keyed (seed, stream, position)."""
         drawn: list[int] = []
-        if opening[-1:] == [self.eos_id]:
-            return drawn
         with self._evaluation():
             for position in range(limit):
                 logp = torch.log_softmax(self._logits(prefix + drawn)[-1].double(), 0).cpu().numpy()
-                key = np.array([self.seed, sample], dtype=np.uint64)
+                key = np.array([self.seed, stream], dtype=np.uint64)
                 counter = np.array([0, 0, 0, position], dtype=np.uint64)
                 noise = np.random.Generator(np.random.Philox(key=key, counter=counter)).gumbel(size=len(logp))
                 drawn.append(int(np.argmax(logp + noise)))
-                if drawn[-1] == self.eos_id:
+                if stops and drawn[-1] == self.eos_id:
                     break
         return drawn
 
-    def _attribute(self, ids: list[int], outcome: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
-        """Gradient x input of a function of the sequence's logits [L, V]."""
+    # ---- inside --------------------------------------------------------------------------------------------
+
+    def _instead(
+        self, counterfactual: Any, ids: list[int], begin: int, end: int, sample: int, *, stops: bool
+    ) -> list[int]:
+        """The tokens that stand in an action's place."""
+        if counterfactual is None:
+            return []
+        if hasattr(counterfactual, "draws"):
+            return self.draw(ids[:begin], _ANEW + sample, end - begin, stops=stops)
+        if hasattr(counterfactual, "donors"):
+            return list(counterfactual.donors[sample % len(counterfactual.donors)])
+        return list(counterfactual.replacement(ids[begin:end]))
+
+    def _fixed_effect(
+        self, ids: list[int], start: int, begin: int, end: int, new: list[int], outcome: Any
+    ) -> float:
+        changed = ids[:begin] + new + ids[end:]
+        if outcome != "logprob":
+            place = _begins(start, begin, end, new)
+            before = self.outcome(ids[:start], ids[start:], outcome)
+            return before - self.outcome(changed[:place], changed[place:], outcome)
+        effect = 0.0
+        logp, after = self._logprobs(ids), self._logprobs(changed)
+        for t in range(start, len(ids)):
+            if not begin <= t < end:
+                moved = t if t < begin else t - (end - begin) + len(new)
+                effect += float(logp[t]) - float(after[moved])
+        return effect
+
+    def _sampled_effect(
+        self,
+        ids: list[int],
+        start: int,
+        begin: int,
+        end: int,
+        new: list[int],
+        outcome: Any,
+        sample: int,
+        limit: int,
+    ) -> float:
+        prefix = ids[: max(end, start)]
+        changed = prefix[:begin] + new + prefix[end:]
+        place = _begins(start, begin, end, new)
+        drawn = self._behind(prefix, start, sample, limit)
+        if outcome == "logprob":
+            return self.logprob(prefix, drawn) - self.logprob(changed, drawn)
+        before = self.outcome(prefix[:start], prefix[start:] + drawn, outcome)
+        other = self._behind(changed, place, sample, limit)
+        return before - self.outcome(changed[:place], changed[place:] + other, outcome)
+
+    def _behind(self, prefix: list[int], start: int, sample: int, limit: int) -> list[int]:
+        """The policy's continuation; none where the response has ended."""
+        return [] if prefix[start:][-1:] == [self.eos_id] else self.draw(prefix, sample, limit)
+
+    def _integrated(
+        self, ids: list[int], outcome: Callable[[torch.Tensor], torch.Tensor],
+        baseline: int | None, steps: int, moved: range,
+    ) -> torch.Tensor:  # fmt: skip
+        """(x - x') * mean gradient at the Gauss-Legendre points of the way from x' to x."""
+        _, x = self._gradient(ids, outcome)
+        other = torch.zeros_like(x)
+        if baseline is not None:
+            _, other = self._gradient([baseline] * len(ids), outcome)
+        start = torch.stack([other[t] if t in moved else x[t] for t in range(len(ids))])
+        mean = torch.zeros_like(x)
+        for node, weight in zip(*np.polynomial.legendre.leggauss(steps), strict=True):
+            grad, _ = self._gradient(ids, outcome, start + (1 + float(node)) / 2 * (x - start))
+            mean += float(weight) / 2 * grad
+        return _grad_x_input(mean, x - start)
+
+    def _gradient(
+        self,
+        ids: list[int],
+        outcome: Callable[[torch.Tensor], torch.Tensor],
+        embedded: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """(gradient of a function of the sequence's logits [L, V], embedding output), [L, D] each; `embedded`
+        stands in the output's place."""
         outputs: list[torch.Tensor] = []
 
         def leaf(module: Any, args: Any, output: torch.Tensor) -> torch.Tensor:
-            outputs.append(output.detach().requires_grad_())
+            outputs.append((output if embedded is None else embedded[None]).detach().requires_grad_())
             return outputs[-1]
 
         handle = self.embedding.register_forward_hook(leaf)
@@ -182,7 +270,7 @@ class Tracker:
                 (grad,) = torch.autograd.grad(outcome(self._logits(ids)), outputs)
         finally:
             handle.remove()
-        return _grad_x_input(grad[0], outputs[0].detach()[0])
+        return grad[0], outputs[0].detach()[0]
 
     @torch.no_grad()
     def _logprobs(self, ids: list[int]) -> torch.Tensor:
@@ -218,6 +306,18 @@ def _grad_x_input(grad: torch.Tensor, activation: torch.Tensor) -> torch.Tensor:
     """[L, D] x 2 -> [L]: sum_d grad_d * activation_d, row by row."""
     wide = torch.float64 if grad.dtype == torch.float64 else torch.float32
     return torch.stack([(g.to(wide) * a.to(wide)).sum() for g, a in zip(grad, activation, strict=True)])
+
+
+def _norms(grad: torch.Tensor) -> torch.Tensor:
+    """[L, D] -> [L]"""
+    return torch.stack(
+        [g.to(torch.float64 if g.dtype == torch.float64 else torch.float32).norm() for g in grad]
+    )
+
+
+def _begins(start: int, begin: int, end: int, new: list[int]) -> int:
+    """Where the response begins in a changed text: an action that began in the prompt belongs to it."""
+    return start if begin >= start else begin + len(new) + max(0, start - end)
 
 
 def _embedding(model: Any) -> Any:

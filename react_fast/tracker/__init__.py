@@ -3,6 +3,7 @@
 from .attribution import Attribution
 from .counterfactuals import Deletion, DonorSwap, Replacement, Resample
 from .credit import attribution_credit, uniform_credit
+from .faithfulness import Faithfulness, faithfulness
 from .intervention import Effects
 from .outcomes import Return, TargetLogprob
 from .step_values import StepValues
@@ -15,12 +16,14 @@ __all__ = [
     "Deletion",
     "DonorSwap",
     "Effects",
+    "Faithfulness",
     "Replacement",
     "Resample",
     "Return",
     "StepValues",
     "TargetLogprob",
     "attribution_credit",
+    "faithfulness",
     "turn_values",
     "uniform_credit",
 ]

@@ -35,6 +35,7 @@ class Effects:
             interval is the mean.
         p_value: [A], two-sided, of the mean being 0; NaN for n = 1.
         significant: [A] bool, after the correction at 5% over the A actions; False for n = 1.
+        special: [A] bool, whether the action holds a special token of the tokenizer, such as a chat's marks.
     """
 
     token_ids: tuple[int, ...]
@@ -48,6 +49,7 @@ class Effects:
     high: torch.Tensor
     p_value: torch.Tensor
     significant: torch.Tensor
+    special: torch.Tensor
 
     def rows(self, texts: Sequence[str], example: int = 0) -> list[EffectRow]:
         """The effects as records; `texts` are those of token_ids."""
@@ -80,6 +82,7 @@ class Experiment(Text):
     seed: int = 0
     limit: int = 1
     eos_id: int | None = None
+    special_ids: frozenset[int] = frozenset()
     interval: str = "student_t"
     correction: str = "benjamini_hochberg"
     max_tokens: int | None = None
@@ -99,6 +102,9 @@ class Experiment(Text):
         if start >= self.prompt_length:
             return self.prompt_length
         return start + len(tokens) + max(0, self.prompt_length - stop)
+
+    def is_special(self, span: Span) -> bool:
+        return not self.special_ids.isdisjoint(self.ids[slice(*span)])
 
     def prefix(self, span: Span) -> list[int]:
         """What the policy had read when it continued behind the action: at least the whole prompt."""
@@ -132,7 +138,8 @@ def summary(text: Experiment, spans: Sequence[Span], values: np.ndarray, tokens:
         low, high = student_interval(mean, error, np.full(len(mean), count))
         if text.interval == "bootstrap":
             low, high = bootstrap_interval(values, seed=text.seed)
-    found = (values, mean, error, low, high, p_value, significant)
+    special = np.array([text.is_special(span) for span in spans], dtype=bool)
+    found = (values, mean, error, low, high, p_value, significant, special)
     arrays = (torch.from_numpy(np.array(x)) for x in found)
     return Effects(text.ids, text.prompt_length, tuple(spans), tokens, *arrays)
 

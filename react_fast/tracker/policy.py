@@ -144,23 +144,54 @@ class Policy:
         Returns: [N, T] float64, T the longest row; column t belongs to token t; 0 before the start and behind
             the end.
         """
-        width = max(map(len, rows))
-        out = torch.zeros(len(rows), width, dtype=torch.float64, device=self.device)
-        order = sorted(range(len(rows)), key=lambda i: tuple(rows[i]))
-        size = _rows_at_once(width)
+        out = torch.zeros(len(rows), max(map(len, rows)), dtype=torch.float64, device=self.device)
         with self.evaluation():
-            for first in range(0, len(order), size):
-                part = order[first : first + size]
-                ids, mask = self.padded([rows[i] for i in part])
+            for part, ids, mask in self._parts(rows):
                 begin = torch.tensor([starts[i] for i in part], device=self.device)
                 counted = mask & (torch.arange(ids.shape[1], device=self.device) >= begin[:, None])
-                skip = int(begin.min()) - 1
-                options = {"logits_to_keep": ids.shape[1] - skip} if self._keeps_last else {}
-                logits, _ = self._behind_shared(ids, mask.long(), min(skip, _shared(ids, mask)), **options)
-                skip = ids.shape[1] - logits.shape[1]
+                logits, skip = self._tail(ids, mask, int(begin.min()) - 1)
                 found = logprobs(logits[:, :-1], ids[:, skip + 1 :], counted[:, skip + 1 :])
                 out[part, skip + 1 : ids.shape[1]] = found.double()
         return out
+
+    @torch.no_grad()
+    def logprobs_at(
+        self,
+        rows: Sequence[Sequence[int]],
+        places: Sequence[Sequence[int]],
+        tokens: Sequence[Sequence[int]],
+    ) -> list[np.ndarray]:
+        """Log-probability of tokens[i][k] behind the first places[i][k] tokens of row i, at least 1: [K_i] float64
+        each. The tokens asked for need not be the row's own."""
+        found: dict[int, np.ndarray] = {}
+        with self.evaluation():
+            for part, ids, mask in self._parts(rows):
+                asked = [
+                    (k, place, token)
+                    for k, i in enumerate(part)
+                    for place, token in zip(places[i], tokens[i], strict=True)
+                ]
+                row, place, token = torch.tensor(asked, device=self.device).T
+                logits, skip = self._tail(ids, mask, int(place.min()) - 1)
+                values = logprobs(logits[row, place - 1 - skip], token).double().cpu().numpy()
+                cuts = np.cumsum([len(places[i]) for i in part])[:-1]
+                found |= dict(zip(part, np.split(values, cuts), strict=True))
+        return [found[i] for i in range(len(rows))]
+
+    def _parts(self, rows: Sequence[Sequence[int]]) -> Iterator[tuple[list[int], torch.Tensor, torch.Tensor]]:
+        """(numbers of the rows, ids, mask) of those that run at once: rows that begin alike are together."""
+        order = sorted(range(len(rows)), key=lambda i: tuple(rows[i]))
+        size = _rows_at_once(max(map(len, rows)))
+        for first in range(0, len(order), size):
+            part = order[first : first + size]
+            yield part, *self.padded([rows[i] for i in part])
+
+    def _tail(self, ids: torch.Tensor, mask: torch.Tensor, skip: int) -> tuple[torch.Tensor, int]:
+        """Logits from position `skip` on, or from an earlier one, and which that is; what the rows share before it
+        runs once."""
+        options = {"logits_to_keep": ids.shape[1] - skip} if self._keeps_last else {}
+        logits, _ = self._behind_shared(ids, mask.long(), min(skip, _shared(ids, mask)), **options)
+        return logits, ids.shape[1] - logits.shape[1]
 
     def _behind_shared(
         self, ids: torch.Tensor, mask: torch.Tensor, shared: int, **options: Any

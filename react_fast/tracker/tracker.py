@@ -375,6 +375,7 @@ class CausalityTracker(Accumulation):
             seed=self.seed,
             limit=check_count("max_new_tokens", limit, 1),
             eos_id=self._eos_id,
+            special_ids=frozenset(getattr(self.tokenizer, "all_special_ids", ())),
             **options,
         )
 
@@ -385,8 +386,7 @@ class CausalityTracker(Accumulation):
         named = isinstance(actions, (str, re.Pattern))
         spans = find_actions(actions, text, texts, turn_index)
         if skip_special and named:
-            special = set(getattr(self.tokenizer, "all_special_ids", ()))
-            spans = [span for span in spans if special.isdisjoint(text.ids[slice(*span)])]
+            spans = [span for span in spans if not text.is_special(span)]
         return check_spans(text, spans, drop=named)
 
     def _text(self, prompt_ids: Ids, response_ids: Ids) -> Text:
