@@ -1,0 +1,61 @@
+"""Effects accumulated over training, so that a few interventions a step are enough."""
+
+import math
+
+import torch
+
+from ..ops.moments import RunningMoments
+
+# A prime, so that codes of a large vocabulary spread over the buckets; 6 MiB of moments.
+BUCKETS = 262139
+# Token ids are below it, so that a code holds position and token.
+_TOKENS = 1_000_003
+KEYS = ("token", "position", "token_at_position")
+
+
+class EffectTable:
+    """Moments of measured effects by token, by position in the response, or by both, in constant memory: what
+    falls into the same of 262,139 buckets shares them.
+
+    Args:
+        by: "token" | "position" | "token_at_position".
+        device: of the state and of what is added.
+    """
+
+    def __init__(self, by: str, device: torch.device | str | None = None) -> None:
+        self.by = by
+        self.moments = RunningMoments(BUCKETS, device)
+
+    def add(self, effects: torch.Tensor, token_ids: torch.Tensor, positions: torch.Tensor) -> None:
+        """effects [...] float64 of actions token_ids [...] at positions [...], counted from the response's first."""
+        self.moments.update(effects, self._keys(token_ids, positions))
+
+    def effects(self, token_ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        """[...] float64: mean effect, drawn towards 0 by what chance alone would reach.
+
+            e_k = sign(m_k) max(0, |m_k| - sqrt(2 ln K) s / sqrt(n_k))
+
+        with m the mean and n the count of key k, K the keys that were seen and s^2 the variance within keys, pooled.
+        Unseen keys get 0, and so does everything before a key was seen twice.
+
+        Source: Donoho & Johnstone 1994, the universal soft threshold.
+        """
+        moments = self.moments
+        seen = moments.count > 0
+        degrees = int((moments.count - 1).clamp_min(0).sum())
+        if degrees == 0:
+            return torch.zeros(token_ids.shape, dtype=torch.float64, device=token_ids.device)
+        mean, spread = moments.mean, moments.state_dict()["m2"].sum() / degrees
+        limit = math.sqrt(2 * math.log(int(seen.sum()))) * (spread / moments.count.clamp_min(1)).sqrt()
+        kept = (mean.abs() - limit).clamp_min(0)
+        # Rounding is no effect: a row's weights would make it a whole one.
+        kept = torch.where(kept > 1e-9 * mean.abs().max(), kept, 0.0)
+        return (mean.sign() * kept)[self._keys(token_ids, positions)]
+
+    def _keys(self, token_ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        codes = {
+            "token": token_ids,
+            "position": positions,
+            "token_at_position": positions * _TOKENS + token_ids,
+        }
+        return codes[self.by] % BUCKETS

@@ -1,0 +1,223 @@
+"""Credit that needs the environment: causal effects by intervention, and Monte-Carlo step advantages.
+
+| credit | policy gradient | what it costs |
+| --- | --- | --- |
+| uniform | unbiased | nothing |
+| monte_carlo | unbiased: a state's value does not hang on the action taken there | steps x samples replays |
+| attribution, causal | biased unless the floor is 1, for less variance | a backward; a few reward calls |
+
+Source: Kazemnejad et al. 2024, VinePPO (arXiv:2410.01679), for monte_carlo; Foerster et al. 2018, COMA
+(arXiv:1705.08926), for rewards of counterfactual actions; Mao et al. 2018 (arXiv:1807.02264): the environment's own
+randomness may be held fixed in what is subtracted.
+"""
+
+from collections.abc import Sequence
+from itertools import groupby
+from typing import Any
+
+import numpy as np
+import torch
+
+from ..tracker.actions import find_actions
+from ..tracker.effect_table import EffectTable
+from ..tracker.shapley import contributions
+from ..tracker.text import Text
+from .batch import Batch
+from .replay import Count, Replay, replay
+from .rollout import SamplingParams, Trajectory, key, permutation
+
+# Streams of random numbers, beside the trainer's own.
+_ROWS, _UNITS, _ALTERNATIVES, _VALUES = 5, 6, 7, 8
+
+
+class Replays:
+    """Uniform and attribution credit, which play nothing again; and what the others share.
+
+    Attributes:
+        environment_steps: of training, those of rollouts and of replays.
+        metrics: of the last step.
+    """
+
+    def __init__(self, trainer: Any) -> None:
+        self.trainer = trainer
+        self.environment_steps = 0
+        self.metrics: dict[str, float] = {}
+
+    def score(self, trajectories: Sequence[Trajectory], batch: Batch) -> None:
+        """Add to the batch what credit needs."""
+        count = Count()
+        self.play(trajectories, batch, count)
+        self.environment_steps += sum(len(one.rewards) for one in trajectories) + count.environment_steps
+        self.metrics = {
+            "environment_steps": float(self.environment_steps),
+            "credit/environment_steps": float(count.environment_steps),
+            "credit/generated_tokens": float(count.tokens),
+        }
+
+    def play(self, trajectories: Sequence[Trajectory], batch: Batch, count: Count) -> None:
+        return None
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"environment_steps": self.environment_steps}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.environment_steps = state["environment_steps"]
+
+
+class CausalReplays(Replays):
+    """do(action := another draw of the policy), the rest of the response fixed, the environment's randomness the same.
+
+    A measured step takes the trajectories whose rewards differ most from their group's mean. One after the other, in
+    a random order, all their actions are replaced, by bisection: see `contributions`. An action's effect counts for
+    its tokens, and turned around for those that stand in their place. All trajectories then get what the table knows.
+    """
+
+    def __init__(self, trainer: Any) -> None:
+        super().__init__(trainer)
+        self.table = EffectTable(trainer.config.credit_by, trainer.accelerator.device)
+
+    def play(self, trajectories: Sequence[Trajectory], batch: Batch, count: Count) -> None:
+        if self.trainer.step % self.trainer.config.credit_every == 0:
+            self._measure(trajectories, batch, count)
+        positions = (batch.mask.cumsum(1) - 1).clamp_min(0)
+        batch.effects = self.table.effects(batch.targets, positions)
+
+    def state_dict(self) -> dict[str, Any]:
+        return super().state_dict() | {"effects": self.table.moments.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        super().load_state_dict(state)
+        self.table.moments.load_state_dict(state["effects"])
+
+    def _measure(self, trajectories: Sequence[Trajectory], batch: Batch, count: Count) -> None:
+        config, step = self.trainer.config, self.trainer.step
+        left = config.credit_interventions
+        for row in _by_surprise(batch, config.seed, step):
+            if left == 0:
+                return
+            one = trajectories[row]
+            instead = self._alternatives(batch, row)
+            units = units_of(one, config.credit_actions, self.trainer.tokenizer)
+            units = [unit for unit in units if bool((instead[unit] != one.token_ids[unit]).any())]
+            if not units:
+                continue
+            order = [units[i] for i in permutation(len(units), config.seed, _UNITS, step, row)]
+
+            def value(k: int, one: Trajectory = one, order: Any = order, instead: Any = instead) -> float:
+                ids = one.token_ids.clone()
+                for unit in order[:k]:
+                    ids[unit] = instead[unit]
+                again = Replay(one.record, one.seed, turns_of(one, ids))
+                return play_again(self.trainer, [again], _ALTERNATIVES, count)[0]
+
+            found, spent = contributions(value, float(sum(one.rewards)), len(order), left)
+            left -= spent
+            self._add(one, order, found, instead)
+
+    def _add(self, one: Trajectory, order: list[list[int]], found: list[float], instead: torch.Tensor) -> None:
+        places = torch.tensor([t for unit in order for t in unit])
+        effects = torch.tensor(
+            [x for x, unit in zip(found, order, strict=True) for _ in unit], dtype=torch.float64
+        )
+        positions = (one.action_mask.cumsum(0) - 1)[places]
+        device = self.table.moments.count.device
+        for sign, ids in ((1, one.token_ids), (-1, instead)):
+            self.table.add((sign * effects).to(device), ids[places].to(device), positions.to(device))
+
+    @torch.no_grad()
+    def _alternatives(self, batch: Batch, row: int) -> torch.Tensor:
+        """[L] token ids: at every action another token than the one taken, drawn from the policy there."""
+        trainer = self.trainer
+        part = batch.select(torch.tensor([row]))
+        was_training = trainer.model.training
+        trainer.model.eval()
+        logits = trainer.forward(trainer.model, part)[0, :-1].float() / trainer.config.temperature
+        trainer.model.train(was_training)
+        p = torch.softmax(logits, -1).double()
+        p = p.scatter(1, part.targets[0][:, None], 0.0)
+        cumulative = p.cumsum(1)
+        seed = key(trainer.config.seed, _ALTERNATIVES, trainer.step, row)
+        draws = torch.from_numpy(np.random.Generator(np.random.Philox(seed)).random(len(p))).to(p)
+        drawn = torch.searchsorted(cumulative, (draws * cumulative[:, -1])[:, None], right=True)[:, 0]
+        # Where the policy leaves no other choice the token stays.
+        drawn = torch.where(cumulative[:, -1] > 0, drawn.clamp_max(p.shape[1] - 1), part.targets[0])
+        ids = part.input_ids[0].clone()
+        ids[1:] = torch.where(part.mask[0], drawn, ids[1:])
+        return ids.cpu()
+
+
+class MonteCarloReplays(Replays):
+    """A step's advantage: mean return of the episodes that the policy plays on from behind it, less those from before
+    it; the end's value is the trajectory's own return."""
+
+    def play(self, trajectories: Sequence[Trajectory], batch: Batch, count: Count) -> None:
+        config = self.trainer.config
+        samples = config.credit_samples
+        steps = [units_of(one, config.credit_actions, self.trainer.tokenizer) for one in trajectories]
+        wanted: list[Replay] = []
+        for one, units in zip(trajectories, steps, strict=True):
+            for unit in units:
+                turns = turns_of(one, one.token_ids, end=unit[0])
+                wanted += [
+                    Replay(one.record, one.seed, turns, True, len(wanted) + s) for s in range(samples)
+                ]
+        returns = play_again(self.trainer, wanted, _VALUES, count) if wanted else []
+        values = iter(np.array(returns).reshape(-1, samples).mean(1).tolist())
+        advantages = torch.zeros(batch.mask.shape, dtype=batch.rewards.dtype)
+        for row, (one, units) in enumerate(zip(trajectories, steps, strict=True)):
+            states = [next(values) for _ in units] + [float(sum(one.rewards))]
+            for unit, before, after in zip(units, states, states[1:], strict=False):
+                advantages[row, torch.tensor(unit) - 1] = after - before
+        batch.step_advantages = advantages.to(batch.mask.device)
+
+
+REPLAYS = {
+    "uniform": Replays,
+    "attribution": Replays,
+    "causal": CausalReplays,
+    "monte_carlo": MonteCarloReplays,
+}
+
+
+def units_of(one: Trajectory, actions: str, tokenizer: Any) -> list[list[int]]:
+    """Places of the tokens of every unit, in order; a unit lies within one turn's action."""
+    units = []
+    chosen = one.action_mask.nonzero()[:, 0].tolist()
+    for _, group in groupby(chosen, key=lambda t: int(one.turn_index[t])):
+        run = list(group)
+        if actions == "turn":
+            units.append(run)
+            continue
+        ids = one.token_ids[run].tolist()
+        texts = None if actions == "token" else [tokenizer.decode([i]) for i in ids]
+        units += [run[start:end] for start, end in find_actions(actions, Text(tuple(ids), 0), texts, None)]
+    return units
+
+
+def turns_of(one: Trajectory, ids: torch.Tensor, end: int | None = None) -> list[list[int]]:
+    """Every turn's action out of token ids; with `end`, up to the turn of that token, whose action stops before it."""
+    last = len(one.rewards) - 1 if end is None else int(one.turn_index[end])
+    here = one.action_mask.clone()
+    if end is not None:
+        here[end:] = False
+    return [ids[here & (one.turn_index == turn)].tolist() for turn in range(last + 1)]
+
+
+def play_again(trainer: Any, wanted: Sequence[Replay], stream: int, count: Count) -> list[float]:
+    """Returns of replays; the policy draws from a stream of its own for every use and step."""
+    config = trainer.config
+    params = SamplingParams(
+        config.max_new_tokens,
+        temperature=config.temperature,
+        seed=key(config.seed, stream),
+        step=trainer.step,
+    )
+    return replay(trainer.engine, trainer.tokenizer, trainer.env, wanted, params, count)
+
+
+def _by_surprise(batch: Batch, seed: int, step: int) -> list[int]:
+    """Rows by the distance of their reward from their group's mean, the farthest first, ties at random."""
+    rewards, groups = batch.rewards.double().cpu(), batch.groups.cpu()
+    distance = [float((r - rewards[groups == g].mean()).abs()) for r, g in zip(rewards, groups, strict=True)]
+    order = permutation(len(distance), seed, _ROWS, step).tolist()
+    return sorted(order, key=lambda row: -round(distance[row], 9))
