@@ -40,17 +40,19 @@ class EffectTable:
 
         Source: Donoho & Johnstone 1994, the universal soft threshold.
         """
-        moments = self.moments
-        seen = moments.count > 0
-        degrees = int((moments.count - 1).clamp_min(0).sum())
+        moments = self.moments.state_dict()
+        count, mean = moments["count"], moments["mean"]
+        seen = int((count > 0).sum())
+        degrees = int(count.sum()) - seen
         if degrees == 0:
             return torch.zeros(token_ids.shape, dtype=torch.float64, device=token_ids.device)
-        mean, spread = moments.mean, moments.state_dict()["m2"].sum() / degrees
-        limit = math.sqrt(2 * math.log(int(seen.sum()))) * (spread / moments.count.clamp_min(1)).sqrt()
-        kept = (mean.abs() - limit).clamp_min(0)
+        limit = (2 * math.log(seen) * moments["m2"].sum() / degrees).sqrt()
         # Rounding is no effect: a row's weights would make it a whole one.
-        kept = torch.where(kept > 1e-9 * mean.abs().max(), kept, 0.0)
-        return (mean.sign() * kept)[self._keys(token_ids, positions)]
+        least = 1e-9 * mean.abs().max()
+        keys = self._keys(token_ids, positions)
+        mean, count = mean[keys], count[keys]
+        size = mean.abs() - limit / count.clamp_min(1).double().sqrt()
+        return torch.where(size > least, mean.sign() * size, 0.0)
 
     def _keys(self, token_ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         codes = {

@@ -27,7 +27,8 @@ from .replay import Count, Replay, replay
 from .rollout import SamplingParams, Trajectory, key, permutation
 
 # Streams of random numbers, beside the trainer's own.
-_ROWS, _UNITS, _ALTERNATIVES, _VALUES = 5, 6, 7, 8
+_ROWS, _UNITS, _ALTERNATIVES, _VALUES, _KNOWN = 5, 6, 7, 8, 9
+RECHECK = 8
 
 
 class Replays:
@@ -67,9 +68,10 @@ class Replays:
 class CausalReplays(Replays):
     """do(action := another draw of the policy), the rest of the response fixed, the environment's randomness the same.
 
-    A measured step takes the trajectories whose rewards differ most from their group's mean. One after the other, in
-    a random order, all their actions are replaced, by bisection: see `contributions`. An action's effect counts for
-    its tokens, and turned around for those that stand in their place. All trajectories then get what the table knows.
+    A measured step takes the trajectories whose rewards differ most from their group's mean. In a random order all
+    of one's actions are replaced, by bisection: see `contributions`. Those whose effect is known already stay, but in
+    one trajectory in RECHECK, so that the budget goes to the others. An action's effect counts for its tokens, and
+    turned around for those that stand in their place. All trajectories then get what the table knows.
     """
 
     def __init__(self, trainer: Any) -> None:
@@ -79,8 +81,7 @@ class CausalReplays(Replays):
     def play(self, trajectories: Sequence[Trajectory], batch: Batch, count: Count) -> None:
         if self.trainer.step % self.trainer.config.credit_every == 0:
             self._measure(trajectories, batch, count)
-        positions = (batch.mask.cumsum(1) - 1).clamp_min(0)
-        batch.effects = self.table.effects(batch.targets, positions)
+        batch.effects = self._effects(batch)
 
     def state_dict(self) -> dict[str, Any]:
         return super().state_dict() | {"effects": self.table.moments.state_dict()}
@@ -92,13 +93,18 @@ class CausalReplays(Replays):
     def _measure(self, trajectories: Sequence[Trajectory], batch: Batch, count: Count) -> None:
         config, step = self.trainer.config, self.trainer.step
         left = config.credit_interventions
+        known = torch.nn.functional.pad((self._effects(batch) != 0) & batch.mask, (1, 0)).cpu()
         for row in _by_surprise(batch, config.seed, step):
             if left == 0:
                 return
             one = trajectories[row]
             instead = self._alternatives(batch, row)
-            units = units_of(one, config.credit_actions, self.trainer.tokenizer)
-            units = [unit for unit in units if bool((instead[unit] != one.token_ids[unit]).any())]
+            fixed = known[row] & (key(config.seed, _KNOWN, step, row) % RECHECK != 0)
+            units = [
+                unit
+                for unit in units_of(one, config.credit_actions, self.trainer.tokenizer)
+                if bool((instead[unit] != one.token_ids[unit]).any()) and not bool(fixed[unit].any())
+            ]
             if not units:
                 continue
             order = [units[i] for i in permutation(len(units), config.seed, _UNITS, step, row)]
@@ -113,6 +119,10 @@ class CausalReplays(Replays):
             found, spent = contributions(value, float(sum(one.rewards)), len(order), left)
             left -= spent
             self._add(one, order, found, instead)
+
+    def _effects(self, batch: Batch) -> torch.Tensor:
+        """[B, T-1]"""
+        return self.table.effects(batch.targets, (batch.mask.cumsum(1) - 1).clamp_min(0))
 
     def _add(self, one: Trajectory, order: list[list[int]], found: list[float], instead: torch.Tensor) -> None:
         places = torch.tensor([t for unit in order for t in unit])
@@ -216,8 +226,10 @@ def play_again(trainer: Any, wanted: Sequence[Replay], stream: int, count: Count
 
 
 def _by_surprise(batch: Batch, seed: int, step: int) -> list[int]:
-    """Rows by the distance of their reward from their group's mean, the farthest first, ties at random."""
+    """Rows by the distance of their reward from their group's mean, the farthest first, ties at random; those at the
+    mean have no advantage to explain and are left out."""
     rewards, groups = batch.rewards.double().cpu(), batch.groups.cpu()
     distance = [float((r - rewards[groups == g].mean()).abs()) for r, g in zip(rewards, groups, strict=True)]
+    distance = [round(x, 9) for x in distance]
     order = permutation(len(distance), seed, _ROWS, step).tolist()
-    return sorted(order, key=lambda row: -round(distance[row], 9))
+    return sorted((row for row in order if distance[row]), key=lambda row: -distance[row])
