@@ -14,7 +14,7 @@ import torch
 from .tracker import Moments
 
 _ROWS, _UNITS, _ALTERNATIVES, _VALUES, _KNOWN = 5, 6, 7, 8, 9
-_BUCKETS, _TOKENS, _RECHECK = 262139, 1_000_003, 8
+_BUCKETS, _TOKENS, _RECHECK = 65521, 1_000_003, 8
 
 
 class Causal:
@@ -37,7 +37,7 @@ class Causal:
         config, step = self.trainer.config, self.trainer.step
         left, steps = config.credit_interventions, 0
         before = [{t + 1 for t, x in enumerate(self._effects(one)) if x != 0} for one in trajectories]
-        for row in _by_surprise(trajectories, config.seed, step):
+        for row in _by_surprise(trajectories, config.seed, step)[:left]:
             if left == 0:
                 break
             one = trajectories[row]

@@ -6,8 +6,8 @@ import torch
 
 from ..ops.moments import RunningMoments
 
-# A prime, so that codes of a large vocabulary spread over the buckets; 6 MiB of moments.
-BUCKETS = 262139
+# A prime, so that codes of a large vocabulary spread over the buckets; 1.5 MiB of moments.
+BUCKETS = 65521
 # Token ids are below it, so that a code holds position and token.
 _TOKENS = 1_000_003
 KEYS = ("token", "position", "token_at_position")
@@ -15,7 +15,7 @@ KEYS = ("token", "position", "token_at_position")
 
 class EffectTable:
     """Moments of measured effects by token, by position in the response, or by both, in constant memory: what
-    falls into the same of 262,139 buckets shares them.
+    falls into the same of 65,521 buckets shares them.
 
     Args:
         by: "token" | "position" | "token_at_position".

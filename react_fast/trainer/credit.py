@@ -93,67 +93,84 @@ class CausalReplays(Replays):
     def _measure(self, trajectories: Sequence[Trajectory], batch: Batch, count: Count) -> None:
         config, step = self.trainer.config, self.trainer.step
         left = config.credit_interventions
+        measured: list[tuple[float, int, int]] = []
         known = torch.nn.functional.pad((self._effects(batch) != 0) & batch.mask, (1, 0)).cpu()
-        for row in _by_surprise(batch, config.seed, step):
+        rows = _by_surprise(batch, config.seed, step)[:left]
+        for row, instead in zip(rows, self._alternatives(batch, rows), strict=True):
             if left == 0:
-                return
-            one = trajectories[row]
-            instead = self._alternatives(batch, row)
-            fixed = known[row] & (key(config.seed, _KNOWN, step, row) % RECHECK != 0)
+                break
+            one, ids = trajectories[row], trajectories[row].token_ids.tolist()
+            fixed = set(known[row].nonzero()[:, 0].tolist())
+            if key(config.seed, _KNOWN, step, row) % RECHECK == 0:
+                fixed = set()
             units = [
                 unit
                 for unit in units_of(one, config.credit_actions, self.trainer.tokenizer)
-                if bool((instead[unit] != one.token_ids[unit]).any()) and not bool(fixed[unit].any())
+                if any(instead[t] != ids[t] for t in unit) and fixed.isdisjoint(unit)
             ]
             if not units:
                 continue
             order = [units[i] for i in permutation(len(units), config.seed, _UNITS, step, row)]
 
             def value(k: int, one: Trajectory = one, order: Any = order, instead: Any = instead) -> float:
-                ids = one.token_ids.clone()
-                for unit in order[:k]:
-                    ids[unit] = instead[unit]
-                again = Replay(one.record, one.seed, turns_of(one, ids))
+                changed = one.token_ids.tolist()
+                for t in (t for unit in order[:k] for t in unit):
+                    changed[t] = instead[t]
+                again = Replay(one.record, one.seed, turns_of(one, torch.tensor(changed)))
                 return play_again(self.trainer, [again], _ALTERNATIVES, count)[0]
 
             found, spent = contributions(value, float(sum(one.rewards)), len(order), left)
             left -= spent
-            self._add(one, order, found, instead)
+            measured += _by_token(one, order, found, instead)
+        if measured:
+            device = batch.mask.device
+            effects, tokens, positions = zip(*measured, strict=True)
+            self.table.add(
+                torch.tensor(effects, dtype=torch.float64, device=device),
+                torch.tensor(tokens, device=device),
+                torch.tensor(positions, device=device),
+            )
 
     def _effects(self, batch: Batch) -> torch.Tensor:
         """[B, T-1]"""
         return self.table.effects(batch.targets, (batch.mask.cumsum(1) - 1).clamp_min(0))
 
-    def _add(self, one: Trajectory, order: list[list[int]], found: list[float], instead: torch.Tensor) -> None:
-        places = torch.tensor([t for unit in order for t in unit])
-        effects = torch.tensor(
-            [x for x, unit in zip(found, order, strict=True) for _ in unit], dtype=torch.float64
-        )
-        positions = (one.action_mask.cumsum(0) - 1)[places]
-        device = self.table.moments.count.device
-        for sign, ids in ((1, one.token_ids), (-1, instead)):
-            self.table.add((sign * effects).to(device), ids[places].to(device), positions.to(device))
-
     @torch.no_grad()
-    def _alternatives(self, batch: Batch, row: int) -> torch.Tensor:
-        """[L] token ids: at every action another token than the one taken, drawn from the policy there."""
+    def _alternatives(self, batch: Batch, rows: list[int]) -> list[list[int]]:
+        """Token ids of these rows with, at every action, another token than the one taken, drawn from the policy."""
         trainer = self.trainer
-        part = batch.select(torch.tensor([row]))
+        if not rows:
+            return []
+        part = batch.select(torch.tensor(rows))
         was_training = trainer.model.training
         trainer.model.eval()
-        logits = trainer.forward(trainer.model, part)[0, :-1].float() / trainer.config.temperature
+        logits = trainer.forward(trainer.model, part)[:, :-1].float() / trainer.config.temperature
         trainer.model.train(was_training)
-        p = torch.softmax(logits, -1).double()
-        p = p.scatter(1, part.targets[0][:, None], 0.0)
-        cumulative = p.cumsum(1)
-        seed = key(trainer.config.seed, _ALTERNATIVES, trainer.step, row)
-        draws = torch.from_numpy(np.random.Generator(np.random.Philox(seed)).random(len(p))).to(p)
-        drawn = torch.searchsorted(cumulative, (draws * cumulative[:, -1])[:, None], right=True)[:, 0]
+        p = torch.softmax(logits, -1).double().scatter(2, part.targets[:, :, None], 0.0)
+        cumulative = p.cumsum(2)
+        draws = np.zeros(part.mask.shape)
+        for i, (row, length) in enumerate(zip(rows, part.lengths.tolist(), strict=True)):
+            seed = key(trainer.config.seed, _ALTERNATIVES, trainer.step, row)
+            draws[i, : length - 1] = np.random.Generator(np.random.Philox(seed)).random(length - 1)
+        total = cumulative[:, :, -1:]
+        places = torch.from_numpy(draws).to(p)[:, :, None] * total
+        drawn = torch.searchsorted(cumulative, places, right=True).clamp_max(p.shape[2] - 1)[:, :, 0]
         # Where the policy leaves no other choice the token stays.
-        drawn = torch.where(cumulative[:, -1] > 0, drawn.clamp_max(p.shape[1] - 1), part.targets[0])
-        ids = part.input_ids[0].clone()
-        ids[1:] = torch.where(part.mask[0], drawn, ids[1:])
-        return ids.cpu()
+        drawn = torch.where(part.mask & (total[:, :, 0] > 0), drawn, part.targets)
+        return torch.cat([part.input_ids[:, :1], drawn], 1).tolist()
+
+
+def _by_token(
+    one: Trajectory, order: list[list[int]], found: list[float], instead: list[int]
+) -> list[tuple[float, int, int]]:
+    """(effect, token, position in the response) of every token, and turned around of what stood in its place."""
+    positions, ids = (one.action_mask.cumsum(0) - 1).tolist(), one.token_ids.tolist()
+    return [
+        (sign * effect, tokens[t], positions[t])
+        for effect, unit in zip(found, order, strict=True)
+        for t in unit
+        for sign, tokens in ((1, ids), (-1, instead))
+    ]
 
 
 class MonteCarloReplays(Replays):
