@@ -17,6 +17,7 @@ and credit.png.
 import argparse
 import copy
 import json
+import math
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
@@ -116,6 +117,7 @@ class Task:
     characters: str
     length: int
     steps: int
+    learning_rate: float
     interventions: int
     by: str
     quality: Callable[[str, Record], float]
@@ -134,7 +136,7 @@ def slots(seed: int) -> Task:
         on = batch.targets == 2 * torch.arange(truth.slots) + 1
         return torch.where(on, weights, -weights / (truth.vocab_size - 1)).double()
 
-    return Task(truth.env(noisy=True), truth.characters, truth.slots, 260, 4, "token_at_position", quality, effects)
+    return Task(truth.env(noisy=True), truth.characters, truth.slots, 120, 3e-3, 6, "token_at_position", quality, effects)
 
 
 def text(seed: int) -> Task:
@@ -155,7 +157,7 @@ def text(seed: int) -> Task:
 
     characters = LETTERS + "".join(WORDS)
     env = TextEnv([Record(prompt) for prompt in WORDS], reward=reward)
-    return Task(env, characters, 16, 260, 4, "token", lambda t, record: reward("", t, record), effects)
+    return Task(env, characters, 16, 100, 1e-2, 6, "token", lambda t, record: reward("", t, record), effects)
 
 
 TASKS = {"slots": slots, "text": text}
@@ -164,7 +166,7 @@ TASKS = {"slots": slots, "text": text}
 class Contest(Trainer):
     """A trainer that records a curve, and whose credit may be an oracle's or a placebo's."""
 
-    def __init__(self, task: Task, contestant: str, seed: int, learning_rate: float) -> None:
+    def __init__(self, task: Task, contestant: str, seed: int) -> None:
         torch.manual_seed(seed)
         policy = Policy(len(task.characters), task.length + 1)
         credit = contestant if contestant in ("attribution", "causal") else "uniform"
@@ -174,10 +176,10 @@ class Contest(Trainer):
             prompts_per_step=2,
             group_size=16,
             max_new_tokens=task.length,
-            learning_rate=learning_rate,
+            learning_rate=task.learning_rate,
             optimizer="adam",
             credit="causal" if contestant == "placebo" else credit,
-            credit_floor=0.1,
+            credit_floor=0.2,
             credit_interventions=task.interventions,
             credit_by=task.by,
             threads=1,
@@ -219,14 +221,152 @@ def _light(env: TextEnv) -> TextEnv:
     return env
 
 
-def run(job: tuple[str, str, int, float]) -> Path:
+def run(job: tuple[str, str, int]) -> None:
     """One curve: [[environment steps, quality], ...] as a file."""
-    name, contestant, seed, learning_rate = job
-    target = OUT / "credit" / f"{name}-{contestant}-{learning_rate:g}-{seed}.json"
+    name, contestant, seed = job
+    target = _file(*job)
     if not target.exists():
         torch.set_num_threads(1)
-        contest = Contest(TASKS[name](seed), contestant, seed, learning_rate)
+        contest = Contest(TASKS[name](seed), contestant, seed)
         contest.train()
         target.parent.mkdir(parents=True, exist_ok=True)
         target.write_text(json.dumps(contest.curve))
-    return target
+
+
+def _file(name: str, contestant: str, seed: int) -> Path:
+    return OUT / "credit" / f"{name}-{contestant}-{seed}.json"
+
+
+# ---- what the curves say ----------------------------------------------------------------------------------------
+
+
+def finished(name: str, seeds: int) -> dict[str, np.ndarray]:
+    """[seeds, steps, 2] smoothed curves of every contestant, over the seeds that all of them have run."""
+    whole = [seed for seed in range(seeds) if all(_file(name, c, seed).exists() for c in CONTESTANTS)]
+    return {
+        c: np.array([smoothed(json.loads(_file(name, c, seed).read_text())) for seed in whole])
+        for c in (CONTESTANTS if whole else ())
+    }
+
+
+def smoothed(curve: Sequence[Sequence[float]]) -> np.ndarray:
+    """[T - WINDOW + 1, 2]: environment steps so far, mean quality of the last WINDOW training steps."""
+    points = np.array(curve)
+    quality = np.convolve(points[:, 1], np.full(WINDOW, 1 / WINDOW), "valid")
+    return np.stack([points[WINDOW - 1 :, 0], quality], 1)
+
+
+def reached(curve: np.ndarray, level: float) -> float:
+    """Environment steps until the smoothed quality is `level`; infinite if it never is."""
+    there = np.flatnonzero(curve[:, 1] >= level - 1e-9)
+    return float(curve[there[0], 0]) if len(there) else math.inf
+
+
+def ratios(curves: dict[str, np.ndarray], contestant: str, *, resamples: int = 2000) -> np.ndarray:
+    """[3] median environment steps over uniform's to the level that uniform ends at, low and high.
+
+    The level is the median over seeds of uniform's last smoothed quality; the interval resamples seeds, in pairs.
+    """
+    count = len(curves["uniform"])
+    rng = np.random.default_rng(0)
+    draws = [np.arange(count), *rng.integers(count, size=(resamples, count))]
+    found = []
+    for draw in draws:
+        level = np.median(curves["uniform"][draw, -1, 1])
+        steps = {c: np.median([reached(curves[c][i], level) for i in draw]) for c in ("uniform", contestant)}
+        found.append(steps[contestant] / steps["uniform"] if np.isfinite(steps["uniform"]) else math.nan)
+    low, high = np.nanquantile(found[1:], [0.025, 0.975], method="nearest")
+    return np.array([found[0], low, high])
+
+
+def table(name: str, curves: dict[str, np.ndarray]) -> str:
+    """Markdown."""
+    level = float(np.median(curves["uniform"][:, -1, 1]))
+    lines = [
+        f"## {name}",
+        "",
+        f"{(TASKS[name].__doc__ or '').strip()} {len(curves['uniform'])} seeds. Uniform GRPO ends at "
+        f"{level:.2f} of the best reward.",
+        "",
+        "| credit | environment steps to that, median | of uniform's, 95% | seeds that reach it | reward at the end |",
+        "| --- | --- | --- | --- | --- |",
+    ]
+    for contestant, found in curves.items():
+        steps = np.array([reached(curve, level) for curve in found])
+        ratio, low, high = ratios(curves, contestant)
+        lines.append(
+            f"| {contestant} | {_steps(float(np.median(steps)))} | {ratio:.2f} [{low:.2f}, {high:.2f}] "
+            f"| {int(np.isfinite(steps).sum())} | {found[:, -1, 1].mean():.2f} |"
+        )
+    ratio = ratios(curves, "causal")[0]
+    verdict = "reached" if ratio <= 0.5 else "missed"
+    return "\n".join([*lines, "", f"Causal in at most half of uniform's steps: {verdict} ({ratio:.2f}).", ""])
+
+
+def _steps(count: float) -> str:
+    return f"{count:,.0f}" if math.isfinite(count) else "never"
+
+
+def picture(found: dict[str, dict[str, np.ndarray]], target: Path) -> None:
+    """Mean over seeds and its 95% band, by environment steps."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, grid = plt.subplots(1, len(found), figsize=(5.5 * len(found), 4), squeeze=False)
+    for axes, (name, curves) in zip(grid[0], found.items(), strict=True):
+        for contestant, curve in curves.items():
+            x = np.linspace(curve[:, 0, 0].max(), curve[:, -1, 0].min(), 200)
+            y = np.array([np.interp(x, one[:, 0], one[:, 1]) for one in curve])
+            half = 1.96 * y.std(0, ddof=min(1, len(y) - 1)) / math.sqrt(len(y))
+            colour = CONTESTANTS[contestant]
+            axes.plot(x, y.mean(0), color=colour, label=contestant, lw=1.8)
+            axes.fill_between(x, y.mean(0) - half, y.mean(0) + half, color=colour, alpha=0.15, lw=0)
+        axes.set_title(f"{name}: {len(curves['uniform'])} seeds, mean and 95% band", fontsize=10, loc="left")
+        axes.set_xlabel("environment steps, interventions included")
+        axes.grid(alpha=0.3)
+    grid[0, 0].set_ylabel("share of the best reward")
+    grid[0, 0].legend(fontsize=8)
+    figure.tight_layout()
+    figure.savefig(target, dpi=110)
+    plt.close(figure)
+
+
+def write(tasks: Sequence[str], seeds: int) -> str:
+    """Files of the finished seeds; returns the tables."""
+    found = {name: curves for name in tasks if (curves := finished(name, seeds))}
+    head = (
+        "Made by `python -m bench.credit`. Environment steps are episodes' steps, interventions included; quality is "
+        f"the share of the best reward in the rollouts, the mean of {WINDOW} training steps of 32; seeds by pairs, the "
+        "same policy, optimiser and learning rate for all. The environment's own noise is the same in a trajectory and in "
+        "the interventions on it (reset with its seed). Oracle: the true effects, free; placebo: causal's weights "
+        "shuffled among a trajectory's actions.\n"
+    )
+    text = "\n".join([head, *(table(name, curves) for name, curves in found.items())])
+    if found:
+        (RESULTS / "credit.md").write_text(text)
+        rounded = {n: {c: np.round(x, 4).tolist() for c, x in curves.items()} for n, curves in found.items()}
+        (RESULTS / "credit.json").write_text(json.dumps(rounded) + "\n")
+        picture(found, RESULTS / "credit.png")
+    return text
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m bench.credit")
+    parser.add_argument("--seeds", type=int, default=10)
+    parser.add_argument("--jobs", type=int, default=1)
+    parser.add_argument("--tasks", nargs="+", choices=list(TASKS), default=list(TASKS))
+    given = parser.parse_args(arguments)
+    jobs = [(name, c, seed) for seed in range(given.seeds) for name in given.tasks for c in CONTESTANTS]
+    if given.jobs > 1:
+        with ProcessPoolExecutor(given.jobs) as pool:
+            list(pool.map(run, jobs))
+    else:
+        for job in jobs:
+            run(job)
+    print(write(list(TASKS), given.seeds))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,15 +1,20 @@
 """Shapley values: an outcome divided among the actions that made it together."""
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
+from itertools import pairwise
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 
+from .counterfactuals import replacements
+from .intervention import Experiment
+from .outcomes import outcomes
+from .policy import Policy
 from .statistics import student_interval
-from .text import check_count
+from .text import Span, check_count
 
 EXACT = 10  # players up to whom all 2^n coalitions are evaluated
 
@@ -81,6 +86,25 @@ def shapley_values(
     total = worth(range(players)) - worth(())
     arrays = (torch.from_numpy(np.array(x)) for x in (mean, error, low, high))
     return Shapley(*arrays, total=total, evaluations=len(kept), exact=exact)
+
+
+def shapley(policy: Policy, text: Experiment, spans: Sequence[Span], samples: int) -> Shapley:
+    """See CausalityTracker.shapley."""
+    order = sorted(spans)
+    if not order or any(a[1] > b[0] for a, b in pairwise(order)):
+        raise ValueError(f"actions must be at least one and not overlap, got {list(spans)}")
+    drawn = replacements(text.counterfactual, policy, text, spans, 1, seed=text.seed, eos_id=None)
+    instead = {span: tokens[0] for span, tokens in zip(spans, drawn, strict=True)}
+
+    def value(members: frozenset[int]) -> float:
+        ids, start = list(text.ids), text.prompt_length
+        for span in sorted((s for i, s in enumerate(spans) if i not in members), reverse=True):
+            ids[slice(*span)] = instead[span]
+            if span[0] < text.prompt_length:
+                start += len(instead[span]) - (min(span[1], text.prompt_length) - span[0])
+        return float(outcomes(policy, text.outcome, [(ids, start)])[0])
+
+    return shapley_values(value, len(spans), samples=samples, seed=text.seed)
 
 
 def _exact(worth: Callable[[Iterable[int]], float], players: int) -> np.ndarray:
