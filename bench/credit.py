@@ -48,8 +48,8 @@ CONTESTANTS = {
     "placebo": "tab:gray",
 }
 WINDOW = 8  # training steps that a point of a curve is the mean of
-WORDS = {"?": "bad", "!": "fed"}
-LETTERS = "abcdefgh"
+WORDS = {"?": "go", "!": "hi"}
+LETTERS = "abcdefghijklmnopqrst"
 
 
 class Policy(nn.Module):
@@ -136,11 +136,21 @@ def slots(seed: int) -> Task:
         on = batch.targets == 2 * torch.arange(truth.slots) + 1
         return torch.where(on, weights, -weights / (truth.vocab_size - 1)).double()
 
-    return Task(truth.env(noisy=True), truth.characters, truth.slots, 120, 3e-3, 6, "token_at_position", quality, effects)
+    return Task(
+        truth.env(noisy=True),
+        truth.characters,
+        truth.slots,
+        120,
+        6e-3,
+        6,
+        "token_at_position",
+        quality,
+        effects,
+    )
 
 
 def text(seed: int) -> Task:
-    """16 letters of 8; the reward is 1 if the prompt's word of three letters is among them, else 0."""
+    """16 letters of 20; the reward is 1 if the prompt's word of two letters is among them, else 0."""
 
     def reward(state: str, action: str, record: Record) -> float:
         return float(WORDS[record.prompt] in action)
@@ -152,12 +162,22 @@ def text(seed: int) -> Task:
             written = "".join(characters[i] for i in ids)
             place = written.find(WORDS[written[0]])
             if place > 0:
-                found[row, place - 1 : place + 2] = 1.0
+                found[row, place - 1 : place + 1] = 1.0
         return found
 
     characters = LETTERS + "".join(WORDS)
     env = TextEnv([Record(prompt) for prompt in WORDS], reward=reward)
-    return Task(env, characters, 16, 100, 1e-2, 6, "token", lambda t, record: reward("", t, record), effects)
+    return Task(
+        env,
+        characters,
+        16,
+        100,
+        1e-2,
+        10,
+        "token_at_position",
+        lambda t, record: reward("", t, record),
+        effects,
+    )
 
 
 TASKS = {"slots": slots, "text": text}

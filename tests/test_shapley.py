@@ -17,7 +17,8 @@ def _table(players: int, seed: int = 0) -> dict[frozenset[int], float]:
     """A game without any structure."""
     values = np.random.default_rng(seed).normal(size=2**players)
     return {
-        frozenset(i for i in range(players) if bits >> i & 1): float(values[bits]) for bits in range(2**players)
+        frozenset(i for i in range(players) if bits >> i & 1): float(values[bits])
+        for bits in range(2**players)
     }
 
 
@@ -29,10 +30,12 @@ def test_exact_values_are_the_mean_over_all_orders(players):
         for k, i in enumerate(order):
             expected[i] += game[frozenset(order[: k + 1])] - game[frozenset(order[:k])]
     found = shapley_values(game.__getitem__, players)
-    assert found.exact and found.evaluations == 2**players
+    assert found.exact
+    assert found.evaluations == 2**players
     np.testing.assert_allclose(found.mean, expected / math.factorial(players), rtol=1e-12, atol=1e-12)
     assert float(found.mean.sum()) == pytest.approx(found.total, abs=1e-12)
-    assert torch.equal(found.low, found.mean) and float(found.standard_error.sum()) == 0
+    assert torch.equal(found.low, found.mean)
+    assert float(found.standard_error.sum()) == 0
 
 
 @pytest.mark.parametrize("players", [4, 10, 14])
@@ -118,11 +121,19 @@ def test_a_short_budget_still_divides_everything():
 @pytest.mark.parametrize(
     ("call", "error", "text"),
     [
-        (lambda: shapley_values(3, 2), TypeError, "value must be a function of a frozenset of players, got int"),
+        (
+            lambda: shapley_values(3, 2),
+            TypeError,
+            "value must be a function of a frozenset of players, got int",
+        ),
         (lambda: shapley_values(len, 0), ValueError, "players must be at least 1, got 0"),
         (lambda: shapley_values(len, 2, samples=1), ValueError, "samples must be at least 2, got 1"),
         (lambda: shapley_values(len, 2, seed=-1), ValueError, "seed must be at least 0, got -1"),
-        (lambda: shapley_values(lambda s: "x", 2), TypeError, "the result of value must be a number, got str"),
+        (
+            lambda: shapley_values(lambda s: "x", 2),
+            TypeError,
+            "the result of value must be a number, got str",
+        ),
     ],
 )
 def test_bad_input_is_refused(call, error, text):

@@ -27,10 +27,15 @@ class Causal:
     def score(self, trajectories: Sequence[Any], batch: Sequence[Any]) -> int:
         """Give every trajectory its tokens' effects; returns the environment steps it took."""
         config, steps = self.trainer.config, 0
+        self.own: dict[int, dict[int, float]] = {}
         if self.trainer.step % config.credit_every == 0:
             steps = self._measure(trajectories)
         for one, scored in zip(trajectories, batch, strict=True):
             scored.effects = self._effects(one)
+            own = {t: self._shrunk(x, 1) for t, x in self.own.get(id(one), {}).items()}
+            if any(own.values()):
+                for t, x in own.items():
+                    scored.effects[t - 1] = x
         return steps
 
     def _measure(self, trajectories: Sequence[Any]) -> int:
@@ -65,6 +70,7 @@ class Causal:
 
             values[len(order)] = value(len(order))
             found, left = _bisect(value, values, len(order), left - 1)
+            self.own[id(one)] = {t: x for x, unit in zip(found, order, strict=True) for t in unit}
             for effect, unit in zip(found, order, strict=True):
                 for t in unit:
                     position = sum(bool(x) for x in one.action_mask[:t])
@@ -85,20 +91,22 @@ class Causal:
     def _effects(self, one: Any) -> torch.Tensor:
         """[L - 1]: means, softly thresholded at what chance would reach."""
         found = torch.zeros(len(one.token_ids), dtype=torch.float64)
-        degrees = sum(m.count - 1 for m in self.moments.values())
-        if degrees == 0:
-            return found[1:]
-        spread = sum(m.m2 for m in self.moments.values()) / degrees
-        limit = math.sqrt(2 * math.log(len(self.moments)) * spread)
-        least = 1e-9 * max(abs(m.mean) for m in self.moments.values())
+        least = 1e-9 * max((abs(m.mean) for m in self.moments.values()), default=0.0)
         position = 0
         for t, token in enumerate(one.token_ids):
             if one.action_mask[t]:
                 m = self.moments.get(self._key(int(token), position), Moments())
-                size = abs(m.mean) - limit / math.sqrt(max(m.count, 1))
-                found[t] = math.copysign(size, m.mean) if size > least else 0.0
+                found[t] = self._shrunk(m.mean, m.count, least)
                 position += 1
         return found[1:]
+
+    def _shrunk(self, mean: float, count: int, least: float = 1e-9) -> float:
+        degrees = sum(m.count - 1 for m in self.moments.values())
+        if degrees == 0:
+            return 0.0
+        spread = sum(m.m2 for m in self.moments.values()) / degrees
+        size = abs(mean) - math.sqrt(2 * math.log(len(self.moments)) * spread / max(count, 1))
+        return math.copysign(size, mean) if size > least else 0.0
 
     @torch.no_grad()
     def _alternatives(self, one: Any, row: int) -> list[int]:

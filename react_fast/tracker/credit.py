@@ -74,7 +74,9 @@ def causal_credit(
     level = advantages[:, None] if advantages.dim() == 1 else advantages
     keep = _actions(level[:, 0] if level.shape[1:] != (0,) else level.new_zeros(len(level)), mask)
     if level.dim() != 2 or level.shape[1] not in (1, keep.shape[1]):
-        raise ValueError(f"advantages must be [B] or {list(keep.shape)} like mask, got {list(advantages.shape)}")
+        raise ValueError(
+            f"advantages must be [B] or {list(keep.shape)} like mask, got {list(advantages.shape)}"
+        )
     _scores("effects", effects, mask, advantages, floor)
     return _spread(level, (level.sign() * effects).clamp_min(0), keep, floor)
 
@@ -91,7 +93,9 @@ def _spread(level: torch.Tensor, size: torch.Tensor, keep: torch.Tensor, floor: 
     return torch.where(keep, level * weights.to(level.dtype), 0.0)
 
 
-def _scores(name: str, scores: torch.Tensor, mask: torch.Tensor, advantages: torch.Tensor, floor: float) -> None:
+def _scores(
+    name: str, scores: torch.Tensor, mask: torch.Tensor, advantages: torch.Tensor, floor: float
+) -> None:
     _check.floating(name, scores)
     _check.shape(name, scores, mask.shape, "mask")
     _check.device(name, scores, advantages.device, "advantages")

@@ -40,17 +40,18 @@ class EffectTable:
 
         Source: Donoho & Johnstone 1994, the universal soft threshold.
         """
+        mean, keys = self.moments.mean, self._keys(token_ids, positions)
+        return self.shrunk(mean[keys], self.moments.count[keys], least=1e-9 * float(mean.abs().max()))
+
+    def shrunk(self, mean: torch.Tensor, count: torch.Tensor, *, least: float = 1e-9) -> torch.Tensor:
+        """Means of `count` effects each, drawn towards 0 as in `effects`; what is left below `least` is rounding, which
+        a row's weights would make a whole effect."""
         moments = self.moments.state_dict()
-        count, mean = moments["count"], moments["mean"]
-        seen = int((count > 0).sum())
-        degrees = int(count.sum()) - seen
+        seen = int((moments["count"] > 0).sum())
+        degrees = int(moments["count"].sum()) - seen
         if degrees == 0:
-            return torch.zeros(token_ids.shape, dtype=torch.float64, device=token_ids.device)
+            return torch.zeros_like(mean)
         limit = (2 * math.log(seen) * moments["m2"].sum() / degrees).sqrt()
-        # Rounding is no effect: a row's weights would make it a whole one.
-        least = 1e-9 * mean.abs().max()
-        keys = self._keys(token_ids, positions)
-        mean, count = mean[keys], count[keys]
         size = mean.abs() - limit / count.clamp_min(1).double().sqrt()
         return torch.where(size > least, mean.sign() * size, 0.0)
 

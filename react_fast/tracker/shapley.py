@@ -119,9 +119,7 @@ def _exact(worth: Callable[[Iterable[int]], float], players: int) -> np.ndarray:
     return mean
 
 
-def _sampled(
-    worth: Callable[[Iterable[int]], float], players: int, samples: int, seed: int
-) -> np.ndarray:
+def _sampled(worth: Callable[[Iterable[int]], float], players: int, samples: int, seed: int) -> np.ndarray:
     """[samples, n] mean of the marginal contributions in an order and in its reverse."""
     rng = np.random.Generator(np.random.Philox(seed))
     found = np.zeros((samples, players))

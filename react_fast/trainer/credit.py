@@ -71,7 +71,8 @@ class CausalReplays(Replays):
     A measured step takes the trajectories whose rewards differ most from their group's mean. In a random order all
     of one's actions are replaced, by bisection: see `contributions`. Those whose effect is known already stay, but in
     one trajectory in RECHECK, so that the budget goes to the others. An action's effect counts for its tokens, and
-    turned around for those that stand in their place. All trajectories then get what the table knows.
+    turned around for those that stand in their place. A trajectory then gets what the table knows, and one that was
+    measured its own effects, where any of them exceeds what chance would reach.
     """
 
     def __init__(self, trainer: Any) -> None:
@@ -79,9 +80,13 @@ class CausalReplays(Replays):
         self.table = EffectTable(trainer.config.credit_by, trainer.accelerator.device)
 
     def play(self, trajectories: Sequence[Trajectory], batch: Batch, count: Count) -> None:
+        own = torch.full(batch.mask.shape, torch.nan, dtype=torch.float64)
         if self.trainer.step % self.trainer.config.credit_every == 0:
-            self._measure(trajectories, batch, count)
-        batch.effects = self._effects(batch)
+            self._measure(trajectories, batch, count, own)
+        own = own.to(batch.mask.device)
+        kept = self.table.shrunk(own.nan_to_num(), torch.ones_like(own))
+        telling = (kept != 0).any(1, keepdim=True) & ~own.isnan()
+        batch.effects = torch.where(telling, kept, self._effects(batch))
 
     def state_dict(self) -> dict[str, Any]:
         return super().state_dict() | {"effects": self.table.moments.state_dict()}
@@ -90,7 +95,10 @@ class CausalReplays(Replays):
         super().load_state_dict(state)
         self.table.moments.load_state_dict(state["effects"])
 
-    def _measure(self, trajectories: Sequence[Trajectory], batch: Batch, count: Count) -> None:
+    def _measure(
+        self, trajectories: Sequence[Trajectory], batch: Batch, count: Count, own: torch.Tensor
+    ) -> None:
+        """Add to the table, and to `own` [B, T-1] what was found in this very trajectory."""
         config, step = self.trainer.config, self.trainer.step
         left = config.credit_interventions
         measured: list[tuple[float, int, int]] = []
@@ -122,6 +130,8 @@ class CausalReplays(Replays):
             found, spent = contributions(value, float(sum(one.rewards)), len(order), left)
             left -= spent
             measured += _by_token(one, order, found, instead)
+            for effect, unit in zip(found, order, strict=True):
+                own[row, torch.tensor(unit) - 1] = effect
         if measured:
             device = batch.mask.device
             effects, tokens, positions = zip(*measured, strict=True)
@@ -185,9 +195,7 @@ class MonteCarloReplays(Replays):
         for one, units in zip(trajectories, steps, strict=True):
             for unit in units:
                 turns = turns_of(one, one.token_ids, end=unit[0])
-                wanted += [
-                    Replay(one.record, one.seed, turns, True, len(wanted) + s) for s in range(samples)
-                ]
+                wanted += [Replay(one.record, one.seed, turns, True, len(wanted) + s) for s in range(samples)]
         returns = play_again(self.trainer, wanted, _VALUES, count) if wanted else []
         values = iter(np.array(returns).reshape(-1, samples).mean(1).tolist())
         advantages = torch.zeros(batch.mask.shape, dtype=batch.rewards.dtype)
