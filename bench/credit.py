@@ -10,8 +10,8 @@ Two tasks with a sparse signal, five contestants, the same policy, optimiser and
     oracle       causal's rule with the true effects, which cost nothing
     placebo      causal, interventions and all, with every trajectory's weights shuffled among its actions
 
-A finished run lies in bench/out/credit and is not run again. Writes bench/results/credit.md, credit.json (the curves)
-and credit.png.
+A finished run lies in bench/out/credit and is not run again. Writes bench/results/credit.md, credit.json (the
+curves) and credit.png.
 """
 
 import argparse
@@ -30,7 +30,7 @@ import torch
 from torch import nn
 
 from react_fast.envs import Record, TextEnv
-from react_fast.envs.slots import GroundTruth, ground_truth
+from react_fast.envs.slots import ground_truth
 from react_fast.tracker import CausalityTracker
 from react_fast.trainer.algorithms import GRPO
 from react_fast.trainer.batch import Batch
@@ -53,7 +53,9 @@ LETTERS = "abcdefghijklmnopqrst"
 
 
 class Policy(nn.Module):
-    """ids [B, T] -> logits [B, T, V] from the prompt's token, the last token and the position; about 10k parameters."""
+    """ids [B, T] -> logits [B, T, V] from the prompt's token, the last token and the position; about 10k
+    parameters.
+    """
 
     def __init__(self, vocab_size: int, length: int, width: int = 32) -> None:
         super().__init__()
@@ -111,7 +113,9 @@ class Characters:
 
 @dataclass(frozen=True)
 class Task:
-    """What is learned: the environment, its texts, a response's part of the best reward, and an action's true effect."""
+    """What is learned: the environment, its texts, a response's part of the best reward, and an action's true
+    effect.
+    """
 
     env: TextEnv
     characters: str
@@ -308,7 +312,7 @@ def table(name: str, curves: dict[str, np.ndarray]) -> str:
         f"{(TASKS[name].__doc__ or '').strip()} {len(curves['uniform'])} seeds. Uniform GRPO ends at "
         f"{level:.2f} of the best reward.",
         "",
-        "| credit | environment steps to that, median | of uniform's, 95% | seeds that reach it | reward at the end |",
+        "| credit | environment steps to that, median | of uniform's, 95% | seeds there | reward at the end |",
         "| --- | --- | --- | --- | --- |",
     ]
     for contestant, found in curves.items():
@@ -357,11 +361,11 @@ def write(tasks: Sequence[str], seeds: int) -> str:
     """Files of the finished seeds; returns the tables."""
     found = {name: curves for name in tasks if (curves := finished(name, seeds))}
     head = (
-        "Made by `python -m bench.credit`. Environment steps are episodes' steps, interventions included; quality is "
-        f"the share of the best reward in the rollouts, the mean of {WINDOW} training steps of 32; seeds by pairs, the "
-        "same policy, optimiser and learning rate for all. The environment's own noise is the same in a trajectory and in "
-        "the interventions on it (reset with its seed). Oracle: the true effects, free; placebo: causal's weights "
-        "shuffled among a trajectory's actions.\n"
+        "Made by `python -m bench.credit`. Environment steps are those of episodes, interventions included; "
+        f"quality: share of the best reward in the rollouts, mean of {WINDOW} training steps of 32. Seeds are "
+        "paired; policy, optimiser and learning rate are the same for all. The environment's own noise is the "
+        "same in a trajectory and in the interventions on it (reset with its seed). Oracle: the true effects, "
+        "free; placebo: causal's weights shuffled among a trajectory's actions.\n"
     )
     text = "\n".join([head, *(table(name, curves) for name, curves in found.items())])
     if found:

@@ -145,7 +145,9 @@ def test_resume_gives_bitwise_the_same_weights(tmp_path, credit):
 
 
 def test_the_table_learns_the_known_causes():
-    """Every slot's effect has its sign, and none where there is none, out of 20 steps of 16 interventions under a reward's noise as large as it."""
+    """Every slot's effect has its sign, and none where there is none, out of 20 steps of 16 interventions
+    under a reward's noise as large as it.
+    """
     truth = ground_truth(6, causes=2, mediated=0, confounded=2, noise=1.0, seed=1)
     tokenizer = Characters(truth.characters)
     policy = Writer(truth).double()
@@ -162,8 +164,8 @@ def test_the_table_learns_the_known_causes():
 
 
 def test_monte_carlo_advantages_telescope_and_are_unbiased():
-    """A row's unit advantages sum to its return less the first state's value, and their mean is the exact advantage of
-    a slot, weight (x - p)."""
+    """A row's unit advantages sum to its return less the first state's value, and their mean is the exact
+    advantage of a slot, weight (x - p)."""
     truth = ground_truth(3, causes=1, mediated=0, confounded=0, noise=1.0)
     config = _config(max_new_tokens=3, group_size=64, credit="monte_carlo", credit_samples=2)
     trainer = Trainer(

@@ -112,7 +112,8 @@ class GroundTruth:
         return float(self.values(text) @ self.weights) + self.direct * hidden + noise
 
     def env(self, *, noisy: bool = False) -> TextEnv:
-        """The environment: a prompt is a cue, an action the whole text, its reward R, without noise unless `noisy`.
+        """The environment: a prompt is a cue, an action the whole text, its reward R, without noise unless
+        `noisy`.
 
         The noise is the episode's: drawn at the reset, so that its seed brings it back for another action.
         """

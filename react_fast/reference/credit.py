@@ -162,8 +162,8 @@ CREDITS = {"causal": Causal, "monte_carlo": MonteCarlo}
 def play_again(
     trainer: Any, one: Any, turns: list[list[int]], stream: int, open: bool = False, number: int = 0
 ) -> tuple[float, int]:
-    """(return, environment steps) of an episode with these actions; the policy acts where they run out, and goes on
-    with the last of them if it is `open`."""
+    """(return, environment steps) of an episode with these actions; the policy acts where they run out, and
+    goes on with the last of them if it is `open`."""
     env = trainer.env.clone()
     state, _ = env.reset(seed=one.seed, options={"index": one.record})
     ids, total, turn, over = trainer.encode(state, True), 0.0, 0, False
@@ -232,8 +232,8 @@ def _bisect(value: Any, known: dict[int, float], count: int, left: int) -> tuple
 
 
 def _by_surprise(trajectories: Sequence[Any], seed: int, step: int) -> list[int]:
-    """Rows by the distance of their reward from their group's mean, the farthest first, ties at random; those at the
-    mean are left out."""
+    """Rows by the distance of their reward from their group's mean, the farthest first, ties at random; those
+    at the mean are left out."""
     distance = []
     for one in trajectories:
         group = [float(sum(other.rewards)) for other in trajectories if other.group == one.group]

@@ -27,7 +27,9 @@ class EffectTable:
         self.moments = RunningMoments(BUCKETS, device)
 
     def add(self, effects: torch.Tensor, token_ids: torch.Tensor, positions: torch.Tensor) -> None:
-        """effects [...] float64 of actions token_ids [...] at positions [...], counted from the response's first."""
+        """effects [...] float64 of actions token_ids [...] at positions [...], counted from the response's
+        first.
+        """
         self.moments.update(effects, self._keys(token_ids, positions))
 
     def effects(self, token_ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
@@ -35,8 +37,8 @@ class EffectTable:
 
             e_k = sign(m_k) max(0, |m_k| - sqrt(2 ln K) s / sqrt(n_k))
 
-        with m the mean and n the count of key k, K the keys that were seen and s^2 the variance within keys, pooled.
-        Unseen keys get 0, and so does everything before a key was seen twice.
+        with m the mean and n the count of key k, K the keys that were seen and s^2 the variance within keys,
+        pooled. Unseen keys get 0, and so does everything before a key was seen twice.
 
         Source: Donoho & Johnstone 1994, the universal soft threshold.
         """
@@ -44,8 +46,8 @@ class EffectTable:
         return self.shrunk(mean[keys], self.moments.count[keys], least=1e-9 * float(mean.abs().max()))
 
     def shrunk(self, mean: torch.Tensor, count: torch.Tensor, *, least: float = 1e-9) -> torch.Tensor:
-        """Means of `count` effects each, drawn towards 0 as in `effects`; what is left below `least` is rounding, which
-        a row's weights would make a whole effect."""
+        """Means of `count` effects each, drawn towards 0 as in `effects`; what is left below `least` is
+        rounding, which a row's weights would make a whole effect."""
         moments = self.moments.state_dict()
         seen = int((moments["count"] > 0).sum())
         degrees = int(moments["count"].sum()) - seen

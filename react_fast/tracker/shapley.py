@@ -2,8 +2,8 @@
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from itertools import pairwise
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -148,14 +148,15 @@ def contributions(
     """Marginal contributions of players that leave one after the other, with few evaluations where most of them
     bring nothing.
 
-    value(k), the outcome once the first k are gone, is asked for k = n; then a stretch of players whose ends differ
-    is halved, the one with the largest difference first. A stretch whose ends are equal brings nothing each;
-    one that the budget leaves whole is shared evenly. So the sum is value(0) - value(n) in any case, and each
-    contribution is exact where no two cancel and the budget suffices, about log2(n) for each player that counts.
-    In a random order they are one sample of the Shapley values.
+    value(k), the outcome once the first k are gone, is asked for k = n; then a stretch of players whose ends
+    differ is halved, the one with the largest difference first. A stretch whose ends are equal brings nothing
+    each; one that the budget leaves whole is shared evenly. So the sum is value(0) - value(n) in any case,
+    and each contribution is exact where no two cancel and the budget suffices, about log2(n) for each player
+    that counts. In a random order they are one sample of the Shapley values.
 
     Args:
-        value: of k in [1, n]. first: value(0), known. players: n, at least 1. budget: most evaluations, at least 1.
+        value: of k in [1, n]. first: value(0), known. players: n, at least 1. budget: most evaluations, at
+            least 1.
     Returns: (n contributions, evaluations).
     Source: Castro, Gomez & Tejada 2009 for orders as samples; Dorfman 1943 for testing in groups.
     """

@@ -7,8 +7,8 @@
 | attribution, causal | biased unless the floor is 1, for less variance | a backward; a few reward calls |
 
 Source: Kazemnejad et al. 2024, VinePPO (arXiv:2410.01679), for monte_carlo; Foerster et al. 2018, COMA
-(arXiv:1705.08926), for rewards of counterfactual actions; Mao et al. 2018 (arXiv:1807.02264): the environment's own
-randomness may be held fixed in what is subtracted.
+(arXiv:1705.08926), for rewards of counterfactual actions; Mao et al. 2018 (arXiv:1807.02264): the
+environment's own randomness may be held fixed in what is subtracted.
 """
 
 from collections.abc import Sequence
@@ -66,13 +66,14 @@ class Replays:
 
 
 class CausalReplays(Replays):
-    """do(action := another draw of the policy), the rest of the response fixed, the environment's randomness the same.
+    """do(action := another draw of the policy), the rest of the response fixed, the environment's randomness
+    the same.
 
     A measured step takes the trajectories whose rewards differ most from their group's mean. In a random order all
-    of one's actions are replaced, by bisection: see `contributions`. Those whose effect is known already stay, but in
-    one trajectory in RECHECK, so that the budget goes to the others. An action's effect counts for its tokens, and
-    turned around for those that stand in their place. A trajectory then gets what the table knows, and one that was
-    measured its own effects, where any of them exceeds what chance would reach.
+    of one's actions are replaced, by bisection: see `contributions`. Those whose effect is known already
+    stay, but in one trajectory in RECHECK, so that the budget goes to the others. An action's effect counts
+    for its tokens, and turned around for those that stand in their place. A trajectory then gets what the
+    table knows, and one that was measured its own effects, where any of them exceeds what chance would reach.
     """
 
     def __init__(self, trainer: Any) -> None:
@@ -147,7 +148,9 @@ class CausalReplays(Replays):
 
     @torch.no_grad()
     def _alternatives(self, batch: Batch, rows: list[int]) -> list[list[int]]:
-        """Token ids of these rows with, at every action, another token than the one taken, drawn from the policy."""
+        """Token ids of these rows with, at every action, another token than the one taken, drawn from the
+        policy.
+        """
         trainer = self.trainer
         if not rows:
             return []
@@ -184,8 +187,8 @@ def _by_token(
 
 
 class MonteCarloReplays(Replays):
-    """A step's advantage: mean return of the episodes that the policy plays on from behind it, less those from before
-    it; the end's value is the trajectory's own return."""
+    """A step's advantage: mean return of the episodes that the policy plays on from behind it, less those
+    from before it; the end's value is the trajectory's own return."""
 
     def play(self, trajectories: Sequence[Trajectory], batch: Batch, count: Count) -> None:
         config = self.trainer.config
@@ -230,7 +233,9 @@ def units_of(one: Trajectory, actions: str, tokenizer: Any) -> list[list[int]]:
 
 
 def turns_of(one: Trajectory, ids: torch.Tensor, end: int | None = None) -> list[list[int]]:
-    """Every turn's action out of token ids; with `end`, up to the turn of that token, whose action stops before it."""
+    """Every turn's action out of token ids; with `end`, up to the turn of that token, whose action stops
+    before it.
+    """
     last = len(one.rewards) - 1 if end is None else int(one.turn_index[end])
     here = one.action_mask.clone()
     if end is not None:
@@ -251,8 +256,8 @@ def play_again(trainer: Any, wanted: Sequence[Replay], stream: int, count: Count
 
 
 def _by_surprise(batch: Batch, seed: int, step: int) -> list[int]:
-    """Rows by the distance of their reward from their group's mean, the farthest first, ties at random; those at the
-    mean have no advantage to explain and are left out."""
+    """Rows by the distance of their reward from their group's mean, the farthest first, ties at random; those
+    at the mean have no advantage to explain and are left out."""
     rewards, groups = batch.rewards.double().cpu(), batch.groups.cpu()
     distance = [float((r - rewards[groups == g].mean()).abs()) for r, g in zip(rewards, groups, strict=True)]
     distance = [round(x, 9) for x in distance]

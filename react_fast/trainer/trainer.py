@@ -113,8 +113,8 @@ class Trainer:
         return batch
 
     def credit(self, batch: Batch) -> Batch:
-        """Set the advantages: [B] or [B, T-1] from the algorithm, spread by attribution or effects if the config says
-        so; monte_carlo's are the steps' own, in the reward's unit.
+        """Set the advantages: [B] or [B, T-1] from the algorithm, spread by attribution or effects if the
+        config says so; monte_carlo's are the steps' own, in the reward's unit.
 
         Attribution and causal credit multiply a trajectory's advantages with weights whose mean over its actions
         is 1. Uniform and monte_carlo credit keep the policy gradient unbiased; see `trainer.credit`.
