@@ -78,7 +78,10 @@ def test_text_stays_text():
         (lambda: TrainerConfig(temperature=0), "temperature must be greater than 0, got 0"),
         (lambda: TrainerConfig(steps=True), "steps must be a valid integer, got True"),
         (lambda: TrainerConfig(steps="5"), "steps must be a valid integer, got '5'"),
-        (lambda: TrainerConfig(credit="best"), "credit must be 'uniform' or 'attribution', got 'best'"),
+        (
+            lambda: TrainerConfig(credit="best"),
+            "credit must be 'uniform', 'attribution', 'causal' or 'monte_carlo', got 'best'",
+        ),
         (
             lambda: RunConfig(trainer={"minibatches": 3}),
             "trainer.minibatches must divide the 128 responses of a step, got 3",

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from react_fast.tracker import attribution_credit, uniform_credit
+from react_fast.tracker import attribution_credit, causal_credit, uniform_credit
 
 MASK = torch.tensor([[0, 1, 1, 1, 0], [1, 1, 0, 0, 1], [0, 0, 0, 0, 0], [0, 0, 1, 0, 0]], dtype=torch.bool)
 ADVANTAGES = torch.tensor([1.5, -2.0, 3.0, 0.5], dtype=torch.float64)
@@ -88,3 +88,36 @@ def test_bad_input_is_refused(change, error, text):
     given = {"advantages": ADVANTAGES, "scores": _scores(), "mask": MASK, "floor": 0.5} | change
     with pytest.raises(error, match=text):
         attribution_credit(given["advantages"], given["scores"], given["mask"], floor=given["floor"])
+
+
+@pytest.mark.parametrize("floor", [0.0, 0.3, 1.0])
+def test_causal_credit_sums_to_uniform_credit_and_keeps_signs(floor):
+    credit = causal_credit(ADVANTAGES, _scores(), MASK, floor=floor)
+    torch.testing.assert_close(credit.sum(1), uniform_credit(ADVANTAGES, MASK).sum(1), rtol=1e-14, atol=1e-14)
+    assert bool((credit * ADVANTAGES[:, None] >= 0).all())
+    assert bool((credit[~MASK] == 0).all())
+
+
+def test_praise_and_blame_go_where_effect_and_advantage_agree():
+    effects = torch.tensor(
+        [[2.0, -1.0, 0.0, 6.0], [2.0, -1.0, 0.0, 6.0], [1.0, 2.0, 0.0, 3.0]], dtype=torch.float64
+    )
+    advantages = torch.tensor([1.0, -1.0, -1.0]).double()
+    credit = causal_credit(advantages, effects, torch.ones(3, 4).bool(), floor=0.2)
+    expected = torch.tensor(
+        [[1.0, 0.2, 0.2, 2.6], [-0.2, -3.4, -0.2, -0.2], [-1.0, -1.0, -1.0, -1.0]],
+        dtype=torch.float64,
+    )
+    torch.testing.assert_close(credit, expected, rtol=1e-14, atol=1e-14)
+    by_token = causal_credit(advantages[:, None].expand(3, 4), effects, torch.ones(3, 4).bool(), floor=0.2)
+    assert torch.equal(by_token, credit)
+
+
+def test_bad_input_of_causal_credit_is_refused():
+    effects = torch.zeros(MASK.shape).double()
+    with pytest.raises(ValueError, match="effects must be"):
+        causal_credit(ADVANTAGES, effects[:, 1:], MASK)
+    with pytest.raises(ValueError, match=r"floor must be in \[0, 1\], got 2"):
+        causal_credit(ADVANTAGES, effects, MASK, floor=2.0)
+    with pytest.raises(ValueError, match=r"advantages must be \[B\] or"):
+        causal_credit(effects[:, :2], effects, MASK)

@@ -11,10 +11,11 @@ itself, and *noise* otherwise. Every effect has a closed form, since R is linear
 import string
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
-from .text_env import Record, TextEnv
+from .text_env import Record, Reward, TextEnv
 
 # Two characters for each slot, off and on; then the cues of U = 0 and U = 1, and one that is no slot's.
 _SLOT_CHARACTERS = string.ascii_letters + string.digits + "+/"
@@ -110,9 +111,15 @@ class GroundTruth:
         noise = 0.0 if rng is None else self.noise * rng.standard_normal()
         return float(self.values(text) @ self.weights) + self.direct * hidden + noise
 
-    def env(self) -> TextEnv:
-        """The environment: a prompt is a cue, an action the whole text, its reward R without noise."""
+    def env(self, *, noisy: bool = False) -> TextEnv:
+        """The environment: a prompt is a cue, an action the whole text, its reward R, without noise unless
+        `noisy`.
+
+        The noise is the episode's: drawn at the reset, so that its seed brings it back for another action.
+        """
         records = [Record(self.prompt(hidden), metadata={"hidden": hidden}) for hidden in (0, 1)]
+        if noisy:
+            return _NoisyEnv(records, reward=self._text_reward, deviation=self.noise)
         return TextEnv(records, reward=self._text_reward)
 
     # ---- closed forms --------------------------------------------------------------------------------------
@@ -185,6 +192,25 @@ class GroundTruth:
         """P(X_i = value | U, parent); None: whatever the parent is."""
         on = self._means(hidden, {})[i] if parent is None else self._probability(i, hidden, parent)
         return float(on if value else 1 - on)
+
+
+class _NoisyEnv(TextEnv):
+    """Every episode's reward has an error of its own."""
+
+    def __init__(self, records: Sequence[Record], *, reward: Reward, deviation: float) -> None:
+        super().__init__(records, reward=reward)
+        self.deviation = deviation
+
+    def reset(
+        self, *, seed: int | None = None, options: Mapping[str, Any] | None = None
+    ) -> tuple[str, dict[str, Any]]:
+        found = super().reset(seed=seed, options=options)
+        self._error = self.deviation * float(self.np_random.standard_normal())
+        return found
+
+    def step(self, action: str) -> tuple[str, float, bool, bool, dict[str, Any]]:
+        state, reward, *rest = super().step(action)
+        return state, reward + self._error, *rest
 
 
 def ground_truth(

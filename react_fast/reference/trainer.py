@@ -15,12 +15,13 @@ import numpy as np
 import torch
 
 from .advantage import discounted_returns, whiten
+from .credit import CREDITS
 from .group_advantages import group_advantages
 from .logprob import token_logprobs
 from .objectives import PPOClip, Reinforce
 from .policy_loss import policy_loss
 
-_ORDER, _DROPOUT = 1, 2
+_ORDER, _DROPOUT, _ENVIRONMENT = 1, 2, 4
 # Metrics that are summed over sequences and updates; the others are means over tokens, "/max" the largest.
 _TOTALS = ("loss", "tokens", "clamped")
 
@@ -34,6 +35,8 @@ class Trajectory:
     turn_index: Any
     rewards: list[float] = field(default_factory=list)
     group: int = 0
+    record: int = 0
+    seed: int = 0  # of the environment's reset
 
 
 @dataclass
@@ -48,6 +51,8 @@ class Scored:
     old_logprobs: torch.Tensor | None = None
     ref_logprobs: torch.Tensor | None = None
     attribution: torch.Tensor | None = None
+    effects: torch.Tensor | None = None
+    step_advantages: torch.Tensor | None = None
     advantages: torch.Tensor | None = None
 
 
@@ -72,8 +77,10 @@ class Trainer:
         self.optimizer = make(trained, lr=config.learning_rate, weight_decay=config.weight_decay)
         frozen = config.kl_coef and not algorithm.supervised
         self.reference = copy.deepcopy(model).eval().requires_grad_(False) if frozen else None
+        self.replays = None if algorithm.supervised else CREDITS.get(config.credit, lambda _: None)(self)
         self.step = 0
         self.updates = 0
+        self.environment_steps = 0
 
     def train(self) -> dict[str, float]:
         metrics: dict[str, float] = {}
@@ -86,6 +93,7 @@ class Trainer:
         metrics = self.update(self.credit(self.score(trajectories)))
         self.step += 1
         if not self.algorithm.supervised:
+            metrics["environment_steps"] = self.environment_steps
             metrics["reward"] = sum(sum(t.rewards) for t in trajectories) / len(trajectories)
         return metrics
 
@@ -108,8 +116,8 @@ class Trainer:
         return chosen
 
     def _demonstration(self, record: int) -> Trajectory:
-        prompt = self._encode(self.env.records[record].prompt, True)
-        answer = self._encode(self.env.records[record].reference, False)
+        prompt = self.encode(self.env.records[record].prompt, True)
+        answer = self.encode(self.env.records[record].reference, False)
         if self.tokenizer.eos_token_id is not None:
             answer = [*answer, self.tokenizer.eos_token_id]
         actions = [False] * len(prompt) + [True] * len(answer)
@@ -117,12 +125,13 @@ class Trainer:
 
     def _episode(self, record: int, row: int, group: int) -> Trajectory:
         env = self.env.clone()
-        state, _ = env.reset(options={"index": record})
-        ids = self._encode(state, True)
-        episode = Trajectory(ids, [False] * len(ids), [0] * len(ids), [], group)
+        seed = _key(self.config.seed, _ENVIRONMENT, self.step, row)
+        state, _ = env.reset(seed=seed, options={"index": record})
+        ids = self.encode(state, True)
+        episode = Trajectory(ids, [False] * len(ids), [0] * len(ids), [], group, record, seed)
         over, turn = False, 0
         while not over:
-            chosen = self._act(episode.token_ids, row, turn)
+            chosen = self.act(episode.token_ids, row, turn)
             _extend(episode, chosen, True, turn)
             action = self.tokenizer.decode(chosen, skip_special_tokens=True)
             before = state
@@ -131,13 +140,13 @@ class Trainer:
             over, turn = terminated or truncated, turn + 1
             answer = state[len(before) + len(action) :]
             if not over and answer:
-                _extend(episode, self._encode(answer, False), False, turn)
+                _extend(episode, self.encode(answer, False), False, turn)
         return episode
 
     @torch.no_grad()
-    def _act(self, prompt: list[int], row: int, turn: int) -> list[int]:
+    def act(self, prompt: list[int], row: int, turn: int, seed: int | None = None) -> list[int]:
         """Sample one action by inverse transform from the draws keyed (seed, step) and (turn, row)."""
-        key = np.array([self.config.seed, self.step], dtype=np.uint64)
+        key = np.array([self.config.seed if seed is None else seed, self.step], dtype=np.uint64)
         counter = np.array([0, 0, turn, row], dtype=np.uint64)
         draws = np.random.Generator(np.random.Philox(key=key, counter=counter)).random(
             self.config.max_new_tokens
@@ -145,7 +154,7 @@ class Trainer:
         self.model.eval()
         chosen: list[int] = []
         for draw in draws:
-            logits = self._logits(self.model, torch.tensor(prompt + chosen))[-1]
+            logits = self.logits(torch.tensor(prompt + chosen))[-1]
             p = torch.softmax(logits.float() / self.config.temperature, 0).double()
             cumulative = p.cumsum(0)
             token = int(torch.searchsorted(cumulative, draw * cumulative[-1], right=True))
@@ -154,7 +163,7 @@ class Trainer:
                 break
         return chosen
 
-    def _encode(self, text: str, special: bool) -> list[int]:
+    def encode(self, text: str, special: bool) -> list[int]:
         return list(self.tokenizer(text, add_special_tokens=special)["input_ids"])
 
     # ---- score ---------------------------------------------------------------------------------------------
@@ -174,6 +183,9 @@ class Trainer:
                 if self.config.credit == "attribution":
                     one.attribution = self.tracker.score(ids, torch.as_tensor(trajectory.action_mask))[1:]
             batch.append(one)
+        if self.replays is not None:
+            self.environment_steps += self.replays.score(trajectories, batch)
+        self.environment_steps += sum(len(t.rewards) for t in trajectories)
         return batch
 
     @torch.no_grad()
@@ -184,7 +196,7 @@ class Trainer:
     def _logprobs(self, model: Any, one: Scored) -> tuple[torch.Tensor, torch.Tensor]:
         """log p of every action and the entropy there, [L - 1] each."""
         temperature = 1.0 if self.algorithm.supervised else self.config.temperature
-        logits = self._logits(model, one.ids)[:-1]
+        logits = self.logits(one.ids, model)[:-1]
         logp, entropy = token_logprobs(
             logits, one.ids[1:], mask=one.mask, temperature=temperature, return_entropy=True
         )
@@ -195,8 +207,8 @@ class Trainer:
         wide = next(self.model.parameters()).dtype == torch.float64
         return torch.float64 if wide else torch.float32
 
-    def _logits(self, model: Any, ids: torch.Tensor) -> torch.Tensor:
-        out = model(ids[None])
+    def logits(self, ids: torch.Tensor, model: Any = None) -> torch.Tensor:
+        out = (model or self.model)(ids[None])
         return getattr(out, "logits", out)[0]
 
     # ---- credit --------------------------------------------------------------------------------------------
@@ -206,14 +218,16 @@ class Trainer:
             batch, _ADVANTAGES[type(self.algorithm).__name__](self.algorithm, batch), strict=True
         ):
             if one.attribution is not None:
-                advantages = advantages * self._weights(one)
+                advantages = advantages * self._weights(one, one.attribution.abs())
+            if one.effects is not None:
+                advantages = advantages * self._weights(one, (advantages.sign() * one.effects).clamp_min(0))
+            if one.step_advantages is not None:
+                advantages = one.step_advantages
             one.advantages = torch.where(one.mask, advantages, 0.0)
         return batch
 
-    def _weights(self, one: Scored) -> torch.Tensor:
-        """floor + (1 - floor) * |s_t| / mean |s| over the actions; 1 everywhere without any signal."""
-        assert one.attribution is not None
-        size = one.attribution.abs()
+    def _weights(self, one: Scored, size: torch.Tensor) -> torch.Tensor:
+        """floor + (1 - floor) * size_t / mean size over the actions; 1 everywhere without any signal."""
         total, count = float(size[one.mask].sum()), int(one.mask.sum())
         if total == 0:
             return torch.ones_like(size)

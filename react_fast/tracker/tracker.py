@@ -19,6 +19,7 @@ from .intervention import Effects, Experiment, check_spans, intervene
 from .outcomes import Outcome, check_outcome
 from .policy import Policy
 from .records import EffectRow, HeatMap
+from .shapley import Shapley, shapley
 from .step_values import StepValues, step_values
 from .text import Ids, Span, Text, before_last, check_count, check_ids, check_rectangle
 
@@ -300,6 +301,36 @@ class CausalityTracker(Accumulation):
         if not spans or any(a[1] != b[0] for a, b in pairwise(spans)):
             raise ValueError(f"actions must be steps of the response without a gap, got {spans}")
         return step_values(self.policy, experiment, spans, check_count("samples", samples, 2))
+
+    def shapley(
+        self,
+        prompt_ids: Ids,
+        response_ids: Ids,
+        outcome: Outcome,
+        *,
+        actions: Actions = "word",
+        counterfactual: Any = None,
+        samples: int = 64,
+        turn_index: Sequence[int] | None = None,
+    ) -> Shapley:
+        """The outcome divided among the actions: the value of some of them is the outcome of the text in which the
+        others are replaced. See `shapley_values`: exact up to 10 actions, sampled above.
+
+        Args:
+            prompt_ids, response_ids: [P] and [R] token ids, at least one each.
+            outcome: a function from response ids to a number, or a `TargetLogprob`.
+            actions: as of `intervene`; they must not overlap.
+            counterfactual: as of `intervene`; of a random one, one draw for each action.
+            samples: pairs of orders above 10 actions, at least 2.
+            turn_index: [P + R] turn of every token, for actions "turn".
+        Raises: TypeError, ValueError or IndexError in one line.
+        """
+        if outcome == "logprob":
+            raise ValueError("outcome must be a function of response ids or a TargetLogprob, got 'logprob'")
+        text = self._experiment(
+            self._text(prompt_ids, response_ids), counterfactual, outcome, samples=None, limit=None
+        )
+        return shapley(self.policy, text, self._spans(actions, text, turn_index), samples)
 
     # ---- findings ------------------------------------------------------------------------------------------
 

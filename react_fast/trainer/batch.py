@@ -20,7 +20,7 @@ class Batch:
         rewards: [B] float32 or float64, sum over turns.  step_rewards: [B, T-1], each turn's at its last action.
         groups: [B] int64.
         old_logprobs, ref_logprobs: [B, T-1] or None, set by `score`.
-        attribution: [B, T-1] or None, set by `score` when credit asks for it.
+        attribution, effects, step_advantages: [B, T-1] or None, set by `score` when credit asks for it.
         advantages: [B] or [B, T-1] or None, set by `credit`.
     """
 
@@ -34,6 +34,8 @@ class Batch:
     old_logprobs: torch.Tensor | None = None
     ref_logprobs: torch.Tensor | None = None
     attribution: torch.Tensor | None = None
+    effects: torch.Tensor | None = None
+    step_advantages: torch.Tensor | None = None
     advantages: torch.Tensor | None = None
 
     @property

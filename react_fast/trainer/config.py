@@ -153,10 +153,20 @@ class TrainerConfig(Section):
     """Weight of the KL divergence to the policy at the start."""
     entropy_coef: float = 0.0
     """Weight of the entropy bonus."""
-    credit: Literal["uniform", "attribution"] = "uniform"
+    credit: Literal["uniform", "attribution", "causal", "monte_carlo"] = "uniform"
     """Spread of an advantage over tokens."""
     credit_floor: Annotated[float, Field(ge=0, le=1)] = 0.5
-    """Share of an advantage that attribution credit leaves uniform."""
+    """Share of an advantage that attribution and causal credit leave uniform."""
+    credit_actions: Literal["token", "word", "line", "turn"] = "token"
+    """Actions that causal credit replaces and monte_carlo credit values."""
+    credit_interventions: Count = 16
+    """Causal credit: most episodes that a step plays again."""
+    credit_every: Count = 1
+    """Causal credit: training steps between interventions."""
+    credit_by: Literal["token", "position", "token_at_position"] = "token"
+    """Causal credit: what effects are accumulated by."""
+    credit_samples: Count = 4
+    """monte_carlo credit: episodes played on from each state."""
     eval_every: Natural = 0
     """Steps between evaluations; 0: none."""
     eval_batch: Count = 64

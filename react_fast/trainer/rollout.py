@@ -12,6 +12,8 @@ import torch
 from ..envs import TextEnv
 from ..tracker.policy import cache_argument
 
+_ENVIRONMENT = 4  # stream of the seeds that environments are reset with
+
 
 @dataclass
 class Trajectory:
@@ -27,6 +29,7 @@ class Trajectory:
         record: index of the environment's record.
         group: trajectories of one prompt that are compared with each other share it.
         finished: false if the last action hit the token limit.
+        seed: of the environment's reset.
     """
 
     token_ids: torch.Tensor
@@ -38,6 +41,7 @@ class Trajectory:
     record: int = 0
     group: int = 0
     finished: bool = True
+    seed: int = 0
 
 
 @dataclass(frozen=True)
@@ -263,7 +267,7 @@ class Episodes:
         self.engine, self.tokenizer, self.env = engine, tokenizer, env
 
     def play(self, records: Sequence[int], groups: Sequence[int], params: SamplingParams) -> list[Trajectory]:
-        """One episode a row.
+        """One episode a row, its environment's randomness keyed like the samples.
 
         The tokens of a trajectory are exactly those the policy saw and chose: an observation that continues the
         text so far adds its own tokens, masked as no action.
@@ -272,10 +276,14 @@ class Episodes:
             tokens cannot express.
         """
         envs = [self.env.clone() for _ in records]
-        states = [env.reset(options={"index": i})[0] for env, i in zip(envs, records, strict=True)]
-        rows = [_Row(encode(self.tokenizer, state), record, group, state) for state, record, group in
-                zip(states, records, groups, strict=True)]  # fmt: skip
-        numbers = list(params.rows) if params.rows is not None else list(range(len(rows)))
+        numbers = list(params.rows) if params.rows is not None else list(range(len(envs)))
+        seeds = [key(params.seed, _ENVIRONMENT, params.step, number) for number in numbers]
+        states = [
+            env.reset(seed=seed, options={"index": i})[0]
+            for env, seed, i in zip(envs, seeds, records, strict=True)
+        ]
+        rows = [_Row(encode(self.tokenizer, state), record, group, state, seed) for state, record, group, seed in
+                zip(states, records, groups, seeds, strict=True)]  # fmt: skip
         running = list(range(len(rows)))
         turn = 0
         while running:
@@ -296,7 +304,7 @@ class Episodes:
 class _Row:
     """One episode while it is played."""
 
-    def __init__(self, ids: list[int], record: int, group: int, state: str) -> None:
+    def __init__(self, ids: list[int], record: int, group: int, state: str, seed: int) -> None:
         if not ids:
             raise ValueError(f"the prompt of record {record} must hold at least one token, got an empty text")
         self.ids, self.state = ids, state
@@ -305,7 +313,7 @@ class _Row:
         self.logprobs = [0.0] * len(ids)
         self.rewards: list[float] = []
         self.states = [state_id(state)]
-        self.record, self.group, self.finished = record, group, True
+        self.record, self.group, self.seed, self.finished = record, group, seed, True
 
     def act(self, tokenizer: Any, sample: Sample, action: str, state: str, reward: float, over: bool) -> None:
         turn = len(self.rewards)
@@ -341,6 +349,7 @@ class _Row:
             record=self.record,
             group=self.group,
             finished=self.finished,
+            seed=self.seed,
         )
 
 

@@ -19,11 +19,12 @@ from accelerate import Accelerator
 from ..envs import TextEnv
 from ..ops.backend import accumulation_dtype
 from ..ops.logprob import token_logprobs
-from ..tracker.credit import attribution_credit
+from ..tracker.credit import attribution_credit, causal_credit
 from .algorithms.sft import demonstrations
 from .batch import Batch, collate
 from .checkpoint import load_checkpoint, load_weights, newest_complete, save_checkpoint
 from .config import TrainerConfig
+from .credit import REPLAYS
 from .early_stopping import EarlyStopping
 from .interrupt import StopRequest
 from .meters import Averages, Clock, describe, samples
@@ -87,6 +88,7 @@ class Trainer:
         self.step = 0  # finished steps
         self.updates = 0  # finished optimiser updates
         self.stopping = EarlyStopping(self.config.early_stopping)
+        self.replays = REPLAYS["uniform" if algorithm.supervised else self.config.credit](self)
 
     # ---- the four phases -----------------------------------------------------------------------------------
 
@@ -96,7 +98,8 @@ class Trainer:
 
     def score(self, trajectories: Sequence[Trajectory]) -> Batch:
         """Pad the trajectories and add what the update needs about them: log-probs under the policy as it is
-        now (if it will change before the last update on them) and under the reference, and attributions."""
+        now (if it will change before the last update on them) and under the reference, and attributions, measured
+        effects or step advantages."""
         batch = collate(trajectories, self.pad_id, self.accelerator.device, self._dtype)
         if self.algorithm.supervised:
             return batch
@@ -106,14 +109,24 @@ class Trainer:
             batch.ref_logprobs = self._logprobs(self.reference, batch)
         if self.config.credit == "attribution":
             batch.attribution = self._attribution(batch)
+        self.replays.score(trajectories, batch)
         return batch
 
     def credit(self, batch: Batch) -> Batch:
-        """Set the advantages: [B] or [B, T-1] from the algorithm, spread by attribution if the config says so.
+        """Set the advantages: [B] or [B, T-1] from the algorithm, spread by attribution or effects if the
+        config says so; monte_carlo's are the steps' own, in the reward's unit.
 
-        Attribution credit multiplies a trajectory's advantages with weights whose mean over its actions is 1.
+        Attribution and causal credit multiply a trajectory's advantages with weights whose mean over its actions
+        is 1. Uniform and monte_carlo credit keep the policy gradient unbiased; see `trainer.credit`.
         """
+        if batch.step_advantages is not None:
+            batch.advantages = batch.step_advantages
+            return batch
         batch.advantages = self.algorithm.advantages(batch)
+        if batch.effects is not None:
+            batch.advantages = causal_credit(
+                batch.advantages, batch.effects, batch.mask, floor=self.config.credit_floor
+            )
         if batch.attribution is not None:
             ones = torch.ones_like(batch.rewards)
             weights = attribution_credit(ones, batch.attribution, batch.mask, floor=self.config.credit_floor)
@@ -176,6 +189,8 @@ class Trainer:
         clock.lap("update")
         self.step += 1
         metrics |= describe(trajectories, batch, self.algorithm.supervised) | clock.metrics()
+        if not self.algorithm.supervised:
+            metrics |= self.replays.metrics
         if self.config.eval_every and self.eval_env is not None and self.step % self.config.eval_every == 0:
             held_out, value = self._held_out()
             metrics |= held_out
@@ -227,6 +242,7 @@ class Trainer:
             "step": self.step,
             "updates": self.updates,
             "optimizer": self.optimizer.state_dict(),
+            "replays": self.replays.state_dict(),
             "stopping": self.stopping.state_dict(),
             "reference": self.reference.state_dict() if self.reference is not None else None,
             "tracker": self.tracker.state_dict() if self.tracker is not None else None,
@@ -248,6 +264,7 @@ class Trainer:
         load_weights(self.model, path)
         tree = join(checkpoint.state["trainer"], checkpoint.tensors)
         self.step, self.updates = tree["step"], tree["updates"]
+        self.replays.load_state_dict(tree["replays"])
         self.stopping.load_state_dict(tree["stopping"])
         self.optimizer.load_state_dict(tree["optimizer"])
         if self.reference is not None and tree["reference"] is not None:
@@ -291,7 +308,7 @@ class Trainer:
     def _backward(self, part: Batch, denominator: torch.Tensor, totals: Averages) -> None:
         actions = torch.nn.functional.pad(part.mask, (1, 0))
         with self.tracker.observe(part.input_ids, actions, step=self.step) if self.tracker else nullcontext():
-            logits = self._forward(self._prepared, part)
+            logits = self.forward(self._prepared, part)
             logprobs, entropy = token_logprobs(
                 logits[:, :-1],
                 part.targets,
@@ -319,7 +336,8 @@ class Trainer:
         """Of log-probabilities, and of the rewards and advantages that meet them."""
         return accumulation_dtype(next(self.model.parameters()).dtype)
 
-    def _forward(self, model: Any, batch: Batch) -> torch.Tensor:
+    def forward(self, model: Any, batch: Batch) -> torch.Tensor:
+        """[B, T, V] logits of a model."""
         if hasattr(self.model, "generate"):
             mask = batch.attention_mask
             return model(input_ids=batch.input_ids, attention_mask=mask, use_cache=False).logits
@@ -333,7 +351,7 @@ class Trainer:
         out = torch.zeros(batch.mask.shape, dtype=self._dtype, device=batch.mask.device)
         for rows in torch.arange(len(batch)).split(self.config.micro_batch or len(batch)):
             part = batch.select(rows)
-            logits = self._forward(model, part)
+            logits = self.forward(model, part)
             found = token_logprobs(
                 logits[:, :-1], part.targets, mask=part.mask, temperature=self._temperature
             )

@@ -1,0 +1,396 @@
+"""Does causal credit learn from fewer environment steps?
+
+    python -m bench.credit [--seeds 10] [--jobs 1] [--tasks slots text]
+
+Two tasks with a sparse signal, five contestants, the same policy, optimiser and rollouts:
+
+    uniform      GRPO
+    causal       credit="causal": interventions are environment steps, and counted
+    attribution  credit="attribution": gradient x input of the policy
+    oracle       causal's rule with the true effects, which cost nothing
+    placebo      causal, interventions and all, with every trajectory's weights shuffled among its actions
+
+A finished run lies in bench/out/credit and is not run again. Writes bench/results/credit.md, credit.json (the
+curves) and credit.png.
+"""
+
+import argparse
+import copy
+import json
+import math
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from react_fast.envs import Record, TextEnv
+from react_fast.envs.slots import ground_truth
+from react_fast.tracker import CausalityTracker
+from react_fast.trainer.algorithms import GRPO
+from react_fast.trainer.batch import Batch
+from react_fast.trainer.config import TrainerConfig
+from react_fast.trainer.rollout import Sample, SamplingParams, uniforms
+from react_fast.trainer.trainer import Trainer
+
+from .report import OUT, RESULTS
+
+CONTESTANTS = {
+    "uniform": "tab:blue",
+    "causal": "tab:red",
+    "attribution": "tab:purple",
+    "oracle": "tab:green",
+    "placebo": "tab:gray",
+}
+WINDOW = 8  # training steps that a point of a curve is the mean of
+WORDS = {"?": "go", "!": "hi"}
+LETTERS = "abcdefghijklmnopqrst"
+
+
+class Policy(nn.Module):
+    """ids [B, T] -> logits [B, T, V] from the prompt's token, the last token and the position; about 10k
+    parameters.
+    """
+
+    def __init__(self, vocab_size: int, length: int, width: int = 32) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(vocab_size, width)
+        self.place = nn.Parameter(0.5 * torch.randn(length, width))
+        self.inner = nn.Linear(width, 2 * width)
+        self.head = nn.Linear(2 * width, vocab_size)
+        nn.init.normal_(self.embed.weight, std=0.3)
+        nn.init.normal_(self.head.weight, std=0.05)
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        seen = self.embed(ids)
+        return self.logits(seen, seen[:, :1], self.place[: ids.shape[1]])
+
+    def logits(self, last: torch.Tensor, prompt: torch.Tensor, place: torch.Tensor) -> torch.Tensor:
+        return self.head(torch.tanh(self.inner(last + prompt + place)))
+
+
+class Engine:
+    """The policy as a rollout engine that computes the last position alone. Prompts have one token, actions one
+    length."""
+
+    def __init__(self, policy: Policy) -> None:
+        self.policy = policy
+
+    @torch.no_grad()
+    def generate(self, prompts: Sequence[Sequence[int]], params: SamplingParams) -> list[Sample]:
+        draws = uniforms(params, len(prompts))
+        ids = torch.tensor(prompts)
+        prompt, chosen = self.policy.embed(ids[:, 0]), []
+        for t in range(params.max_new_tokens):
+            logits = self.policy.logits(self.policy.embed(ids[:, 0]), prompt, self.policy.place[t])
+            cumulative = logits.double().softmax(-1).cumsum(-1)
+            ids = torch.searchsorted(cumulative, draws[:, t : t + 1] * cumulative[:, -1:], right=True)
+            ids = ids.clamp_max(logits.shape[1] - 1)
+            chosen.append(ids)
+        zeros = [0.0] * params.max_new_tokens
+        return [Sample(row, zeros, "length") for row in torch.cat(chosen, 1).tolist()]
+
+
+class Characters:
+    """One token a character."""
+
+    eos_token_id, pad_token_id = None, 0
+
+    def __init__(self, characters: str) -> None:
+        self.characters = characters
+
+    def __call__(self, text: str, add_special_tokens: bool = True) -> dict[str, list[int]]:
+        return {"input_ids": [self.characters.index(character) for character in text]}
+
+    def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
+        return "".join(self.characters[i] for i in ids)
+
+
+@dataclass(frozen=True)
+class Task:
+    """What is learned: the environment, its texts, a response's part of the best reward, and an action's true
+    effect.
+    """
+
+    env: TextEnv
+    characters: str
+    length: int
+    steps: int
+    learning_rate: float
+    interventions: int
+    by: str
+    quality: Callable[[str, Record], float]
+    effects: Callable[[Batch], torch.Tensor]
+
+
+def slots(seed: int) -> Task:
+    """32 slots of 67 characters each; three pay, the noise of a reward is as large as what one pays."""
+    truth = ground_truth(32, causes=3, mediated=0, confounded=4, noise=1.0, seed=seed)
+    weights, best = torch.tensor(truth.weights), sum(truth.weights)
+
+    def quality(text: str, record: Record) -> float:
+        return float(truth.values(text) @ truth.weights) / best
+
+    def effects(batch: Batch) -> torch.Tensor:
+        on = batch.targets == 2 * torch.arange(truth.slots) + 1
+        return torch.where(on, weights, -weights / (truth.vocab_size - 1)).double()
+
+    return Task(
+        truth.env(noisy=True),
+        truth.characters,
+        truth.slots,
+        120,
+        6e-3,
+        6,
+        "token_at_position",
+        quality,
+        effects,
+    )
+
+
+def text(seed: int) -> Task:
+    """16 letters of 20; the reward is 1 if the prompt's word of two letters is among them, else 0."""
+
+    def reward(state: str, action: str, record: Record) -> float:
+        return float(WORDS[record.prompt] in action)
+
+    def effects(batch: Batch) -> torch.Tensor:
+        """1 for the letters of the word where it stands once or more."""
+        found = torch.zeros(batch.mask.shape, dtype=torch.float64)
+        for row, ids in enumerate(batch.input_ids.tolist()):
+            written = "".join(characters[i] for i in ids)
+            place = written.find(WORDS[written[0]])
+            if place > 0:
+                found[row, place - 1 : place + 1] = 1.0
+        return found
+
+    characters = LETTERS + "".join(WORDS)
+    env = TextEnv([Record(prompt) for prompt in WORDS], reward=reward)
+    return Task(
+        env,
+        characters,
+        16,
+        100,
+        1e-2,
+        10,
+        "token_at_position",
+        lambda t, record: reward("", t, record),
+        effects,
+    )
+
+
+TASKS = {"slots": slots, "text": text}
+
+
+class Contest(Trainer):
+    """A trainer that records a curve, and whose credit may be an oracle's or a placebo's."""
+
+    def __init__(self, task: Task, contestant: str, seed: int) -> None:
+        torch.manual_seed(seed)
+        policy = Policy(len(task.characters), task.length + 1)
+        credit = contestant if contestant in ("attribution", "causal") else "uniform"
+        config = TrainerConfig(
+            seed=seed,
+            steps=task.steps,
+            prompts_per_step=2,
+            group_size=16,
+            max_new_tokens=task.length,
+            learning_rate=task.learning_rate,
+            optimizer="adam",
+            credit="causal" if contestant == "placebo" else credit,
+            credit_floor=0.2,
+            credit_interventions=task.interventions,
+            credit_by=task.by,
+            threads=1,
+        )
+        super().__init__(
+            policy,
+            Characters(task.characters),
+            _light(task.env),
+            algorithm=GRPO(),
+            tracker=CausalityTracker(policy, every=task.steps + 1) if credit == "attribution" else None,
+            config=config,
+            engine=Engine(policy),
+        )
+        self.task, self.contestant = task, contestant
+        self.curve: list[tuple[float, float]] = []
+
+    def score(self, trajectories: Any) -> Batch:
+        batch = super().score(trajectories)
+        if self.contestant == "oracle":
+            batch.effects = self.task.effects(batch)
+        responses = [self.tokenizer.decode(t.token_ids[1:].tolist()) for t in trajectories]
+        records = [self.env.records[t.record] for t in trajectories]
+        qualities = [self.task.quality(*pair) for pair in zip(responses, records, strict=True)]
+        self.curve.append((self.replays.environment_steps, float(np.mean(qualities))))
+        return batch
+
+    def credit(self, batch: Batch) -> Batch:
+        batch = super().credit(batch)
+        if self.contestant == "placebo" and batch.advantages is not None:
+            generator = torch.Generator().manual_seed(self.step)
+            order = torch.rand(batch.advantages.shape, generator=generator).argsort(1)
+            batch.advantages = batch.advantages.gather(1, order)  # every token is an action
+        return batch
+
+
+def _light(env: TextEnv) -> TextEnv:
+    """Its clones share what is never changed; a reset with a seed makes their random numbers anew."""
+    env.clone = partial(copy.copy, env)  # type: ignore[method-assign]
+    return env
+
+
+def run(job: tuple[str, str, int]) -> None:
+    """One curve: [[environment steps, quality], ...] as a file."""
+    name, contestant, seed = job
+    target = _file(*job)
+    if not target.exists():
+        torch.set_num_threads(1)
+        contest = Contest(TASKS[name](seed), contestant, seed)
+        contest.train()
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_text(json.dumps(contest.curve))
+
+
+def _file(name: str, contestant: str, seed: int) -> Path:
+    return OUT / "credit" / f"{name}-{contestant}-{seed}.json"
+
+
+# ---- what the curves say ----------------------------------------------------------------------------------------
+
+
+def finished(name: str, seeds: int) -> dict[str, np.ndarray]:
+    """[seeds, steps, 2] smoothed curves of every contestant, over the seeds that all of them have run."""
+    whole = [seed for seed in range(seeds) if all(_file(name, c, seed).exists() for c in CONTESTANTS)]
+    return {
+        c: np.array([smoothed(json.loads(_file(name, c, seed).read_text())) for seed in whole])
+        for c in (CONTESTANTS if whole else ())
+    }
+
+
+def smoothed(curve: Sequence[Sequence[float]]) -> np.ndarray:
+    """[T - WINDOW + 1, 2]: environment steps so far, mean quality of the last WINDOW training steps."""
+    points = np.array(curve)
+    quality = np.convolve(points[:, 1], np.full(WINDOW, 1 / WINDOW), "valid")
+    return np.stack([points[WINDOW - 1 :, 0], quality], 1)
+
+
+def reached(curve: np.ndarray, level: float) -> float:
+    """Environment steps until the smoothed quality is `level`; infinite if it never is."""
+    there = np.flatnonzero(curve[:, 1] >= level - 1e-9)
+    return float(curve[there[0], 0]) if len(there) else math.inf
+
+
+def ratios(curves: dict[str, np.ndarray], contestant: str, *, resamples: int = 2000) -> np.ndarray:
+    """[3] median environment steps over uniform's to the level that uniform ends at, low and high.
+
+    The level is the median over seeds of uniform's last smoothed quality; the interval resamples seeds, in pairs.
+    """
+    count = len(curves["uniform"])
+    rng = np.random.default_rng(0)
+    draws = [np.arange(count), *rng.integers(count, size=(resamples, count))]
+    found = []
+    for draw in draws:
+        level = np.median(curves["uniform"][draw, -1, 1])
+        steps = {c: np.median([reached(curves[c][i], level) for i in draw]) for c in ("uniform", contestant)}
+        found.append(steps[contestant] / steps["uniform"] if np.isfinite(steps["uniform"]) else math.nan)
+    low, high = np.nanquantile(found[1:], [0.025, 0.975], method="nearest")
+    return np.array([found[0], low, high])
+
+
+def table(name: str, curves: dict[str, np.ndarray]) -> str:
+    """Markdown."""
+    level = float(np.median(curves["uniform"][:, -1, 1]))
+    lines = [
+        f"## {name}",
+        "",
+        f"{(TASKS[name].__doc__ or '').strip()} {len(curves['uniform'])} seeds. Uniform GRPO ends at "
+        f"{level:.2f} of the best reward.",
+        "",
+        "| credit | environment steps to that, median | of uniform's, 95% | seeds there | reward at the end |",
+        "| --- | --- | --- | --- | --- |",
+    ]
+    for contestant, found in curves.items():
+        steps = np.array([reached(curve, level) for curve in found])
+        ratio, low, high = ratios(curves, contestant)
+        lines.append(
+            f"| {contestant} | {_steps(float(np.median(steps)))} | {ratio:.2f} [{low:.2f}, {high:.2f}] "
+            f"| {int(np.isfinite(steps).sum())} | {found[:, -1, 1].mean():.2f} |"
+        )
+    ratio = ratios(curves, "causal")[0]
+    verdict = "reached" if ratio <= 0.5 else "missed"
+    return "\n".join([*lines, "", f"Causal in at most half of uniform's steps: {verdict} ({ratio:.2f}).", ""])
+
+
+def _steps(count: float) -> str:
+    return f"{count:,.0f}" if math.isfinite(count) else "never"
+
+
+def picture(found: dict[str, dict[str, np.ndarray]], target: Path) -> None:
+    """Mean over seeds and its 95% band, by environment steps."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, grid = plt.subplots(1, len(found), figsize=(5.5 * len(found), 4), squeeze=False)
+    for axes, (name, curves) in zip(grid[0], found.items(), strict=True):
+        for contestant, curve in curves.items():
+            x = np.linspace(curve[:, 0, 0].max(), curve[:, -1, 0].min(), 200)
+            y = np.array([np.interp(x, one[:, 0], one[:, 1]) for one in curve])
+            half = 1.96 * y.std(0, ddof=min(1, len(y) - 1)) / math.sqrt(len(y))
+            colour = CONTESTANTS[contestant]
+            axes.plot(x, y.mean(0), color=colour, label=contestant, lw=1.8)
+            axes.fill_between(x, y.mean(0) - half, y.mean(0) + half, color=colour, alpha=0.15, lw=0)
+        axes.set_title(f"{name}: {len(curves['uniform'])} seeds, mean and 95% band", fontsize=10, loc="left")
+        axes.set_xlabel("environment steps, interventions included")
+        axes.grid(alpha=0.3)
+    grid[0, 0].set_ylabel("share of the best reward")
+    grid[0, 0].legend(fontsize=8)
+    figure.tight_layout()
+    figure.savefig(target, dpi=110)
+    plt.close(figure)
+
+
+def write(tasks: Sequence[str], seeds: int) -> str:
+    """Files of the finished seeds; returns the tables."""
+    found = {name: curves for name in tasks if (curves := finished(name, seeds))}
+    head = (
+        "Made by `python -m bench.credit`. Environment steps are those of episodes, interventions included; "
+        f"quality: share of the best reward in the rollouts, mean of {WINDOW} training steps of 32. Seeds are "
+        "paired; policy, optimiser and learning rate are the same for all. The environment's own noise is the "
+        "same in a trajectory and in the interventions on it (reset with its seed). Oracle: the true effects, "
+        "free; placebo: causal's weights shuffled among a trajectory's actions.\n"
+    )
+    text = "\n".join([head, *(table(name, curves) for name, curves in found.items())])
+    if found:
+        (RESULTS / "credit.md").write_text(text)
+        rounded = {n: {c: np.round(x, 4).tolist() for c, x in curves.items()} for n, curves in found.items()}
+        (RESULTS / "credit.json").write_text(json.dumps(rounded) + "\n")
+        picture(found, RESULTS / "credit.png")
+    return text
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m bench.credit")
+    parser.add_argument("--seeds", type=int, default=10)
+    parser.add_argument("--jobs", type=int, default=1)
+    parser.add_argument("--tasks", nargs="+", choices=list(TASKS), default=list(TASKS))
+    given = parser.parse_args(arguments)
+    jobs = [(name, c, seed) for seed in range(given.seeds) for name in given.tasks for c in CONTESTANTS]
+    if given.jobs > 1:
+        with ProcessPoolExecutor(given.jobs) as pool:
+            list(pool.map(run, jobs))
+    else:
+        for job in jobs:
+            run(job)
+    print(write(list(TASKS), given.seeds))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,66 @@
+"""Effects accumulated over training, so that a few interventions a step are enough."""
+
+import math
+
+import torch
+
+from ..ops.moments import RunningMoments
+
+# A prime, so that codes of a large vocabulary spread over the buckets; 1.5 MiB of moments.
+BUCKETS = 65521
+# Token ids are below it, so that a code holds position and token.
+_TOKENS = 1_000_003
+KEYS = ("token", "position", "token_at_position")
+
+
+class EffectTable:
+    """Moments of measured effects by token, by position in the response, or by both, in constant memory: what
+    falls into the same of 65,521 buckets shares them.
+
+    Args:
+        by: "token" | "position" | "token_at_position".
+        device: of the state and of what is added.
+    """
+
+    def __init__(self, by: str, device: torch.device | str | None = None) -> None:
+        self.by = by
+        self.moments = RunningMoments(BUCKETS, device)
+
+    def add(self, effects: torch.Tensor, token_ids: torch.Tensor, positions: torch.Tensor) -> None:
+        """effects [...] float64 of actions token_ids [...] at positions [...], counted from the response's
+        first.
+        """
+        self.moments.update(effects, self._keys(token_ids, positions))
+
+    def effects(self, token_ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        """[...] float64: mean effect, drawn towards 0 by what chance alone would reach.
+
+            e_k = sign(m_k) max(0, |m_k| - sqrt(2 ln K) s / sqrt(n_k))
+
+        with m the mean and n the count of key k, K the keys that were seen and s^2 the variance within keys,
+        pooled. Unseen keys get 0, and so does everything before a key was seen twice.
+
+        Source: Donoho & Johnstone 1994, the universal soft threshold.
+        """
+        mean, keys = self.moments.mean, self._keys(token_ids, positions)
+        return self.shrunk(mean[keys], self.moments.count[keys], least=1e-9 * float(mean.abs().max()))
+
+    def shrunk(self, mean: torch.Tensor, count: torch.Tensor, *, least: float = 1e-9) -> torch.Tensor:
+        """Means of `count` effects each, drawn towards 0 as in `effects`; what is left below `least` is
+        rounding, which a row's weights would make a whole effect."""
+        moments = self.moments.state_dict()
+        seen = int((moments["count"] > 0).sum())
+        degrees = int(moments["count"].sum()) - seen
+        if degrees == 0:
+            return torch.zeros_like(mean)
+        limit = (2 * math.log(seen) * moments["m2"].sum() / degrees).sqrt()
+        size = mean.abs() - limit / count.clamp_min(1).double().sqrt()
+        return torch.where(size > least, mean.sign() * size, 0.0)
+
+    def _keys(self, token_ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        codes = {
+            "token": token_ids,
+            "position": positions,
+            "token_at_position": positions * _TOKENS + token_ids,
+        }
+        return codes[self.by] % BUCKETS

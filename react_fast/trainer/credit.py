@@ -1,0 +1,265 @@
+"""Credit that needs the environment: causal effects by intervention, and Monte-Carlo step advantages.
+
+| credit | policy gradient | what it costs |
+| --- | --- | --- |
+| uniform | unbiased | nothing |
+| monte_carlo | unbiased: a state's value does not hang on the action taken there | steps x samples replays |
+| attribution, causal | biased unless the floor is 1, for less variance | a backward; a few reward calls |
+
+Source: Kazemnejad et al. 2024, VinePPO (arXiv:2410.01679), for monte_carlo; Foerster et al. 2018, COMA
+(arXiv:1705.08926), for rewards of counterfactual actions; Mao et al. 2018 (arXiv:1807.02264): the
+environment's own randomness may be held fixed in what is subtracted.
+"""
+
+from collections.abc import Sequence
+from itertools import groupby
+from typing import Any
+
+import numpy as np
+import torch
+
+from ..tracker.actions import find_actions
+from ..tracker.effect_table import EffectTable
+from ..tracker.shapley import contributions
+from ..tracker.text import Text
+from .batch import Batch
+from .replay import Count, Replay, replay
+from .rollout import SamplingParams, Trajectory, key, permutation
+
+# Streams of random numbers, beside the trainer's own.
+_ROWS, _UNITS, _ALTERNATIVES, _VALUES, _KNOWN = 5, 6, 7, 8, 9
+RECHECK = 8
+
+
+class Replays:
+    """Uniform and attribution credit, which play nothing again; and what the others share.
+
+    Attributes:
+        environment_steps: of training, those of rollouts and of replays.
+        metrics: of the last step.
+    """
+
+    def __init__(self, trainer: Any) -> None:
+        self.trainer = trainer
+        self.environment_steps = 0
+        self.metrics: dict[str, float] = {}
+
+    def score(self, trajectories: Sequence[Trajectory], batch: Batch) -> None:
+        """Add to the batch what credit needs."""
+        count = Count()
+        self.play(trajectories, batch, count)
+        self.environment_steps += sum(len(one.rewards) for one in trajectories) + count.environment_steps
+        self.metrics = {
+            "environment_steps": float(self.environment_steps),
+            "credit/environment_steps": float(count.environment_steps),
+            "credit/generated_tokens": float(count.tokens),
+        }
+
+    def play(self, trajectories: Sequence[Trajectory], batch: Batch, count: Count) -> None:
+        return None
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"environment_steps": self.environment_steps}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.environment_steps = state["environment_steps"]
+
+
+class CausalReplays(Replays):
+    """do(action := another draw of the policy), the rest of the response fixed, the environment's randomness
+    the same.
+
+    A measured step takes the trajectories whose rewards differ most from their group's mean. In a random order all
+    of one's actions are replaced, by bisection: see `contributions`. Those whose effect is known already
+    stay, but in one trajectory in RECHECK, so that the budget goes to the others. An action's effect counts
+    for its tokens, and turned around for those that stand in their place. A trajectory then gets what the
+    table knows, and one that was measured its own effects, where any of them exceeds what chance would reach.
+    """
+
+    def __init__(self, trainer: Any) -> None:
+        super().__init__(trainer)
+        self.table = EffectTable(trainer.config.credit_by, trainer.accelerator.device)
+
+    def play(self, trajectories: Sequence[Trajectory], batch: Batch, count: Count) -> None:
+        own = torch.full(batch.mask.shape, torch.nan, dtype=torch.float64)
+        if self.trainer.step % self.trainer.config.credit_every == 0:
+            self._measure(trajectories, batch, count, own)
+        own = own.to(batch.mask.device)
+        kept = self.table.shrunk(own.nan_to_num(), torch.ones_like(own))
+        telling = (kept != 0).any(1, keepdim=True) & ~own.isnan()
+        batch.effects = torch.where(telling, kept, self._effects(batch))
+
+    def state_dict(self) -> dict[str, Any]:
+        return super().state_dict() | {"effects": self.table.moments.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        super().load_state_dict(state)
+        self.table.moments.load_state_dict(state["effects"])
+
+    def _measure(
+        self, trajectories: Sequence[Trajectory], batch: Batch, count: Count, own: torch.Tensor
+    ) -> None:
+        """Add to the table, and to `own` [B, T-1] what was found in this very trajectory."""
+        config, step = self.trainer.config, self.trainer.step
+        left = config.credit_interventions
+        measured: list[tuple[float, int, int]] = []
+        known = torch.nn.functional.pad((self._effects(batch) != 0) & batch.mask, (1, 0)).cpu()
+        rows = _by_surprise(batch, config.seed, step)[:left]
+        for row, instead in zip(rows, self._alternatives(batch, rows), strict=True):
+            if left == 0:
+                break
+            one, ids = trajectories[row], trajectories[row].token_ids.tolist()
+            fixed = set(known[row].nonzero()[:, 0].tolist())
+            if key(config.seed, _KNOWN, step, row) % RECHECK == 0:
+                fixed = set()
+            units = [
+                unit
+                for unit in units_of(one, config.credit_actions, self.trainer.tokenizer)
+                if any(instead[t] != ids[t] for t in unit) and fixed.isdisjoint(unit)
+            ]
+            if not units:
+                continue
+            order = [units[i] for i in permutation(len(units), config.seed, _UNITS, step, row)]
+
+            def value(k: int, one: Trajectory = one, order: Any = order, instead: Any = instead) -> float:
+                changed = one.token_ids.tolist()
+                for t in (t for unit in order[:k] for t in unit):
+                    changed[t] = instead[t]
+                again = Replay(one.record, one.seed, turns_of(one, torch.tensor(changed)))
+                return play_again(self.trainer, [again], _ALTERNATIVES, count)[0]
+
+            found, spent = contributions(value, float(sum(one.rewards)), len(order), left)
+            left -= spent
+            measured += _by_token(one, order, found, instead)
+            for effect, unit in zip(found, order, strict=True):
+                own[row, torch.tensor(unit) - 1] = effect
+        if measured:
+            device = batch.mask.device
+            effects, tokens, positions = zip(*measured, strict=True)
+            self.table.add(
+                torch.tensor(effects, dtype=torch.float64, device=device),
+                torch.tensor(tokens, device=device),
+                torch.tensor(positions, device=device),
+            )
+
+    def _effects(self, batch: Batch) -> torch.Tensor:
+        """[B, T-1]"""
+        return self.table.effects(batch.targets, (batch.mask.cumsum(1) - 1).clamp_min(0))
+
+    @torch.no_grad()
+    def _alternatives(self, batch: Batch, rows: list[int]) -> list[list[int]]:
+        """Token ids of these rows with, at every action, another token than the one taken, drawn from the
+        policy.
+        """
+        trainer = self.trainer
+        if not rows:
+            return []
+        part = batch.select(torch.tensor(rows))
+        was_training = trainer.model.training
+        trainer.model.eval()
+        logits = trainer.forward(trainer.model, part)[:, :-1].float() / trainer.config.temperature
+        trainer.model.train(was_training)
+        p = torch.softmax(logits, -1).double().scatter(2, part.targets[:, :, None], 0.0)
+        cumulative = p.cumsum(2)
+        draws = np.zeros(part.mask.shape)
+        for i, (row, length) in enumerate(zip(rows, part.lengths.tolist(), strict=True)):
+            seed = key(trainer.config.seed, _ALTERNATIVES, trainer.step, row)
+            draws[i, : length - 1] = np.random.Generator(np.random.Philox(seed)).random(length - 1)
+        total = cumulative[:, :, -1:]
+        places = torch.from_numpy(draws).to(p)[:, :, None] * total
+        drawn = torch.searchsorted(cumulative, places, right=True).clamp_max(p.shape[2] - 1)[:, :, 0]
+        # Where the policy leaves no other choice the token stays.
+        drawn = torch.where(part.mask & (total[:, :, 0] > 0), drawn, part.targets)
+        return torch.cat([part.input_ids[:, :1], drawn], 1).tolist()
+
+
+def _by_token(
+    one: Trajectory, order: list[list[int]], found: list[float], instead: list[int]
+) -> list[tuple[float, int, int]]:
+    """(effect, token, position in the response) of every token, and turned around of what stood in its place."""
+    positions, ids = (one.action_mask.cumsum(0) - 1).tolist(), one.token_ids.tolist()
+    return [
+        (sign * effect, tokens[t], positions[t])
+        for effect, unit in zip(found, order, strict=True)
+        for t in unit
+        for sign, tokens in ((1, ids), (-1, instead))
+    ]
+
+
+class MonteCarloReplays(Replays):
+    """A step's advantage: mean return of the episodes that the policy plays on from behind it, less those
+    from before it; the end's value is the trajectory's own return."""
+
+    def play(self, trajectories: Sequence[Trajectory], batch: Batch, count: Count) -> None:
+        config = self.trainer.config
+        samples = config.credit_samples
+        steps = [units_of(one, config.credit_actions, self.trainer.tokenizer) for one in trajectories]
+        wanted: list[Replay] = []
+        for one, units in zip(trajectories, steps, strict=True):
+            for unit in units:
+                turns = turns_of(one, one.token_ids, end=unit[0])
+                wanted += [Replay(one.record, one.seed, turns, True, len(wanted) + s) for s in range(samples)]
+        returns = play_again(self.trainer, wanted, _VALUES, count) if wanted else []
+        values = iter(np.array(returns).reshape(-1, samples).mean(1).tolist())
+        advantages = torch.zeros(batch.mask.shape, dtype=batch.rewards.dtype)
+        for row, (one, units) in enumerate(zip(trajectories, steps, strict=True)):
+            states = [next(values) for _ in units] + [float(sum(one.rewards))]
+            for unit, before, after in zip(units, states, states[1:], strict=False):
+                advantages[row, torch.tensor(unit) - 1] = after - before
+        batch.step_advantages = advantages.to(batch.mask.device)
+
+
+REPLAYS = {
+    "uniform": Replays,
+    "attribution": Replays,
+    "causal": CausalReplays,
+    "monte_carlo": MonteCarloReplays,
+}
+
+
+def units_of(one: Trajectory, actions: str, tokenizer: Any) -> list[list[int]]:
+    """Places of the tokens of every unit, in order; a unit lies within one turn's action."""
+    units = []
+    chosen = one.action_mask.nonzero()[:, 0].tolist()
+    for _, group in groupby(chosen, key=lambda t: int(one.turn_index[t])):
+        run = list(group)
+        if actions == "turn":
+            units.append(run)
+            continue
+        ids = one.token_ids[run].tolist()
+        texts = None if actions == "token" else [tokenizer.decode([i]) for i in ids]
+        units += [run[start:end] for start, end in find_actions(actions, Text(tuple(ids), 0), texts, None)]
+    return units
+
+
+def turns_of(one: Trajectory, ids: torch.Tensor, end: int | None = None) -> list[list[int]]:
+    """Every turn's action out of token ids; with `end`, up to the turn of that token, whose action stops
+    before it.
+    """
+    last = len(one.rewards) - 1 if end is None else int(one.turn_index[end])
+    here = one.action_mask.clone()
+    if end is not None:
+        here[end:] = False
+    return [ids[here & (one.turn_index == turn)].tolist() for turn in range(last + 1)]
+
+
+def play_again(trainer: Any, wanted: Sequence[Replay], stream: int, count: Count) -> list[float]:
+    """Returns of replays; the policy draws from a stream of its own for every use and step."""
+    config = trainer.config
+    params = SamplingParams(
+        config.max_new_tokens,
+        temperature=config.temperature,
+        seed=key(config.seed, stream),
+        step=trainer.step,
+    )
+    return replay(trainer.engine, trainer.tokenizer, trainer.env, wanted, params, count)
+
+
+def _by_surprise(batch: Batch, seed: int, step: int) -> list[int]:
+    """Rows by the distance of their reward from their group's mean, the farthest first, ties at random; those
+    at the mean have no advantage to explain and are left out."""
+    rewards, groups = batch.rewards.double().cpu(), batch.groups.cpu()
+    distance = [float((r - rewards[groups == g].mean()).abs()) for r, g in zip(rewards, groups, strict=True)]
+    distance = [round(x, 9) for x in distance]
+    order = permutation(len(distance), seed, _ROWS, step).tolist()
+    return sorted((row for row in order if distance[row]), key=lambda row: -distance[row])
