@@ -23,7 +23,7 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -123,7 +123,7 @@ class Task:
     steps: int
     learning_rate: float
     interventions: int
-    by: str
+    by: Literal["token", "position", "token_at_position"]
     quality: Callable[[str, Record], float]
     effects: Callable[[Batch], torch.Tensor]
 
@@ -193,7 +193,7 @@ class Contest(Trainer):
     def __init__(self, task: Task, contestant: str, seed: int) -> None:
         torch.manual_seed(seed)
         policy = Policy(len(task.characters), task.length + 1)
-        credit = contestant if contestant in ("attribution", "causal") else "uniform"
+        credit: Any = contestant if contestant in ("attribution", "causal") else "uniform"
         config = TrainerConfig(
             seed=seed,
             steps=task.steps,

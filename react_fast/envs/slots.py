@@ -209,8 +209,8 @@ class _NoisyEnv(TextEnv):
         return found
 
     def step(self, action: str) -> tuple[str, float, bool, bool, dict[str, Any]]:
-        state, reward, *rest = super().step(action)
-        return state, reward + self._error, *rest
+        state, reward, terminated, truncated, info = super().step(action)
+        return state, reward + self._error, terminated, truncated, info
 
 
 def ground_truth(

@@ -77,7 +77,9 @@ class Trainer:
         self.optimizer = make(trained, lr=config.learning_rate, weight_decay=config.weight_decay)
         frozen = config.kl_coef and not algorithm.supervised
         self.reference = copy.deepcopy(model).eval().requires_grad_(False) if frozen else None
-        self.replays = None if algorithm.supervised else CREDITS.get(config.credit, lambda _: None)(self)
+        self.replays: Any = None
+        if config.credit in CREDITS and not algorithm.supervised:
+            self.replays = CREDITS[config.credit](self)
         self.step = 0
         self.updates = 0
         self.environment_steps = 0

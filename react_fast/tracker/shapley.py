@@ -84,8 +84,8 @@ def shapley_values(
         mean, error = pairs.mean(0), pairs.std(0, ddof=1) / math.sqrt(samples)
         low, high = student_interval(mean, error, np.full(players, samples))
     total = worth(range(players)) - worth(())
-    arrays = (torch.from_numpy(np.array(x)) for x in (mean, error, low, high))
-    return Shapley(*arrays, total=total, evaluations=len(kept), exact=exact)
+    columns = torch.from_numpy(np.array([mean, error, low, high]))
+    return Shapley(columns[0], columns[1], columns[2], columns[3], total, len(kept), exact)
 
 
 def shapley(policy: Policy, text: Experiment, spans: Sequence[Span], samples: int) -> Shapley:
