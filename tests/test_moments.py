@@ -129,7 +129,9 @@ def test_decayed_shards_merge_to_one_pass():
     for found in (left, late):
         assert found.count.tolist() == whole.count.tolist()
         for name in ("mean", "effective_count", "variance"):
-            torch.testing.assert_close(getattr(found, name), getattr(whole, name), rtol=1e-12, atol=0, equal_nan=True)
+            torch.testing.assert_close(
+                getattr(found, name), getattr(whole, name), rtol=1e-12, atol=0, equal_nan=True
+            )
 
 
 def test_what_decayed_to_nothing_gives_way_to_what_comes():
@@ -151,7 +153,7 @@ def test_decayed_state_comes_back_bitwise():
         one.update(scores, ids)
     for name, value in moments.state_dict().items():
         contract.assert_bitwise(again.state_dict()[name], value)
-    with pytest.raises(ValueError, match="state must hold count, mean, m2 like these moments, got count, .*weight"):
+    with pytest.raises(ValueError, match=r"state must hold count, mean, m2 like these moments, got .*weight"):
         RunningMoments(SIZE).load_state_dict(moments.state_dict())
 
 

@@ -361,7 +361,11 @@ REFUSED = [
     ),
     (lambda t: t.observe(IDS, IDS, step=-1).__enter__(), ValueError, "step must be at least 0, got -1"),
     (lambda t: t.merge(3), TypeError, "other must be a CausalityTracker, got int"),
-    (lambda t: t.merge(CausalityTracker(nn.Embedding(9, 2))), ValueError, "other must have 50 tokens like this tracker, got 9"),
+    (
+        lambda t: t.merge(CausalityTracker(nn.Embedding(9, 2))),
+        ValueError,
+        "other must have 50 tokens like this tracker, got 9",
+    ),
     (
         lambda t: t.load_state_dict({}),
         ValueError,

@@ -21,14 +21,14 @@ class RunningMoments:
     The result does not depend, to rounding, on how the stream is cut into updates, and two states merge as if one
     had seen both. Sums are float64; every run gives the same bits.
 
-    With `decay` below 1 a score that came k steps before now weighs w = decay^k; `advance` says that a step is over.
+    With `decay` below 1 a score that came k steps before now weighs w = decay^k; `advance` ends a step.
 
-        mean = sum w x / sum w                          n = (sum w)^2 / sum w^2, the effective count
-        M2 = n * sum w (x - mean)^2 / sum w             variance = M2 / (n - 1)      standard error = sqrt(variance / n)
+        mean = sum w x / sum w                    n = (sum w)^2 / sum w^2, the effective count
+        M2 = n * sum w (x - mean)^2 / sum w       variance = M2 / (n - 1)      standard error = sqrt(variance / n)
 
-    For equal weights that is what it is without decay; for any weights of independent scores the variance is unbiased,
-    and its quotient by n is that of the weighted mean. An id without new scores keeps mean and n, as its weights keep
-    their proportions.
+    For equal weights that is what it is without decay. Of independent scores the variance is unbiased whatever
+    they weigh, and variance / n is that of the weighted mean. An id without new scores keeps its mean and n, as
+    its weights keep their proportions.
 
     Args:
         size: ids are in [0, size).
@@ -37,9 +37,7 @@ class RunningMoments:
     Source: Welford 1962; Chan, Golub & LeVeque 1979 for merging; Kish 1965, section 8.2, for the effective count.
     """
 
-    def __init__(
-        self, size: int, device: torch.device | str | None = None, *, decay: float = 1.0
-    ) -> None:
+    def __init__(self, size: int, device: torch.device | str | None = None, *, decay: float = 1.0) -> None:
         if isinstance(size, bool) or not isinstance(size, int) or size < 0:
             raise ValueError(f"size must be a whole number of ids, got {size!r}")
         if isinstance(decay, bool) or not isinstance(decay, (int, float)) or not 0 < decay <= 1:

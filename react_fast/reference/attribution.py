@@ -64,7 +64,9 @@ class RunningMoments:
     def __init__(self, size: int, device: torch.device | str | None = None, *, decay: float = 1.0) -> None:
         self.decay = decay
         self.count = torch.zeros(size, dtype=torch.int64, device=device)
-        self.weight, self.squares, self.mean, self.m2 = torch.zeros(4, size, dtype=torch.float64, device=device)
+        self.weight, self.squares, self.mean, self.m2 = torch.zeros(
+            4, size, dtype=torch.float64, device=device
+        )
 
     def update(self, scores: torch.Tensor, ids: torch.Tensor, mask: torch.Tensor | None = None) -> None:
         keep = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.bool()

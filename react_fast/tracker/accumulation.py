@@ -34,11 +34,15 @@ class Accumulation:
         heat_maps, effects: of the newest 32 examples.
     """
 
-    def __init__(self, policy: Policy, tokenizer: Any, *, groups: Sequence[str] = (), decay: float = 1.0) -> None:
+    def __init__(
+        self, policy: Policy, tokenizer: Any, *, groups: Sequence[str] = (), decay: float = 1.0
+    ) -> None:
         if isinstance(groups, str) or not all(isinstance(name, str) for name in groups):
             raise TypeError(f"groups must be a list of names, got {groups!r}")
         self.policy, self.tokenizer, self.groups = policy, tokenizer, tuple(groups)
         self.decay = decay
+        self.heat_maps: list[HeatMap] = []
+        self.effects: list[EffectRow] = []
         self._clear()
 
     @property
@@ -69,8 +73,8 @@ class Accumulation:
 
         Args:
             k: most rows.
-            kind: "attribution" (of `observe`, whose spans are two neighbouring tokens) or "effect" (of `intervene`,
-                whose spans are its actions of up to 16 tokens).
+            kind: "attribution" (of `observe`, whose spans are two neighbouring tokens) or "effect" (of
+                `intervene`, whose spans are its actions of up to 16 tokens).
             families: of "token", "span", "position", "kind" (such as "prompt word") and "group".
             min_count: observations a feature needs, at least 2; effective ones where there is decay.
         """
@@ -209,8 +213,7 @@ class Accumulation:
         self.observed, self.tested = (
             Features(self.policy.vocab_size, len(self.groups), self.policy.device, self.decay) for _ in KINDS
         )
-        self.heat_maps: list[HeatMap] = []
-        self.effects: list[EffectRow] = []
+        self.heat_maps, self.effects = [], []
         special = sorted(set(getattr(self.tokenizer, "all_special_ids", ())))
         self._special = torch.zeros(self.policy.vocab_size, dtype=torch.bool, device=self.policy.device)
         self._special[[i for i in special if i < self.policy.vocab_size]] = True
@@ -250,7 +253,9 @@ class Accumulation:
     def _accumulate(self, effects: Effects, unit: str, group: int | None) -> None:
         ids, prompt = effects.token_ids, effects.prompt_length
         spans = [ids[start:end] for start, end in effects.spans]
-        sides = self._sides(torch.tensor(ids, device=self.policy.device), torch.arange(len(ids)) >= prompt).tolist()
+        sides = self._sides(
+            torch.tensor(ids, device=self.policy.device), torch.arange(len(ids)) >= prompt
+        ).tolist()
         scores = effects.mean.to(self.policy.device)
 
         def numbers(values: Sequence[int]) -> torch.Tensor:

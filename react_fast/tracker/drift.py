@@ -73,7 +73,9 @@ class Drift:
     def _halve(self) -> None:
         pairs = self._rows(slice(0, None, 2))
         pairs.merge(self._rows(slice(1, None, 2)))
-        room = {name: torch.cat([value, torch.zeros_like(value)]) for name, value in pairs.state_dict().items()}
+        room = {
+            name: torch.cat([value, torch.zeros_like(value)]) for name, value in pairs.state_dict().items()
+        }
         self._load(room)
         self.width *= 2
 
@@ -82,8 +84,8 @@ class CommonKeys:
     """Which of many keys come often: a fixed number of slots, each for one key.
 
     A key has one slot that it may take, if that is free. Each time it comes it gets a vote, each time another key
-    of this slot comes it loses one; below 0 it loses the slot. Keys below `slots` never meet. Which key holds a slot
-    may depend on how a stream is cut; what is counted while a key holds it does not.
+    of this slot comes it loses one; below 0 it loses the slot. Keys below `slots` never meet. Which key holds a
+    slot may depend on how a stream is cut; what is counted while a key holds it does not.
 
     Attributes:
         keys: [slots] int64, -1 where free. votes: [slots] int64.
@@ -94,9 +96,7 @@ class CommonKeys:
         self.keys = torch.full((slots,), _FREE, dtype=torch.int64, device=device)
         self.votes = torch.zeros(slots, dtype=torch.int64, device=device)
 
-    def vote(
-        self, keys: torch.Tensor, mask: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def vote(self, keys: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Count keys [N] int64, at least 0 where the mask [N] is true.
 
         Returns: ([N] slot of every key, [N] bool whether the key holds it, [slots] bool which slots became free).

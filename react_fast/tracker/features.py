@@ -55,7 +55,7 @@ class Features:
 
     Attributes:
         by_token [V], by_position [at least the longest sequence], by_kind [24], by_group [G]: RunningMoments.
-        by_span [512]: of the spans that `spans` holds, each since it holds its slot. names: tokens of spans by key.
+        by_span [512]: of the spans that `spans` holds, each since it holds its slot. names: their tokens, by key.
         drift: the same over training, without decay, of kinds, groups, 128 positions, 1024 tokens and the spans.
     """
 
@@ -112,7 +112,7 @@ class Features:
         self.drift.update(step, scores, self.first["span"] + slot, held)
 
     def merge(self, other: "Features", *, late: int = 0, lag: int = 0) -> None:
-        """Add what another one has, which is left as it was. This one ended `late`, that one `lag` steps earlier."""
+        """Add what another one has, which is left as it was; they ended `late` and `lag` steps ago."""
         copy = Features(len(self.by_token.count), len(self.by_group.count), self._device, self.by_token.decay)
         copy.load_state_dict(other.state_dict())
         length = max(len(one.by_position.count) for one in (self, copy))
@@ -145,7 +145,8 @@ class Features:
         self.names = {key: ids for key, ids in sorted((self.names | names).items()) if key in held}
 
     def state_dict(self) -> dict[str, Any]:
-        parts = {**self._moments(), "tokens": self.tokens, "spans": self.spans, "drift": self.drift}
+        parts: dict[str, Any] = {**self._moments(), "tokens": self.tokens, "spans": self.spans}
+        parts["drift"] = self.drift
         names = [[key, list(ids)] for key, ids in self.names.items()]
         return {name: part.state_dict() for name, part in parts.items()} | {"names": names}
 

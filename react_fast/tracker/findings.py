@@ -12,6 +12,7 @@ from .statistics import benjamini_hochberg, student_interval, student_p_value, w
 
 Table = dict[str, np.ndarray]
 _NUMBERS = ("mean", "standard_error", "low", "high")
+_DRIFT = ("drift", "drift_low", "drift_high", "drift_p")
 # Rounding of an effective count.
 _SLACK = 1e-9
 
@@ -57,7 +58,9 @@ def key_features(
                 effective_count=float(table["effective_count"][i]),
                 drift_significant=bool(drifted[i]),
                 windows=_windows(windows, int(table["column"][i])),
-                **{column: float(table[column][i]) for column in ("drift", "drift_low", "drift_high")},
+                drift=float(table["drift"][i]),
+                drift_low=float(table["drift_low"][i]),
+                drift_high=float(table["drift_high"][i]),
                 **_row(table, i),
             )
         )
@@ -85,13 +88,13 @@ def _with_drift(features: Features, family: str, min_count: int) -> Table:
         slot = features.tokens.slot(features.by_token.count.new_tensor(ids)).cpu().numpy()
         table["column"] = np.where(keys[slot] == ids, first + slot, -1)
     halves = [_columns(moments) for moments in _halves(features)]
-    table |= dict(
-        zip(("drift", "drift_low", "drift_high", "drift_p"), np.full((4, len(ids)), np.nan), strict=True)
-    )
+    table |= dict(zip(_DRIFT, np.full((4, len(ids)), np.nan), strict=True))
     if len(halves) == 2:
         place = np.maximum(table["column"], 0)
-        sides = [tuple(half[name][place] for name in ("mean", "standard_error", "count")) for half in halves]
-        for name, values in zip(("drift", "drift_low", "drift_high", "drift_p"), welch(*sides), strict=True):
+        earlier, later = (
+            [half[name][place] for name in ("mean", "standard_error", "count")] for half in halves
+        )
+        for name, values in zip(_DRIFT, welch(earlier, later), strict=True):
             table[name] = np.where(table["column"] >= 0, values, np.nan)
     return table
 
@@ -115,9 +118,9 @@ def _windows(windows: Sequence[tuple[int, int, RunningMoments]], column: int) ->
         count, mean = int(moments.count[column]), float(moments.mean[column])
         if count:
             error = np.array(float(moments.standard_error[column]))
-            low, high = student_interval(np.array(mean), error, np.array(count))
-            low, high = (low, high) if count > 1 else (np.nan, np.nan)
-            found.append(Window(first, last, count, mean, float(low), float(high)))
+            bounds = student_interval(np.array(mean), error, np.array(count))
+            low, high = map(float, bounds) if count > 1 else (np.nan, np.nan)
+            found.append(Window(first, last, count, mean, low, high))
     return tuple(found)
 
 

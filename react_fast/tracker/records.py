@@ -8,7 +8,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Window:
-    """Mean of a feature over the training steps first to last, with its 95% interval; NaN where it is not known."""
+    """Mean of a feature over the training steps first to last, with its 95% interval, NaN if not known."""
 
     first: int
     last: int

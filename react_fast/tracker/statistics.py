@@ -1,5 +1,7 @@
 """Intervals and tests. numpy float64 in and out, any shape."""
 
+from collections.abc import Sequence
+
 import numpy as np
 from scipy import special, stats
 
@@ -38,15 +40,15 @@ def student_p_value(mean: np.ndarray, standard_error: np.ndarray, count: np.ndar
     return np.where(np.asarray(count) < 2, 1.0, p)
 
 
-Sample = tuple[np.ndarray, np.ndarray, np.ndarray]
+Sample = Sequence[np.ndarray]
 
 
-def welch(first: Sample, second: Sample) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+def welch(first: Sample, second: Sample) -> list[np.ndarray]:
     """Difference of two means whose variances may differ.
 
     Args:
         first, second: (mean, standard error, count) of each sample, all of the same shape.
-    Returns: (second mean - first mean, low, high, two-sided p-value of its being 0); NaN where one of the samples
+    Returns: [second mean - first mean, low, high, two-sided p-value of its being 0]; NaN where one of the samples
         has fewer than two observations.
     Source: Welch 1947, with Satterthwaite's degrees of freedom.
     """
@@ -61,7 +63,7 @@ def welch(first: Sample, second: Sample) -> tuple[np.ndarray, np.ndarray, np.nda
     difference = second[0] - first[0]
     low, high = student_interval(difference, error, degrees + 1)
     p_value = student_p_value(difference, error, degrees + 1)
-    return tuple(np.where(known, value, np.nan) for value in (difference, low, high, p_value))  # type: ignore[return-value]
+    return [np.where(known, value, np.nan) for value in (difference, low, high, p_value)]
 
 
 def bootstrap_interval(

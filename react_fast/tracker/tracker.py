@@ -92,7 +92,7 @@ class CausalityTracker(Accumulation):
             action_mask: [B, T] bool or 0/1 integers, true where the token is an action.
             attention_mask: [B, T] bool or 0/1 integers, for padding on the left; positions count from a row's
                 first true. None: sequences begin at column 0.
-            step: of the training, to choose by `every`, for the decay and the drift; None: the number of this call.
+            step: of the training, for `every`, decay and drift; None: the number of this call.
             group_index: [B] integer in [0, groups), of every row; None: of none.
         Raises: TypeError or ValueError for bad input; RuntimeError at the end if no gradient reached the
             embedding, or if its output was changed in place.
@@ -249,8 +249,8 @@ class CausalityTracker(Accumulation):
             skip_special: leave out the named actions that hold a special token of the tokenizer, such as a chat
                 template's marks.
             group: number of the text's group, to accumulate by.
-            accumulate: whether to; None: if they are effects on "logprob" under the tracker's own counterfactual, as
-                means over outcomes of different units say nothing.
+            accumulate: whether to; None: if they are effects on "logprob" under the tracker's own counterfactual,
+                as means over outcomes of different units say nothing.
         Raises: TypeError, ValueError or IndexError in one line.
         """
         if group is not None and check_count("group", group, 0) >= len(self.groups):
@@ -406,8 +406,9 @@ class CausalityTracker(Accumulation):
     ) -> None:
         """Accumulate scores [B, T]."""
         kinds = action_kind("token", self._sides(ids, response))
-        flat = [x if x is None else x.reshape(-1) for x in (positions, kinds, ids, groups)]
-        self.observed.update(step, scores.reshape(-1), counted.reshape(-1), Places(*flat))
+        position, kind, token = (x.reshape(-1) for x in (positions, kinds, ids))
+        told = Places(position, kind, token, None if groups is None else groups.reshape(-1))
+        self.observed.update(step, scores.reshape(-1), counted.reshape(-1), told)
         pairs = scores[:, 1:] + scores[:, :-1], self.observed.pair_keys(ids), counted[:, 1:] & counted[:, :-1]
         self.observed.update_spans(step, *(part.reshape(-1) for part in pairs))
 

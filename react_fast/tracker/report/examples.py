@@ -24,13 +24,17 @@ def examples(report: Any) -> list[dict[str, Any]]:
     for i in sorted({*range(len(report.heat_maps)), *of_example}):
         heat_map = report.heat_maps[i] if 0 <= i < len(report.heat_maps) else None
         rows = of_example.get(i, [])
-        size = 0 if heat_map is None else len(heat_map.scores) * len(heat_map.prompt_tokens + heat_map.response_tokens)
+        size = (
+            0
+            if heat_map is None
+            else len(heat_map.scores) * len(heat_map.prompt_tokens + heat_map.response_tokens)
+        )
         room -= size
         found.append(
             {
                 "number": i + 1,
                 "title": "" if heat_map is None else heat_map.title,
-                "map": None if heat_map is None else _map(heat_map, rows, matrix=0 < size and room >= 0),
+                "map": None if heat_map is None else _map(heat_map, rows, matrix=size > 0 and room >= 0),
                 "effects": _effects(rows, [] if heat_map is None else heat_map.sums()) if rows else None,
             }
         )
@@ -42,16 +46,29 @@ def _map(heat_map: HeatMap, effects: Sequence[EffectRow], *, matrix: bool) -> di
     tokens, totals = [*heat_map.prompt_tokens, *heat_map.response_tokens], heat_map.sums()
     top = max((abs(value) for value in totals if math.isfinite(value)), default=0.0)
     chips = [
-        {"text": visible(token), "sign": sign(total), "strength": _strength(total, top), "breaks": "\n" in token}
+        {
+            "text": visible(token),
+            "sign": sign(total),
+            "strength": _strength(total, top),
+            "breaks": "\n" in token,
+        }
         for token, total in zip(tokens, totals, strict=True)
     ]
     sides = [("Prompt", chips[:prompt], False), ("Response", chips[prompt:], matrix)]
     data = {
         "totals": [_rounded(total) for total in totals],
         # Row i: the P + i tokens before response token i. Four digits are more than a screen shows.
-        "rows": [[_rounded(x) for x in row[: prompt + i]] for i, row in enumerate(heat_map.scores)] if matrix else [],
+        "rows": [[_rounded(x) for x in row[: prompt + i]] for i, row in enumerate(heat_map.scores)]
+        if matrix
+        else [],
         "effects": [
-            [row.start, row.end, *map(_rounded, (row.mean, row.low, row.high)), row.samples > 1, row.significant]
+            [
+                row.start,
+                row.end,
+                *map(_rounded, (row.mean, row.low, row.high)),
+                row.samples > 1,
+                row.significant,
+            ]
             for row in effects
         ],
     }
@@ -98,7 +115,7 @@ def _rounded(score: float) -> float | None:
 
 def _effects(rows: Sequence[EffectRow], totals: Sequence[float]) -> dict[str, Any]:
     """The effects, the most telling first, beside the attribution of the same tokens."""
-    ranked = sorted(rows, key=_reliability, reverse=True)
+    ranked = sorted(rows, key=reliability, reverse=True)
     shown = ranked[:ROWS]
     scores = [_attributed(row, totals) for row in shown]
     scale = scale_of([row.mean for row in shown], [bound for row in shown for bound in (row.low, row.high)])
@@ -131,10 +148,16 @@ def _effects(rows: Sequence[EffectRow], totals: Sequence[float]) -> dict[str, An
     }
 
 
-def _reliability(row: EffectRow) -> float:
+def reliability(row: EffectRow) -> float:
     """How far the interval is from 0; without one, the effect."""
     bounds = max(row.low, -row.high)
-    return bounds if row.samples > 1 and not math.isnan(bounds) else abs(row.mean) if row.mean == row.mean else -math.inf
+    return (
+        bounds
+        if row.samples > 1 and not math.isnan(bounds)
+        else abs(row.mean)
+        if row.mean == row.mean
+        else -math.inf
+    )
 
 
 def _attributed(row: EffectRow, totals: Sequence[float]) -> float:

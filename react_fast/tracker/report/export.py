@@ -4,7 +4,7 @@ import json
 import math
 from dataclasses import asdict, fields, is_dataclass
 from pathlib import Path
-from typing import Any, get_args, get_origin, get_type_hints
+from typing import Any, cast, get_args, get_origin, get_type_hints
 
 from ..records import EffectRow, HeatMap, KeyFeature, PositionMean
 from .text import visible
@@ -39,8 +39,8 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def write_graphml(report: Any, path: Path) -> None:
-    """Tokens of the examples and the features as nodes. Edges: attribution of a response token to a token before it
-    (of a long text, of a token to its outcome), the effect of an action on the example's outcome, the mean of a
+    """Tokens of the examples and the features as nodes. Edges: attribution of a response token to a token before
+    it (in a long text, of the outcome to a token), the effect of an action on the example's outcome, the mean of a
     feature on the outcome over all of training. Zeros and missing numbers have no edge."""
     import networkx
 
@@ -126,7 +126,8 @@ def _decoded(kind: Any, value: Any) -> Any:
     """The inverse of `encoded` for a record, a tuple or a number of this type."""
     if is_dataclass(kind):
         types = get_type_hints(kind)
-        return kind(**{field.name: _decoded(types[field.name], value[field.name]) for field in fields(kind)})
+        values = {field.name: _decoded(types[field.name], value[field.name]) for field in fields(kind)}
+        return cast(Any, kind)(**values)
     if get_origin(kind) is tuple:
         return tuple(_decoded(get_args(kind)[0], item) for item in value)
     if kind is float:

@@ -27,10 +27,10 @@ class Scale:
         return not self.low <= value <= self.high
 
 
-def scale_of(means: Iterable[float], bounds: Iterable[float] = ()) -> Scale:
+def scale_of(means: Iterable[float], bounds: Iterable[float] = (), *, reach: float = _REACH) -> Scale:
     """Scale that shows all means, and of their intervals as much as keeps the means apart."""
     finite = [value for value in means if math.isfinite(value)]
-    reach = _REACH * max((abs(value) for value in finite), default=0.0)
+    reach *= max((abs(value) for value in finite), default=0.0)
     finite += [min(max(value, -reach), reach) for value in bounds if not math.isnan(value)]
     low, high = min(finite, default=0.0), max(finite, default=0.0)
     low, high = min(low, 0.0), max(high, 0.0)
@@ -142,7 +142,7 @@ def graph(causes: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
 
 def trend(windows: Sequence[Window]) -> dict[str, Any]:
     """Line and band of a mean over training steps, with the numbers at its ends."""
-    y = scale_of([w.mean for w in windows], [bound for w in windows for bound in (w.low, w.high)])
+    y = scale_of([w.mean for w in windows], [bound for w in windows for bound in (w.low, w.high)], reach=1.5)
     x = Scale(windows[0].first - 0.5, windows[-1].last + 0.5)
     middle = [(w.first + w.last) / 2 for w in windows]
     bounds = [(w.mean, w.mean) if math.isnan(w.low) else (w.low, w.high) for w in windows]

@@ -14,7 +14,10 @@ from .text import interval, number, probability, tick, visible
 
 KINDS = {
     "effect": ("Effect", "Interventional: means over the interventions that were carried out."),
-    "attribution": ("Attribution", "Observational: means over every training sequence that the tracker observed."),
+    "attribution": (
+        "Attribution",
+        "Observational: means over every training sequence that the tracker observed.",
+    ),
 }
 _LABELS = {
     "every": "observed: one step in",
@@ -40,7 +43,9 @@ def render(report: Any) -> str:
     environment.filters |= {f.__name__: f for f in (number, tick, visible, interval, probability)}
     key = {kind: _of(report, kind, _KEY) for kind in KINDS}
     wide = [row for kind in KINDS for row in _of(report, kind, ("kind", "group"))]
-    causes = key["effect"] or key["attribution"]
+    # Positions cause nothing by themselves.
+    acted = {kind: [one for one in features if one.family != "position"] for kind, features in key.items()}
+    causes = acted["effect"] or acted["attribution"]
     return environment.get_template("page.html.j2").render(
         facts=[
             (_LABELS.get(name, str(name).replace("_", " ")), _fact(value))
@@ -49,8 +54,10 @@ def render(report: Any) -> str:
         summary=_summary(causes),
         graph=graph([_cause(feature) for feature in causes[:EDGES]]),
         tables=[_table(*KINDS[kind], features) for kind, features in key.items()],
-        wide=[_table(title, "", [row for row in wide if row.kind == kind]) for kind, (title, _) in KINDS.items()],
-        panels=_panels([*key["effect"], *key["attribution"]]),
+        wide=[
+            _table(title, "", [row for row in wide if row.kind == kind]) for kind, (title, _) in KINDS.items()
+        ],
+        panels=_panels([*acted["effect"], *acted["attribution"], *key["effect"], *key["attribution"]]),
         examples=examples(report),
         curve=curve(report.by_position),
         positions=report.by_position,
@@ -128,5 +135,6 @@ def _panels(features: Sequence[KeyFeature]) -> list[dict[str, Any]]:
     for pair in zip_longest(moved, known):
         order |= {id(one): one for one in pair if one is not None}
     return [
-        {"feature": one, "text": named(one), "trend": trend(one.windows)} for one in list(order.values())[:PANELS]
+        {"feature": one, "text": named(one), "trend": trend(one.windows)}
+        for one in list(order.values())[:PANELS]
     ]

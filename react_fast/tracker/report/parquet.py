@@ -16,8 +16,8 @@ _OF_POSITION = [field.name for field in fields(PositionMean)]
 
 def write_parquet(report: Any, path: Path) -> None:
     """One long table; `record` says what a row is: feature, window (of the feature with this `index`), position,
-    token (of an example; its mean is the token's total, where that is all there is), score (of a heat map) or effect.
-    A column that a record does not have is null. The schema's metadata holds `meta` and the titles as JSON."""
+    token (of an example; its mean is the total, where that is all there is), score (of a heat map) or effect. A
+    column that a record does not have is null. The schema's metadata holds `meta` and the titles as JSON."""
     pyarrow, parquet = _library()
     integer, real, text = pyarrow.int64(), pyarrow.float64(), pyarrow.string()
     columns = dict.fromkeys(("record", "kind", "family", "name"), text)
@@ -60,7 +60,9 @@ def read_parquet(path: Path) -> dict[str, Any]:
         ],
         "by_position": [PositionMean(**_part(row, _OF_POSITION)) for row in rows["position"]],
         "heat_maps": [
-            _heat_map(title, *([row for row in rows[name] if row["example"] == i] for name in ("token", "score")))
+            _heat_map(
+                title, *([row for row in rows[name] if row["example"] == i] for name in ("token", "score"))
+            )
             for i, title in enumerate(about["titles"])
         ],
         "effects": [
@@ -73,7 +75,13 @@ def _long(report: Any) -> Iterator[dict[str, Any]]:
     for i, feature in enumerate(report.features):
         yield {"record": "feature", "index": i, **{name: getattr(feature, name) for name in _OF_FEATURE}}
         for window in feature.windows:
-            yield {"record": "window", "index": i, "kind": feature.kind, "name": feature.name, **asdict(window)}
+            yield {
+                "record": "window",
+                "index": i,
+                "kind": feature.kind,
+                "name": feature.name,
+                **asdict(window),
+            }
     for row in report.by_position:
         yield {"record": "position", "kind": "attribution", **asdict(row)}
     for example, heat_map in enumerate(report.heat_maps):
@@ -97,12 +105,14 @@ def _long(report: Any) -> Iterator[dict[str, Any]]:
 
 
 def _heat_map(title: str, tokens: list[dict[str, Any]], scores: list[dict[str, Any]]) -> HeatMap:
-    sides = [tuple(row["name"] for row in tokens if row["in_response"] == side) for side in (False, True)]
+    prompt, response = (
+        tuple(row["name"] for row in tokens if row["in_response"] == side) for side in (False, True)
+    )
     totals = tuple(row["mean"] for row in tokens if row["mean"] is not None)
     rows: dict[int, list[float]] = {}
     for row in scores:
         rows.setdefault(row["target"], []).append(row["mean"])
-    return HeatMap(*sides, tuple(map(tuple, rows.values())), title, totals)
+    return HeatMap(prompt, response, tuple(map(tuple, rows.values())), title, totals)
 
 
 def _part(row: dict[str, Any], names: list[str]) -> dict[str, Any]:

@@ -59,11 +59,11 @@ class CausalityReport:
         return _written(path, lambda place: export.write_graphml(self, place))
 
     def to_parquet(self, path: Destination) -> Path:
-        """Writes one long table, a row for each number. `from_parquet` reads it. Raises: ImportError without pyarrow."""
+        """Writes one long table, which `from_parquet` reads. Raises: ImportError without pyarrow."""
         return _written(path, lambda place: parquet.write_parquet(self, place))
 
     def show(self, *, limit: int = 20, console: Any = None) -> None:
-        """Prints the heat maps, the key features and the effects of the examples, `limit` rows each. Needs rich."""
+        """Prints heat maps, key features and the examples' effects, `limit` rows each. Needs rich."""
         from .terminal import show
 
         show(self, limit=limit, console=console)
@@ -75,7 +75,7 @@ class CausalityReport:
 
     @classmethod
     def from_parquet(cls, path: Destination) -> "CausalityReport":
-        """The report that `to_parquet` wrote. Raises: ValueError for another table; ImportError without pyarrow."""
+        """The report that `to_parquet` wrote. Raises: ValueError for another; ImportError without pyarrow."""
         return cls(**parquet.read_parquet(Path(path)))
 
 
