@@ -360,6 +360,32 @@ REFUSED = [
         "action_mask must be on cpu like input_ids",
     ),
     (lambda t: t.observe(IDS, IDS, step=-1).__enter__(), ValueError, "step must be at least 0, got -1"),
+    (
+        lambda t: t.observe(IDS, IDS, group_index=torch.tensor([0, 2])).__enter__(),
+        IndexError,
+        r"group_index must be in \[0, 0\), got 0",
+    ),
+    (
+        lambda t: t.observe(IDS, IDS, group_index=IDS).__enter__(),
+        ValueError,
+        r"group_index must be \[2\] like input_ids",
+    ),
+    (lambda t: t.intervene([1], [2], group=1), IndexError, r"group must be in \[0, 0\), got 1"),
+    (
+        lambda t: t.key_features(families=("word",)),
+        ValueError,
+        "families must be one of 'token', .*, got 'word'",
+    ),
+    (
+        lambda t: t.merge(CausalityTracker(FirstToken(), decay=0.5)),
+        ValueError,
+        "other must have decay 1.0 like this tracker, got 0.5",
+    ),
+    (
+        lambda t: t.merge(CausalityTracker(FirstToken(), groups=["a"])),
+        ValueError,
+        r"other must have groups \[\] like this tracker, got \['a'\]",
+    ),
     (lambda t: t.merge(3), TypeError, "other must be a CausalityTracker, got int"),
     (
         lambda t: t.merge(CausalityTracker(nn.Embedding(9, 2))),
@@ -393,6 +419,8 @@ def test_bad_input_is_refused(call, error, text):
         ({"model": nn.Linear(2, 2)}, ValueError, r"exactly one nn.Embedding, got 0"),
         ({"attribution": "lime"}, ValueError, "attribution must be one of 'grad_x_input', .*, got 'lime'"),
         ({"interventions": "delete"}, TypeError, r"interventions must have a method replacement\(tokens\)"),
+        ({"groups": "task"}, TypeError, "groups must be a list of names, got 'task'"),
+        ({"decay": 0}, ValueError, r"decay must be a number in \(0, 1\], got 0"),
         ({"every": 0}, ValueError, "every must be at least 1, got 0"),
         ({"seed": -1}, ValueError, "seed must be at least 0, got -1"),
         ({"seed": 0.5}, TypeError, "seed must be an integer, got float"),

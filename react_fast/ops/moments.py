@@ -85,11 +85,9 @@ class RunningMoments:
             self._aged = _Aged(self._aged.weight * self.decay**steps, self._aged.effective)
 
     def forget(self, ids: torch.Tensor) -> None:
-        """Let those of ids [size] bool be as if nothing had been seen of them."""
-        _check.shape("ids", ids, self.count.shape, "these moments")
-        index = ids.nonzero()[:, 0] if ids.device.type == "cpu" else None
+        """Let ids [n] int64 be as if nothing had been seen of them."""
         for values in (self.count, self._mean, self._m2, *(self._aged or ())):
-            values.masked_fill_(ids, 0) if index is None else values.index_fill_(0, index, 0)
+            values.index_fill_(0, _check.integer("ids", ids).long(), 0)
 
     def merge(self, other: "RunningMoments") -> None:
         """Add what `other`, of the same size and decay, has seen up to the same step.

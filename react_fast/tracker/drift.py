@@ -31,11 +31,10 @@ class Drift:
             self._halve()
         self.moments.update(scores, ids + step // self.width * self.size, mask)
 
-    def forget(self, first: int, features: torch.Tensor) -> None:
-        """Forget the features first + i where features [n] bool is true."""
-        columns = torch.zeros(self.size, dtype=torch.bool, device=features.device)
-        columns[first : first + len(features)] = features
-        self.moments.forget(columns.repeat(WINDOWS))
+    def forget(self, features: torch.Tensor) -> None:
+        """Forget features [n] int64."""
+        rows = torch.arange(WINDOWS, device=features.device) * self.size
+        self.moments.forget((rows[:, None] + features).reshape(-1))
 
     def merge(self, other: "Drift") -> None:
         """Add what another one saw of the same steps or of others; `other` ends as wide as this one."""

@@ -91,8 +91,7 @@ class Features:
         self.by_position.update(scores, actions.position, mask)
         self.by_kind.update(scores, actions.kind, mask)
         slot, held, lost = self.tokens.vote(actions.token.clamp_min(0), single)
-        if _any(lost):
-            self.drift.forget(self.first["token"], lost)
+        self._forget("token", lost)
         ids, masks = {"kind": actions.kind, "position": actions.position, "token": slot}, [mask]
         masks += [mask & (actions.position < POSITIONS), held]
         if actions.group is not None:
@@ -105,9 +104,7 @@ class Features:
     def update_spans(self, step: int, scores: torch.Tensor, keys: torch.Tensor, mask: torch.Tensor) -> None:
         """Add scores [N] of the spans that `keys` [N] stand for."""
         slot, held, lost = self.spans.vote(keys, mask)
-        if _any(lost):
-            self.by_span.forget(lost)
-            self.drift.forget(self.first["span"], lost)
+        self._forget("span", lost)
         self.by_span.update(scores, slot, held)
         self.drift.update(step, scores, self.first["span"] + slot, held)
 
@@ -122,9 +119,7 @@ class Features:
         for family, table in (("token", "tokens"), ("span", "spans")):
             ours, theirs = getattr(self, table).merge(getattr(copy, table))
             for one, void in ((self, ours), (copy, theirs)):
-                one.drift.forget(self.first[family], void)
-                if family == "span":
-                    one.by_span.forget(void)
+                one._forget(family, void)
         for name, moments in self._moments().items():
             moments.merge(copy._moments()[name])
         self.drift.merge(copy.drift)
@@ -156,6 +151,14 @@ class Features:
             getattr(self, name).load_state_dict(state[name])
         self.names = {int(key): tuple(ids) for key, ids in state["names"]}
 
+    def _forget(self, family: str, slots: torch.Tensor) -> None:
+        """Forget what held these slots, [slots] bool, of tokens or spans."""
+        lost = slots.nonzero()[:, 0]
+        if len(lost):
+            self.drift.forget(self.first[family] + lost)
+            if family == "span":
+                self.by_span.forget(lost)
+
     def _moments(self) -> dict[str, RunningMoments]:
         return {name: getattr(self, name) for name in (f"by_{family}" for family in FAMILIES)}
 
@@ -168,8 +171,3 @@ def _resized(moments: RunningMoments, size: int) -> RunningMoments:
         room[name][: len(value)] = value[:size]
     longer.load_state_dict(room)
     return longer
-
-
-def _any(flags: torch.Tensor) -> bool:
-    """Whether one is true; on a device, where looking would wait for it, always."""
-    return flags.device.type != "cpu" or bool(flags.any())

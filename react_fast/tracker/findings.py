@@ -31,7 +31,9 @@ def key_features(
     Args:
         name: of a feature, from its family and its ids.
     """
-    tables = [_with_drift(features, family, min_count) for family in families]
+    windows = features.drift.windows()
+    halves = [_columns(moments) for moments in _halves([moments for _, _, moments in windows])]
+    tables = [_with_drift(features, family, min_count, halves) for family in families]
     if not tables:
         return []
     owner = np.concatenate([np.full(len(table["id"]), i) for i, table in enumerate(tables)])
@@ -42,7 +44,6 @@ def key_features(
     drifted[known] = benjamini_hochberg(table["drift_p"][known])
     # Negative where 0 is inside: then by how far inside.
     distance = np.maximum(table["low"], -table["high"])
-    windows = features.drift.windows()
     found = []
     for i in np.argsort(-distance, kind="stable")[:k]:
         family = families[owner[i]]
@@ -73,7 +74,7 @@ def position_means(moments: RunningMoments, min_count: int) -> list[PositionMean
     return [PositionMean(position=int(place), **_row(table, i)) for i, place in enumerate(table["id"])]
 
 
-def _with_drift(features: Features, family: str, min_count: int) -> Table:
+def _with_drift(features: Features, family: str, min_count: int, halves: Sequence[Table]) -> Table:
     """Columns of a family's features with enough observations, and of how they changed over training.
 
     "column" is a feature's place in `features.drift`, -1 if it is not followed there.
@@ -87,7 +88,6 @@ def _with_drift(features: Features, family: str, min_count: int) -> Table:
         keys = features.tokens.keys.cpu().numpy()
         slot = features.tokens.slot(features.by_token.count.new_tensor(ids)).cpu().numpy()
         table["column"] = np.where(keys[slot] == ids, first + slot, -1)
-    halves = [_columns(moments) for moments in _halves(features)]
     table |= dict(zip(_DRIFT, np.full((4, len(ids)), np.nan), strict=True))
     if len(halves) == 2:
         place = np.maximum(table["column"], 0)
@@ -99,15 +99,15 @@ def _with_drift(features: Features, family: str, min_count: int) -> Table:
     return table
 
 
-def _halves(features: Features) -> list[RunningMoments]:
+def _halves(windows: Sequence[RunningMoments]) -> list[RunningMoments]:
     """Moments of all features in the earlier and the later half of the windows; none if there is only one."""
-    windows = [moments for _, _, moments in features.drift.windows()]
     middle = len(windows) // 2
     found = []
     for part in (windows[:middle], windows[middle:]) if middle else ():
-        for moments in part[1:]:
-            part[0].merge(moments)
-        found.append(part[0])
+        whole = RunningMoments(len(part[0].count), part[0].count.device)
+        for moments in part:
+            whole.merge(moments)
+        found.append(whole)
     return found
 
 
