@@ -22,6 +22,7 @@ def _bytes(tracker):
 def _fed(updates, **options):
     """A tracker that saw this many training steps of 8 random tokens, and one example in 25 steps."""
     torch.manual_seed(0)
+    torch.set_num_threads(1)  # thousands of small updates
     tracker = CausalityTracker(FirstToken(), groups=("a", "b"), **options)
     generator = torch.Generator().manual_seed(3)
     for step in range(updates):
