@@ -108,11 +108,18 @@ def _app() -> Any:
         folder: str = typer.Argument(metavar="RUN"),
         text: str = typer.Option(..., help="The prompt to explain."),
         html: str = typer.Option(None, help="Write the explanation as one HTML page, too."),
+        actions: str = typer.Option("token", help="What is taken away: token, word, sentence, line, step."),
+        method: str = typer.Option(
+            None, help="grad_x_input (if not given), saliency or integrated_gradients."
+        ),
+        samples: int = typer.Option(
+            None, help="Continuations of each action, for intervals; none: one answer."
+        ),
     ) -> None:
         """Show which tokens of a prompt the answer hangs on: attribution, and what deleting each one does."""
         from .trainer.explain import explain as explain_text
 
-        explain_text(folder, text, html=html)
+        explain_text(folder, text, html=html, actions=actions, method=method, samples=samples)
 
     @app.command()
     def report(folder: str = typer.Argument(metavar="RUN")) -> None:

@@ -6,6 +6,7 @@ import torch
 
 import react_fast as rf
 from react_fast import RunningMoments, reference
+from react_fast.tracker.statistics import student_interval
 
 from . import contract
 
@@ -56,6 +57,118 @@ def test_masked_scores_do_not_exist(backend):
     _assert_equal(moments, scores[mask], ids[mask])
     moments.update(torch.empty(0), torch.empty(0, dtype=torch.int64))
     _assert_equal(moments, scores[mask], ids[mask])
+
+
+DECAY = 0.9
+
+
+def _aged_stream(steps=40):
+    """(scores, ids, step they came at); ids 0 and 1 in every step, id 2 in the first alone, id 3 once."""
+    ids = torch.cat([torch.tensor([0, 1, 1]).repeat(steps), torch.tensor([2, 2, 3])])
+    when = torch.cat([torch.arange(steps).repeat_interleave(3), torch.tensor([0, 0, 5])])
+    order = when.argsort(stable=True)
+    return torch.randn(len(ids), dtype=torch.float64) + 3, ids[order], when[order]
+
+
+def _aged(scores, ids, when, kind=RunningMoments, **options):
+    moments = kind(SIZE, decay=DECAY, **options)
+    for step in range(int(when.max()) + 1):
+        moments.advance()
+        moments.update(scores[when == step], ids[when == step])
+    return moments
+
+
+def _numpy_aged(scores, ids, when, last):
+    """(mean, effective count, standard error) from the weights themselves, every id in turn."""
+    found = []
+    for i in range(SIZE):
+        x, w = scores[ids == i].numpy(), DECAY ** (last - when[ids == i].numpy().astype(float))
+        if len(x) < 2:
+            found.append((x.sum(), float(len(x)), np.nan))
+            continue
+        mean = np.average(x, weights=w)
+        # Reliability weights: sum w (x - mean)^2 / (sum w - sum w^2 / sum w) has the variance as its expectation.
+        variance = np.sum(w * (x - mean) ** 2) / (w.sum() - np.sum(w**2) / w.sum())
+        error = np.sqrt(variance * np.sum(w**2)) / w.sum()
+        found.append((mean, w.sum() ** 2 / np.sum(w**2), error))
+    return np.array(found).T
+
+
+def test_decay_equals_the_weighted_sums(backend):
+    scores, ids, when = _aged_stream()
+    expected = _numpy_aged(scores, ids, when, int(when.max()))
+    for moments in (_aged(scores, ids, when), _aged(scores, ids, when, reference.RunningMoments)):
+        found = [moments.mean, moments.effective_count, moments.standard_error]
+        # Forty merges of float64 numbers of size 3.
+        np.testing.assert_allclose(torch.stack(found).numpy(), expected, rtol=1e-12)
+
+
+def test_decayed_intervals_cover_the_mean():
+    """The effective count is what an interval may build on: 2,000 streams at once, one an id."""
+    moments, expected = RunningMoments(2000, decay=DECAY), 0.5
+    for _ in range(60):
+        moments.advance()
+        moments.update(torch.randn(2, 2000) + expected, torch.arange(2000).expand(2, -1))
+    low, high = student_interval(
+        moments.mean.numpy(), moments.standard_error.numpy(), moments.effective_count.numpy()
+    )
+    share = np.mean((low < expected) & (expected < high))
+    assert abs(share - 0.95) < 0.02  # four standard errors of a share of 2,000
+
+
+def test_decayed_shards_merge_to_one_pass():
+    scores, ids, when = _aged_stream()
+    whole, early = _aged(scores, ids, when), _aged(scores[when < 30], ids[when < 30], when[when < 30])
+    # Two ranks see the same steps; a run that ended ten steps earlier is advanced by them.
+    parts = [torch.arange(len(ids)) % 2 == r for r in (0, 1)]
+    left, right = (_aged(scores[p], ids[p], when[p]) for p in parts)
+    left.merge(right)
+    early.advance(10)
+    late = _aged(scores[when >= 30], ids[when >= 30], when[when >= 30])
+    late.merge(early)
+    for found in (left, late):
+        assert found.count.tolist() == whole.count.tolist()
+        for name in ("mean", "effective_count", "variance"):
+            torch.testing.assert_close(
+                getattr(found, name), getattr(whole, name), rtol=1e-12, atol=0, equal_nan=True
+            )
+
+
+def test_what_decayed_to_nothing_gives_way_to_what_comes():
+    moments = RunningMoments(2, decay=0.5)
+    moments.update(torch.tensor([1.0, 3.0, 1.0, 3.0]), torch.tensor([0, 0, 1, 1]))
+    moments.advance(5000)  # 0.5^5000 is 0 in float64
+    moments.update(torch.tensor([5.0, 5.0]), torch.tensor([1, 1]))
+    assert moments.mean.tolist() == [2.0, 5.0]
+    assert moments.effective_count.tolist() == [2.0, 2.0]
+    assert moments.variance.tolist() == [2.0, 0.0]
+
+
+def test_decayed_state_comes_back_bitwise():
+    scores, ids, when = _aged_stream()
+    moments, again = _aged(scores, ids, when), RunningMoments(SIZE, decay=DECAY)
+    again.load_state_dict(moments.state_dict())
+    for one in (moments, again):
+        one.advance()
+        one.update(scores, ids)
+    for name, value in moments.state_dict().items():
+        contract.assert_bitwise(again.state_dict()[name], value)
+    with pytest.raises(ValueError, match=r"state must hold count, mean, m2 like these moments, got .*weight"):
+        RunningMoments(SIZE).load_state_dict(moments.state_dict())
+
+
+@pytest.mark.parametrize(
+    ("call", "text"),
+    [
+        (lambda m: RunningMoments(SIZE, decay=0.0), r"decay must be a number in \(0, 1\], got 0.0"),
+        (lambda m: RunningMoments(SIZE, decay=1.5), "got 1.5"),
+        (lambda m: m.advance(-1), "steps must be a whole number, got -1"),
+        (lambda m: m.merge(RunningMoments(SIZE)), "other must have decay 0.9 like these moments, got 1"),
+    ],
+)
+def test_bad_decay_is_refused(call, text):
+    with pytest.raises(ValueError, match=text):
+        call(RunningMoments(SIZE, decay=DECAY))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)

@@ -5,6 +5,7 @@ import functools
 import itertools
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -100,6 +101,9 @@ def test_explain_shows_tokens_and_writes_a_page(whole, capsys, tmp_path):
     assert "answer: " in printed
     for column in ("attribution", "effect"):
         assert column in printed
+    words = ["--actions", "word", "--samples", "2", "--method", "saliency"]
+    assert cli.main(["explain", str(whole), "--text", "say 1:", *words]) == 0
+    assert re.search(r"say\s.*1:.* \[[+-].*, [+-].*\]", capsys.readouterr().out.replace("\n", " "))
     assert page.read_text(encoding="utf-8").startswith("<!DOCTYPE html>")
 
 
@@ -152,6 +156,18 @@ def test_explain_and_report_name_what_they_cannot_read_or_write(whole, tmp_path,
     assert capsys.readouterr().err == f"react-fast: html {tmp_path} cannot be written: Is a directory\n"
     assert cli.main(["explain", str(whole), "--text", ""]) == 2
     assert "text must hold at least one token, got an empty text" in capsys.readouterr().err
+    for wrong, told in (
+        (
+            ["--actions", "turn"],
+            "actions must be one of 'token', 'word', 'sentence', 'line', 'step', got 'turn'",
+        ),
+        (["--method", "lime"], "method must be one of"),
+        (["--samples", "1"], "samples must be at least 2, got 1"),
+    ):
+        assert cli.main(["explain", str(whole), "--text", "say 1:", *wrong]) == 2
+        err = capsys.readouterr().err
+        assert told in err
+        assert err.count("\n") == 1
     run = shutil.copytree(whole, tmp_path / "run")
     (run / "metrics.jsonl").unlink()
     assert cli.main(["report", str(run)]) == 2

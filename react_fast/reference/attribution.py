@@ -58,29 +58,52 @@ def accumulate_by_id(
 
 
 class RunningMoments:
-    """The loop twin of react_fast.RunningMoments: count, mean and M2 for every id."""
+    """The loop twin of react_fast.RunningMoments: count, and sums of weights, squared weights and weighted squared
+    deviations (West 1979), for every id."""
 
-    def __init__(self, size: int, device: torch.device | str | None = None) -> None:
+    def __init__(self, size: int, device: torch.device | str | None = None, *, decay: float = 1.0) -> None:
+        self.decay = decay
         self.count = torch.zeros(size, dtype=torch.int64, device=device)
-        self.mean = torch.zeros(size, dtype=torch.float64, device=device)
-        self.m2 = torch.zeros(size, dtype=torch.float64, device=device)
+        self.weight, self.squares, self.mean, self.m2 = torch.zeros(
+            4, size, dtype=torch.float64, device=device
+        )
 
     def update(self, scores: torch.Tensor, ids: torch.Tensor, mask: torch.Tensor | None = None) -> None:
-        accumulate_by_id(scores.detach(), ids, mask, self.count, self.mean, self.m2)
+        keep = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.bool()
+        for x, i in zip(scores.detach()[keep].double(), ids[keep].tolist(), strict=True):
+            self.count[i] += 1
+            self.weight[i] += 1
+            self.squares[i] += 1
+            d = x - self.mean[i]
+            self.mean[i] += d / self.weight[i]
+            self.m2[i] += d * (x - self.mean[i])
+
+    def advance(self, steps: int = 1) -> None:
+        for _ in range(steps):
+            self.weight *= self.decay
+            self.squares *= self.decay**2
+            self.m2 *= self.decay
 
     def merge(self, other: "RunningMoments") -> None:
         for i in range(len(self.count)):
-            total = self.count[i] + other.count[i]
+            total = self.weight[i] + other.weight[i]
             if total:
                 d = other.mean[i] - self.mean[i]
-                self.m2[i] += other.m2[i] + d * d * self.count[i] * other.count[i] / total
-                self.mean[i] += d * other.count[i] / total
-                self.count[i] = total
+                self.m2[i] += other.m2[i] + d * d * self.weight[i] * other.weight[i] / total
+                self.mean[i] += d * other.weight[i] / total
+                self.weight[i] = total
+            self.count[i] += other.count[i]
+            self.squares[i] += other.squares[i]
+
+    @property
+    def effective_count(self) -> torch.Tensor:
+        return torch.where(self.count > 0, self.weight**2 / self.squares, 0.0)
 
     @property
     def variance(self) -> torch.Tensor:
-        return torch.where(self.count > 1, self.m2 / (self.count - 1), torch.nan)
+        unbiased = self.m2 / (self.weight - self.squares / self.weight)
+        return torch.where(self.count > 1, unbiased, torch.nan)
 
     @property
     def standard_error(self) -> torch.Tensor:
-        return (self.variance / self.count).sqrt()
+        return (self.variance / self.effective_count).sqrt()

@@ -1,54 +1,89 @@
-"""What a tracker has found so far: moments by token and position, examples; their state and their merge."""
+"""What a tracker has found so far: moments by feature, examples; their state and their merge."""
 
+import copy
 from collections.abc import Sequence
 from dataclasses import asdict, replace
+from os import PathLike
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from ..ops import _check
 from ..ops.moments import RunningMoments
-from .findings import key_tokens, position_means
+from .features import FAMILIES, LONGEST, SIDES, Actions, Features, action_kind, kind_name, span_key
+from .findings import key_features, position_means
 from .intervention import Effects
 from .policy import Policy
-from .records import EffectRow, HeatMap, KeyToken, PositionMean
+from .records import EffectRow, HeatMap, KeyFeature, PositionMean
 from .text import check_count
 
 KINDS = ("attribution", "effect")
-_MOMENTS = ("by_token", "by_position", "effects_by_token")
+# The newest examples are kept.
+EXAMPLES = 32
 
 
 class Accumulation:
-    """The part of a CausalityTracker that grows; its size hangs on vocabulary and longest sequence alone, examples
-    aside.
+    """The part of a CausalityTracker that accumulates. Its size hangs on vocabulary, groups and longest sequence,
+    not on the number of steps.
 
     Attributes:
-        by_token, by_position: moments of the attribution that `observe` read.
-        effects_by_token: moments of the effects of single tokens. calls: of `observe`.
-        heat_maps, effects: of the examples.
+        observed: Features of the attribution that `observe` read.
+        tested: Features of the effects that `intervene` measured, each action's mean as one observation.
+        calls: of `observe`. step: of the training, the last that was seen.
+        heat_maps, effects: of the newest 32 examples.
     """
 
-    def __init__(self, policy: Policy, tokenizer: Any) -> None:
-        self.policy, self.tokenizer = policy, tokenizer
-        self.calls = 0
-        self.by_token = RunningMoments(policy.vocab_size, policy.device)
-        self.by_position = RunningMoments(1, policy.device)
-        self.effects_by_token = RunningMoments(policy.vocab_size, policy.device)
+    def __init__(
+        self, policy: Policy, tokenizer: Any, *, groups: Sequence[str] = (), decay: float = 1.0
+    ) -> None:
+        if isinstance(groups, str) or not all(isinstance(name, str) for name in groups):
+            raise TypeError(f"groups must be a list of names, got {groups!r}")
+        self.policy, self.tokenizer, self.groups = policy, tokenizer, tuple(groups)
+        self.decay = decay
         self.heat_maps: list[HeatMap] = []
         self.effects: list[EffectRow] = []
+        self._clear()
 
-    def key_tokens(self, k: int = 20, *, kind: str = "attribution", min_count: int = 5) -> list[KeyToken]:
-        """The k tokens whose 95% interval of the mean is farthest from 0, the most telling first.
+    @property
+    def by_token(self) -> RunningMoments:
+        """Attribution by token of the vocabulary."""
+        return self.observed.by_token
+
+    @property
+    def by_position(self) -> RunningMoments:
+        """Attribution by place in the sequence."""
+        return self.observed.by_position
+
+    @property
+    def effects_by_token(self) -> RunningMoments:
+        """Effects of single tokens."""
+        return self.tested.by_token
+
+    def key_features(
+        self,
+        k: int = 20,
+        *,
+        kind: str = "attribution",
+        families: Sequence[str] = ("token", "span", "position"),
+        min_count: int = 5,
+    ) -> list[KeyFeature]:
+        """The k features that most reliably raise or lower the outcome: those whose 95% interval of the mean is
+        farthest from 0 come first.
 
         Args:
             k: most rows.
-            kind: "attribution" (of `observe`) or "effect" (of `intervene`).
-            min_count: observations a token needs, at least 2.
+            kind: "attribution" (of `observe`, whose spans are two neighbouring tokens) or "effect" (of
+                `intervene`, whose spans are its actions of up to 16 tokens).
+            families: of "token", "span", "position", "kind" (such as "prompt word") and "group".
+            min_count: observations a feature needs, at least 2; effective ones where there is decay.
         """
         _check.choice("kind", kind, KINDS)
-        moments = self.by_token if kind == "attribution" else self.effects_by_token
+        for family in families:
+            _check.choice("families", family, FAMILIES)
         limits = check_count("k", k, 0), check_count("min_count", min_count, 2)
-        return key_tokens(moments, kind, *limits, text=lambda token_id: self.texts([token_id])[0])
+        features = self.observed if kind == "attribution" else self.tested
+        return key_features(features, kind, tuple(families), *limits, name=self._name)
 
     def positions(self, *, min_count: int = 2) -> list[PositionMean]:
         """Mean attribution at every position of the sequence with at least `min_count` observations."""
@@ -59,18 +94,29 @@ class Accumulation:
         return {}
 
     def findings(self, k: int = 50) -> dict[str, Any]:
-        """What the report shows: the arguments of `CausalityReport`."""
-        observed, tested = self.key_tokens(k), self.key_tokens(k, kind="effect", min_count=2)
+        """What the report shows: the arguments of `CausalityReport`, with the k features of each kind, and beside
+        them all kinds of actions and groups."""
+        wide: tuple[str, ...] = ("kind", "group")
+        size = len(self.by_token.count)
+        features = [
+            feature
+            for kind, least in (("attribution", 5), ("effect", 2))
+            for feature in (
+                *self.key_features(k, kind=kind, min_count=least),
+                *self.key_features(size, kind=kind, families=wide, min_count=2),
+            )
+        ]
         return {
-            "key_tokens": observed + tested,
+            "features": features,
             "by_position": self.positions(),
             "heat_maps": list(self.heat_maps),
             "effects": list(self.effects),
             "meta": {
                 **self.settings(),
+                "training_steps": self.step,
                 "observed_calls": self.calls,
                 "observed_tokens": int(self.by_token.count.sum()),
-                "interventions": int(self.effects_by_token.count.sum()),
+                "interventions": int(self.tested.by_kind.count.sum()),
             },
         }
 
@@ -86,7 +132,11 @@ class Accumulation:
         """Everything found so far: tensors and plain JSON values."""
         return {
             "calls": self.calls,
-            **{name: getattr(self, name).state_dict() for name in _MOMENTS},
+            "step": self.step,
+            "decay": self.decay,
+            "groups": list(self.groups),
+            "observed": self.observed.state_dict(),
+            "tested": self.tested.state_dict(),
             "heat_maps": [asdict(heat_map) for heat_map in self.heat_maps],
             "effects": [asdict(row) for row in self.effects],
         }
@@ -94,40 +144,61 @@ class Accumulation:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go back to a `state_dict`.
 
-        Raises: ValueError if it is of a policy with another vocabulary, or something else.
+        Raises: ValueError if it is of another vocabulary, decay or other groups, or something else.
         """
-        missing = [name for name in ("calls", *_MOMENTS, "heat_maps", "effects") if name not in state]
+        missing = [name for name in self.state_dict() if name not in state]
         if missing:
             raise ValueError(f"state must be a tracker's state_dict, got one without {missing[0]!r}")
-        size = _size(state["by_token"])
-        if size != self.policy.vocab_size:
-            raise ValueError(f"state must be of {self.policy.vocab_size} tokens like the policy, got {size}")
-        self.by_position = RunningMoments(_size(state["by_position"]), self.policy.device)
-        for name in _MOMENTS:
-            getattr(self, name).load_state_dict(state[name])
-        self.calls = int(state["calls"])
+        size = len(state["observed"]["by_token"]["count"])
+        self._check_same("state", size, state["groups"], state["decay"])
+        self.calls, self.step = int(state["calls"]), int(state["step"])
+        self.observed.load_state_dict(state["observed"])
+        self.tested.load_state_dict(state["tested"])
         self.heat_maps = [HeatMap.from_dict(values) for values in state["heat_maps"]]
         self.effects = [EffectRow.from_dict(values) for values in state["effects"]]
 
-    def merge(self, other: "Accumulation") -> None:
-        """Add what another tracker of the same vocabulary found, as if this one had seen both.
+    def save(self, path: str | PathLike[str]) -> None:
+        """Write the state into one file, for `merge`."""
+        torch.save(self.state_dict(), path)
 
-        Raises: TypeError for something else, ValueError for another vocabulary.
+    def merge(self, other: "Accumulation | str | PathLike[str]") -> None:
+        """Add what another tracker found, as if this one had seen both; it may be the file that its `save` wrote.
+
+        With decay, of two that ended at different steps the earlier one is as old as it is late. Where more tokens
+        or spans were seen than there is room for, which of them are followed may differ from one that saw both.
+
+        Raises: TypeError for something else; ValueError for another vocabulary, decay or other groups.
         """
+        if isinstance(other, (str, PathLike)):
+            other = self._of_state(torch.load(other, map_location="cpu", weights_only=True))
         if not isinstance(other, Accumulation):
             raise TypeError(f"other must be a CausalityTracker, got {type(other).__name__}")
-        if other.policy.vocab_size != self.policy.vocab_size:
-            raise ValueError(
-                f"other must have {self.policy.vocab_size} tokens, got {other.policy.vocab_size}"
-            )
-        self._reach(other._length)
-        self.by_token.merge(other.by_token)
-        self.effects_by_token.merge(other.effects_by_token)
-        self.by_position.merge(_resized(other.by_position, self._length, self.policy.device))
-        shift = len(self.heat_maps)
+        self._check_same("other", other.policy.vocab_size, other.groups, other.decay)
+        latest = max(self.step, other.step)
+        late, lag = latest - self.step, latest - other.step
+        self.observed.merge(other.observed, late=late, lag=lag)
+        self.tested.merge(other.tested, late=late, lag=lag)
+        self.step = latest
         self.calls += other.calls
+        shift = len(self.heat_maps)
         self.heat_maps += other.heat_maps
         self.effects += [replace(row, example=row.example + shift) for row in other.effects]
+        self._keep_newest()
+
+    def gather(self, group: Any = None) -> "Accumulation":
+        """What all ranks of a process group found, merged in the order of the ranks: the same on every rank.
+
+        This tracker stays as it is, so that it may go on and be gathered again.
+
+        Args:
+            group: of torch.distributed; None: the default one.
+        """
+        states: list[Any] = [None] * dist.get_world_size(group)
+        dist.all_gather_object(states, self.state_dict(), group)
+        whole = self._of_state(states[0])
+        for state in states[1:]:
+            whole.merge(self._of_state(state))
+        return whole
 
     # ---- inside ------------------------------------------------------------------------------------------
 
@@ -137,32 +208,81 @@ class Accumulation:
             return [str(i) for i in ids]
         return [self.tokenizer.decode([i]) for i in ids]
 
-    @property
-    def _length(self) -> int:
-        return _size(self.by_position.state_dict())
+    def _clear(self) -> None:
+        self.calls = self.step = 0
+        self.observed, self.tested = (
+            Features(self.policy.vocab_size, len(self.groups), self.policy.device, self.decay) for _ in KINDS
+        )
+        self.heat_maps, self.effects = [], []
+        special = sorted(set(getattr(self.tokenizer, "all_special_ids", ())))
+        self._special = torch.zeros(self.policy.vocab_size, dtype=torch.bool, device=self.policy.device)
+        self._special[[i for i in special if i < self.policy.vocab_size]] = True
 
-    def _reach(self, length: int) -> None:
-        """Room for sequences of this length, doubled so that it is seldom needed."""
-        if length > self._length:
-            self.by_position = _resized(self.by_position, max(length, 2 * self._length), self.policy.device)
+    def _of_state(self, state: dict[str, Any]) -> "Accumulation":
+        """One like this, with another state."""
+        found = copy.copy(self)
+        found._clear()
+        found.load_state_dict(state)
+        return found
 
-    def _accumulate(self, effects: Effects) -> None:
-        single = [i for i, (start, end) in enumerate(effects.spans) if end - start == 1]
-        ids = torch.tensor([effects.token_ids[effects.spans[i][0]] for i in single], dtype=torch.int64)
-        self.effects_by_token.update(effects.mean[single].to(self.policy.device), ids.to(self.policy.device))
+    def _check_same(self, name: str, vocab_size: int, groups: Sequence[str], decay: float) -> None:
+        own = {"tokens": self.policy.vocab_size, "groups": list(self.groups), "decay": self.decay}
+        for what, value in {"tokens": vocab_size, "groups": list(groups), "decay": decay}.items():
+            if value != own[what]:
+                wanted = f"{own[what]} tokens" if what == "tokens" else f"{what} {own[what]}"
+                raise ValueError(f"{name} must have {wanted} like this tracker, got {value}")
 
+    def _at(self, step: int) -> None:
+        """Training is at this step."""
+        if step > self.step:
+            self.observed.advance(step - self.step)
+            self.tested.advance(step - self.step)
+            self.step = step
 
-def _resized(moments: RunningMoments, size: int, device: torch.device) -> RunningMoments:
-    """The same moments with room for `size` ids."""
-    state = moments.state_dict()
-    longer = RunningMoments(size, device)
-    room = longer.state_dict()
-    for name, value in state.items():
-        if isinstance(value, torch.Tensor) and value.dim():
-            room[name] = torch.cat([value.to(device), value.new_zeros(size - len(value), device=device)])
-    longer.load_state_dict(room)
-    return longer
+    def _keep_newest(self) -> None:
+        drop = max(0, len(self.heat_maps) - EXAMPLES)
+        self.heat_maps = self.heat_maps[drop:]
+        self.effects = [
+            replace(row, example=row.example - drop) for row in self.effects if row.example >= drop
+        ]
 
+    def _sides(self, input_ids: torch.Tensor, response: torch.Tensor) -> torch.Tensor:
+        """Number in SIDES of every token; `response` is true where the policy chose it."""
+        return torch.where(self._special[input_ids.long()], SIDES.index("special"), response.long())
 
-def _size(state: dict[str, Any]) -> int:
-    return len(state["count"])
+    def _accumulate(self, effects: Effects, unit: str, group: int | None) -> None:
+        ids, prompt = effects.token_ids, effects.prompt_length
+        spans = [ids[start:end] for start, end in effects.spans]
+        sides = self._sides(
+            torch.tensor(ids, device=self.policy.device), torch.arange(len(ids)) >= prompt
+        ).tolist()
+        scores = effects.mean.to(self.policy.device)
+
+        def numbers(values: Sequence[int]) -> torch.Tensor:
+            return torch.tensor(values, dtype=torch.int64, device=self.policy.device)
+
+        self.tested.reach(len(ids))
+        self.tested.update(
+            self.step,
+            scores,
+            scores.isfinite(),
+            Actions(
+                position=numbers([start for start, _ in effects.spans]),
+                # A longer action is special only if it holds nothing else.
+                kind=numbers([action_kind(unit, min(sides[slice(*span)])) for span in effects.spans]),
+                token=numbers([span[0] if len(span) == 1 else -1 for span in spans]),
+                group=None if group is None else numbers([group] * len(spans)),
+            ),
+        )
+        told = numbers([1 < len(span) <= LONGEST for span in spans]).bool()
+        keys = [span_key(span) for span in spans]
+        self.tested.update_spans(self.step, scores, numbers(keys), told & scores.isfinite())
+        self.tested.keep_names(dict(zip(keys, map(tuple, spans), strict=True)))
+
+    def _name(self, family: str, ids: Sequence[int]) -> str:
+        """A feature's name: the text of its tokens, or what its number stands for."""
+        if family in ("token", "span"):
+            return " ".join(map(str, ids)) if self.tokenizer is None else self.tokenizer.decode(list(ids))
+        if family == "kind":
+            return kind_name(ids[0])
+        return self.groups[ids[0]] if family == "group" else str(ids[0])

@@ -49,6 +49,13 @@ def find_actions(
     return _given(actions, text)
 
 
+def unit_of(actions: Any) -> str:
+    """What one of these actions is called, in features.UNITS."""
+    if isinstance(actions, re.Pattern):
+        return "match"
+    return {"span": "word"}.get(actions, actions) if isinstance(actions, str) else "span"
+
+
 def _pieces(kind: str, texts: Sequence[str]) -> Iterator[Span]:
     """The tokens cut where a piece begins."""
     if kind in ("span", "word"):

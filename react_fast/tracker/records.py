@@ -1,27 +1,48 @@
 """What the tracker finds, as plain Python values: the report draws them, JSON holds them."""
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 
 @dataclass(frozen=True)
-class KeyToken:
-    """Mean attribution or effect of one token of the vocabulary over everything the tracker saw.
+class Window:
+    """Mean of a feature over the training steps first to last, with its 95% interval, NaN if not known."""
+
+    first: int
+    last: int
+    count: int
+    mean: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
+class KeyFeature:
+    """Mean attribution or effect of what actions have in common, over everything the tracker saw.
 
     Attributes:
-        token_id, token: of the vocabulary; its text.
         kind: "attribution" (observational, gradient x input) or "effect" (interventional).
-        count: observations.
+        family: "token", "span", "position", "kind" (of action) or "group".
+        name: text of the token or span; number of the position; name of the kind or group.
+        ids: of the tokens; else the number.
+        count: observations, the feature's support. effective_count: of equally weighted ones; less under decay.
         mean, standard_error: of them; the unit is the outcome's (nats for log-probabilities and losses).
         low, high: 95% interval of the mean.
         p_value: two-sided, of the mean being 0.
-        significant: after Benjamini-Hochberg at a false discovery rate of 5% over all tokens of this kind.
+        significant: after Benjamini-Hochberg at a false discovery rate of 5% over all features of this kind in the
+            families that were asked for.
+        drift: mean over the later half of the training minus that over the earlier; NaN if it is not known.
+        drift_low, drift_high: its 95% interval.
+        drift_significant: as `significant`, over the drifts.
+        windows: the mean over training, without decay.
     """
 
-    token_id: int
-    token: str
     kind: str
+    family: str
+    name: str
+    ids: tuple[int, ...]
     count: int
     mean: float
     standard_error: float
@@ -29,6 +50,17 @@ class KeyToken:
     high: float
     p_value: float
     significant: bool
+    effective_count: float = math.nan
+    drift: float = math.nan
+    drift_low: float = math.nan
+    drift_high: float = math.nan
+    drift_significant: bool = False
+    windows: tuple[Window, ...] = ()
+
+    @property
+    def direction(self) -> str:
+        """Whether the feature reliably "raises" or "lowers" the outcome, or that is "unclear"."""
+        return "unclear" if not self.significant else "raises" if self.mean > 0 else "lowers"
 
 
 @dataclass(frozen=True)
@@ -50,20 +82,31 @@ class HeatMap:
 
     Attributes:
         prompt_tokens, response_tokens: texts of the P and R tokens.
-        scores: R rows of P + R numbers; row i belongs to response token i, and is 0 from that token on.
+        scores: R rows of P + R numbers; row i belongs to response token i, and is 0 from that token on. No row at
+            all for a long text, of which only `totals` are known.
         title: what the page writes above it.
+        totals: P + R numbers, the attribution of the whole response; none: the sums over `scores`.
     """
 
     prompt_tokens: tuple[str, ...]
     response_tokens: tuple[str, ...]
     scores: tuple[tuple[float, ...], ...]
     title: str = ""
+    totals: tuple[float, ...] = ()
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "HeatMap":
         """The inverse of dataclasses.asdict, after JSON too, which has no tuples."""
         prompt, response = tuple(values["prompt_tokens"]), tuple(values["response_tokens"])
-        return cls(prompt, response, tuple(tuple(row) for row in values["scores"]), values["title"])
+        scores = tuple(tuple(row) for row in values["scores"])
+        return cls(prompt, response, scores, values["title"], tuple(values["totals"]))
+
+    def sums(self) -> list[float]:
+        """Attribution of the whole response to each token; NaN where a number is missing."""
+        if self.totals:
+            return list(self.totals)
+        empty = [math.nan] * (len(self.prompt_tokens) + len(self.response_tokens))
+        return [_sum(column) for column in zip(*self.scores, strict=True)] or empty
 
 
 @dataclass(frozen=True)
@@ -98,3 +141,7 @@ class EffectRow:
     def from_dict(cls, values: Mapping[str, Any]) -> "EffectRow":
         """The inverse of dataclasses.asdict, after JSON too, which has no tuples."""
         return cls(**{**values, "tokens": tuple(values["tokens"])})
+
+
+def _sum(scores: Sequence[float]) -> float:
+    return math.fsum(scores) if all(map(math.isfinite, scores)) else math.nan

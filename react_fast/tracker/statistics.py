@@ -1,5 +1,7 @@
 """Intervals and tests. numpy float64 in and out, any shape."""
 
+from collections.abc import Sequence
+
 import numpy as np
 from scipy import special, stats
 
@@ -36,6 +38,32 @@ def student_p_value(mean: np.ndarray, standard_error: np.ndarray, count: np.ndar
     # 0 / 0: every observation was exactly 0.
     p = 2 * special.stdtr(degrees, -np.nan_to_num(t, nan=0.0, posinf=np.inf))
     return np.where(np.asarray(count) < 2, 1.0, p)
+
+
+Sample = Sequence[np.ndarray]
+
+
+def welch(first: Sample, second: Sample) -> list[np.ndarray]:
+    """Difference of two means whose variances may differ.
+
+    Args:
+        first, second: (mean, standard error, count) of each sample, all of the same shape.
+    Returns: [second mean - first mean, low, high, two-sided p-value of its being 0]; NaN where one of the samples
+        has fewer than two observations.
+    Source: Welch 1947, with Satterthwaite's degrees of freedom.
+    """
+    shares = [error**2 for _, error, _ in (first, second)]
+    counts = [np.asarray(count, dtype=float) for _, _, count in (first, second)]
+    known = np.minimum(*counts) >= 2
+    error = np.sqrt(shares[0] + shares[1])
+    parts = [share**2 / np.maximum(count - 1, 1) for share, count in zip(shares, counts, strict=True)]
+    with np.errstate(divide="ignore", invalid="ignore"):
+        # 0 / 0: neither sample has any spread.
+        degrees = np.nan_to_num((shares[0] + shares[1]) ** 2 / (parts[0] + parts[1]), nan=1.0)
+    difference = second[0] - first[0]
+    low, high = student_interval(difference, error, degrees + 1)
+    p_value = student_p_value(difference, error, degrees + 1)
+    return [np.where(known, value, np.nan) for value in (difference, low, high, p_value)]
 
 
 def bootstrap_interval(

@@ -12,9 +12,11 @@ import torch
 from ..ops import _check
 from ..ops.attribution import attribution_scores
 from .accumulation import Accumulation
-from .actions import Actions, find_actions
+from .actions import Actions, find_actions, unit_of
 from .attribution import METHODS, Attribution, Method, Target, attribute, batch_scores
 from .counterfactuals import Deletion, check_counterfactual
+from .features import Actions as Places
+from .features import action_kind
 from .intervention import Effects, Experiment, check_spans, intervene
 from .outcomes import Outcome, check_outcome
 from .policy import Policy
@@ -22,6 +24,9 @@ from .records import EffectRow, HeatMap
 from .shapley import Shapley, shapley
 from .step_values import StepValues, step_values
 from .text import Ids, Span, Text, before_last, check_count, check_ids, check_rectangle
+
+# Numbers of a heat map's matrix, above which an example has one row for the whole response.
+_MATRIX = 2**20
 
 
 class CausalityTracker(Accumulation):
@@ -37,6 +42,9 @@ class CausalityTracker(Accumulation):
         every: of the training steps (or the calls of `observe`, if it is not told the step), one in `every`
             is observed.
         seed: of sampled responses and bootstraps.
+        groups: names of what the caller tells apart, such as tasks, by `group_index` of `observe` and `group` of
+            `intervene`.
+        decay: in (0, 1]: what was seen k training steps ago weighs decay**k in means, intervals and key features.
     Raises: TypeError or ValueError in one line.
     """
 
@@ -49,8 +57,10 @@ class CausalityTracker(Accumulation):
         interventions: Any = None,
         every: int = 1,
         seed: int = 0,
+        groups: Sequence[str] = (),
+        decay: float = 1.0,
     ) -> None:
-        super().__init__(Policy(model), tokenizer)
+        super().__init__(Policy(model), tokenizer, groups=groups, decay=decay)
         self.attribution = _check.choice("attribution", attribution, METHODS)
         self.interventions = check_counterfactual(
             "interventions", Deletion() if interventions is None else interventions
@@ -68,9 +78,11 @@ class CausalityTracker(Accumulation):
         attention_mask: torch.Tensor | None = None,
         *,
         step: int | None = None,
+        group_index: torch.Tensor | None = None,
     ) -> Iterator[None]:
         """Around forward and backward of one training micro-batch: reads the gradient that the backward
-        computes anyway and accumulates gradient x input by token and by position.
+        computes anyway and accumulates gradient x input by token, pair of neighbouring tokens, position, kind
+        (prompt, response, special token) and group, and over training.
 
         The outcome is -loss, so a token with a positive score raises the objective. Counted are the tokens
         before a row's last action; those behind it influence nothing. Scores that are not finite are left
@@ -81,7 +93,8 @@ class CausalityTracker(Accumulation):
             action_mask: [B, T] bool or 0/1 integers, true where the token is an action.
             attention_mask: [B, T] bool or 0/1 integers, for padding on the left; positions count from a row's
                 first true. None: sequences begin at column 0.
-            step: of the training, to choose by `every`; None: the number of this call.
+            step: of the training, for `every`, decay and drift; None: the number of this call.
+            group_index: [B] integer in [0, groups), of every row; None: of none.
         Raises: TypeError or ValueError for bad input; RuntimeError at the end if no gradient reached the
             embedding, or if its output was changed in place.
         """
@@ -97,18 +110,19 @@ class CausalityTracker(Accumulation):
             )
             counted = counted & seen
             positions = (seen.cumsum(1) - 1).clamp_min(0)
+        groups = None if group_index is None else self._group_index(group_index, input_ids)
         number = self.calls if step is None else check_count("step", step, 0)
         self.calls += 1
+        self._at(number)
         if number % self.every:
             yield
             return
-        self._reach(input_ids.shape[1])
+        self.observed.reach(input_ids.shape[1])
 
         def record(grad: torch.Tensor, activation: torch.Tensor) -> None:
             scores = -attribution_scores(grad, activation)
             finite = counted & scores.isfinite()
-            self.by_token.update(scores, input_ids, mask=finite)
-            self.by_position.update(scores, positions, mask=finite)
+            self._observe(number, scores, input_ids.long(), finite, positions, action_mask.bool(), groups)
 
         with self.policy.watched(input_ids, record):
             yield
@@ -200,6 +214,8 @@ class CausalityTracker(Accumulation):
         max_tokens: int | None = None,
         turn_index: Sequence[int] | None = None,
         skip_special: bool = False,
+        group: int | None = None,
+        accumulate: bool | None = None,
     ) -> Effects:
         """Effect of every action: outcome as it is - outcome with the counterfactual in the action's place.
 
@@ -212,8 +228,8 @@ class CausalityTracker(Accumulation):
         and each side's own continuation. The effect is the mean of the n paired differences.
 
         Actions that would leave nothing to continue from are left out, or refused where their places were given.
-        Effects of single tokens on "logprob" under the tracker's own counterfactual are also accumulated into
-        `effects_by_token`.
+        The effects are also accumulated: by token, by span of up to 16 tokens, by position of the first token, by
+        kind, such as "prompt word", and by group, at the last training step that `observe` was told.
 
         Args:
             prompt_ids, response_ids: [P] and [R] token ids, at least one each.
@@ -233,8 +249,13 @@ class CausalityTracker(Accumulation):
             turn_index: [P + R] turn of every token, for actions "turn".
             skip_special: leave out the named actions that hold a special token of the tokenizer, such as a chat
                 template's marks.
+            group: number of the text's group, to accumulate by.
+            accumulate: whether to; None: if they are effects on "logprob" under the tracker's own counterfactual,
+                as means over outcomes of different units say nothing.
         Raises: TypeError, ValueError or IndexError in one line.
         """
+        if group is not None and check_count("group", group, 0) >= len(self.groups):
+            raise IndexError(f"group must be in [0, {len(self.groups)}), got {group}")
         text = self._experiment(
             self._text(prompt_ids, response_ids),
             counterfactual,
@@ -247,8 +268,9 @@ class CausalityTracker(Accumulation):
         )
         spans = self._spans(actions, text, turn_index, skip_special)
         effects = intervene(self.policy, text, spans)
-        if outcome == "logprob" and counterfactual is None:
-            self._accumulate(effects)
+        usual = isinstance(outcome, str) and counterfactual is None
+        if usual if accumulate is None else accumulate:
+            self._accumulate(effects, unit_of(actions), group)
         return effects
 
     def step_values(
@@ -335,20 +357,35 @@ class CausalityTracker(Accumulation):
     # ---- findings ------------------------------------------------------------------------------------------
 
     def add_example(
-        self, prompt_ids: Ids, response_ids: Ids, *, samples: int | None = None, title: str = ""
+        self,
+        prompt_ids: Ids,
+        response_ids: Ids,
+        *,
+        samples: int | None = None,
+        title: str = "",
+        actions: Actions = "token",
+        method: str | None = None,
     ) -> tuple[HeatMap, list[EffectRow]]:
-        """Keep a text's heat map (`attribute`, target "token") and its tokens' effects (`intervene`) for the
-        report."""
-        found = self.attribute(prompt_ids, response_ids, "token")
-        effects = self.intervene(prompt_ids, response_ids, samples=samples)
+        """Keep a text's heat map (`attribute`) and the effects of its actions (`intervene`) for the report, which
+        holds the newest 32.
+
+        The heat map says what each response token hangs on (target "token"), or, for texts whose matrix would have
+        more than a million numbers, what the whole response does.
+        """
+        size = len(prompt_ids) + len(response_ids)
+        whole = len(response_ids) * size > _MATRIX
+        found = self.attribute(prompt_ids, response_ids, "response" if whole else "token", method=method)
+        effects = self.intervene(prompt_ids, response_ids, actions, samples=samples)
         texts = self.texts(found.token_ids)
-        size = found.prompt_length
-        scores = tuple(tuple(row) for row in found.scores.tolist())
-        heat_map = HeatMap(tuple(texts[:size]), tuple(texts[size:]), scores, title)
-        rows = effects.rows(texts, example=len(self.heat_maps))
+        rows = () if whole else tuple(tuple(row) for row in found.scores.tolist())
+        totals = tuple(found.scores.tolist()) if whole else ()
+        cut = found.prompt_length
+        heat_map = HeatMap(tuple(texts[:cut]), tuple(texts[cut:]), rows, title, totals)
+        kept = effects.rows(texts, example=len(self.heat_maps))
         self.heat_maps.append(heat_map)
-        self.effects += rows
-        return heat_map, rows
+        self.effects += kept
+        self._keep_newest()
+        return heat_map, kept
 
     def explain(
         self,
@@ -357,6 +394,8 @@ class CausalityTracker(Accumulation):
         *,
         samples: int | None = None,
         max_new_tokens: int = 32,
+        actions: Actions = "token",
+        method: str | None = None,
     ) -> None:
         """`add_example` for texts; responses that are not given are generated greedily."""
         if self.tokenizer is None:
@@ -371,7 +410,7 @@ class CausalityTracker(Accumulation):
                 response = self.policy.continuations(
                     [ids], streams=[0], limit=max_new_tokens, eos_id=self._eos_id, noise=None
                 )[0]
-            self.add_example(ids, response, samples=samples, title=prompt)
+            self.add_example(ids, response, samples=samples, title=prompt, actions=actions, method=method)
 
     def settings(self) -> dict[str, Any]:
         """What a report says about how it came about."""
@@ -380,10 +419,40 @@ class CausalityTracker(Accumulation):
             "attribution": self.attribution,
             "intervention": repr(self.interventions),
             "every": self.every,
+            "decay": self.decay,
             "seed": self.seed,
         }
 
     # ---- inside --------------------------------------------------------------------------------------------
+
+    def _observe(
+        self,
+        step: int,
+        scores: torch.Tensor,
+        ids: torch.Tensor,
+        counted: torch.Tensor,
+        positions: torch.Tensor,
+        response: torch.Tensor,
+        groups: torch.Tensor | None,
+    ) -> None:
+        """Accumulate scores [B, T]."""
+        kinds = action_kind("token", self._sides(ids, response))
+        position, kind, token = (x.reshape(-1) for x in (positions, kinds, ids))
+        told = Places(position, kind, token, None if groups is None else groups.reshape(-1))
+        self.observed.update(step, scores.reshape(-1), counted.reshape(-1), told)
+        pairs = scores[:, 1:] + scores[:, :-1], self.observed.pair_keys(ids), counted[:, 1:] & counted[:, :-1]
+        self.observed.update_spans(step, *(part.reshape(-1) for part in pairs))
+
+    def _group_index(self, group_index: torch.Tensor, input_ids: torch.Tensor) -> torch.Tensor:
+        """[B, T] group of every token."""
+        _check.integer("group_index", group_index)
+        _check.shape("group_index", group_index, input_ids.shape[:1], "input_ids[:, 0]")
+        _check.device("group_index", group_index, input_ids.device, "input_ids")
+        if group_index.device.type == "cpu" and len(group_index):
+            wrong = group_index[(group_index < 0) | (group_index >= len(self.groups))]
+            if len(wrong):
+                raise IndexError(f"group_index must be in [0, {len(self.groups)}), got {int(wrong[0])}")
+        return group_index.long()[:, None].expand_as(input_ids)
 
     @property
     def _eos_id(self) -> int | None:

@@ -8,13 +8,21 @@ import torch
 from rich.console import Console
 
 from ..envs import TextEnv
+from ..ops import _check
 from ..tracker import CausalityTracker
+from ..tracker.attribution import METHODS
+from ..tracker.records import EffectRow
+from ..tracker.report.terminal import heat_map_text
+from ..tracker.text import check_count
 from .checkpoint import load_checkpoint
 from .config import RunConfig, TrackerConfig
 from .folder import CONFIG, RunFolder, UserError
 from .reporter import print_table
 from .sources import load_policy, user_input
 from .state import join
+
+# The actions that a prompt and its answer can be cut into by name.
+_ACTIONS = ("token", "word", "sentence", "line", "step")
 
 
 def quiet_libraries() -> None:
@@ -67,39 +75,73 @@ def write_report(tracker: CausalityTracker, env: TextEnv, config: RunConfig, pat
     tracker.report().to_html(path)
 
 
-def explain(path: str | Path, text: str, *, html: str | Path | None = None) -> None:
-    """Print what the answer of a run's policy to a prompt hangs on.
+def explain(
+    path: str | Path,
+    text: str,
+    *,
+    html: str | Path | None = None,
+    actions: str = "token",
+    method: str | None = None,
+    samples: int | None = None,
+) -> None:
+    """Print what the answer of a run's policy to a prompt hangs on: a coloured heat map and a table.
 
     Args:
         path: run folder. text: the prompt. html: also write the explanation as one page.
-    Raises: UserError if there is no run or no complete checkpoint, for an empty prompt, or a page that cannot be
-        written.
+        actions: what is taken away: "token", "word", "sentence", "line" or "step".
+        method: of the attribution; None: gradient x input.
+        samples: continuations of each action; None: the answer as it is.
+    Raises: UserError if there is no run or no complete checkpoint, for an empty prompt, another name or number
+        than these, or a page that cannot be written.
     """
-    config, _, model, tokenizer = open_run(path)
     if not text:
         raise UserError("text must hold at least one token, got an empty text")
+    with user_input():
+        _check.choice("actions", actions, _ACTIONS)
+        _check.choice("method", METHODS[0] if method is None else method, METHODS)
+        if samples is not None:
+            check_count("samples", samples, 2)
+    config, _, model, tokenizer = open_run(path)
     tracker = CausalityTracker(model, tokenizer, seed=config.tracker.seed)
-    tracker.explain([text], max_new_tokens=config.trainer.max_new_tokens)
+    with user_input():
+        options: dict[str, Any] = {"actions": actions, "method": method, "samples": samples}
+        tracker.explain([text], max_new_tokens=config.trainer.max_new_tokens, **options)
+    report = tracker.report()
     found, effects = tracker.heat_maps[0], tracker.effects
-    tokens = found.prompt_tokens + found.response_tokens
-    attribution = [sum(column) for column in zip(*found.scores, strict=True)]
-    measured = {row.start: row for row in effects}
-    rows = [
-        [
-            str(i),
-            repr(token)[1:-1],
-            f"{attribution[i]:+.3f}",
-            f"{measured[i].mean:+.3f}" if i in measured else "",
-        ]
-        for i, token in enumerate(tokens)
-    ]
     console = Console()
     console.print(f"answer: {''.join(found.response_tokens)}", markup=False, highlight=False)
+    console.print(heat_map_text(found))
     title = "log-probability of the answer, in nats"
-    print_table(title, ["#", "token", "attribution", "effect of deleting it"], rows, console=console)
+    rows = _rows(found.sums(), found.prompt_tokens + found.response_tokens, effects)
+    print_table(title, ["place", actions, "attribution", "effect of deleting it"], rows, console=console)
     if html is not None:
         try:
-            tracker.report().to_html(html)
+            report.to_html(html)
         except OSError as error:
             raise UserError(f"html {html} cannot be written: {error.strerror}") from error
         console.print(f"written: {html}", markup=False, highlight=False)
+
+
+def _rows(
+    attribution: Sequence[float], tokens: Sequence[str], effects: Sequence[EffectRow]
+) -> list[list[str]]:
+    """A row for every action with an effect, and for every token outside of them."""
+    inside = {place for row in effects for place in range(row.start, row.end)}
+    spans = {(row.start, row.end): row for row in effects}
+    places = sorted([*spans, *((i, i + 1) for i in range(len(tokens)) if i not in inside)])
+    return [
+        [
+            str(start) if end == start + 1 else f"{start}-{end - 1}",
+            repr("".join(tokens[start:end]))[1:-1],
+            f"{sum(attribution[start:end]):+.3f}",
+            _effect(spans.get((start, end))),
+        ]
+        for start, end in places
+    ]
+
+
+def _effect(row: EffectRow | None) -> str:
+    if row is None:
+        return ""
+    bounds = f" [{row.low:+.3f}, {row.high:+.3f}]" if row.samples > 1 else ""
+    return f"{row.mean:+.3f}{bounds}{' *' if row.significant else ''}"

@@ -1,18 +1,17 @@
-"""The report as JSON, GraphML and Parquet."""
+"""The report as JSON and GraphML."""
 
 import json
 import math
-from collections.abc import Iterator
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, is_dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast, get_args, get_origin, get_type_hints
 
-from ..records import EffectRow, HeatMap, KeyToken, PositionMean
+from ..records import EffectRow, HeatMap, KeyFeature, PositionMean
 from .text import visible
 
-VERSION = 1
+VERSION = 2
 TABLES: dict[str, type] = {
-    "key_tokens": KeyToken,
+    "features": KeyFeature,
     "by_position": PositionMean,
     "heat_maps": HeatMap,
     "effects": EffectRow,
@@ -25,7 +24,7 @@ def write_json(report: Any, path: Path) -> None:
     tables = {name: [asdict(row) for row in getattr(report, name)] for name in TABLES}
     content = {"version": VERSION, "meta": dict(report.meta), **tables}
     path.write_text(
-        json.dumps(_encoded(content), ensure_ascii=False, allow_nan=False, indent=1) + "\n", encoding="utf-8"
+        json.dumps(encoded(content), ensure_ascii=False, allow_nan=False, indent=1) + "\n", encoding="utf-8"
     )
 
 
@@ -40,109 +39,97 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def write_graphml(report: Any, path: Path) -> None:
-    """Tokens of the examples as nodes. Edges: attribution of a response token to a token before it, and the
-    effect of deleting an action on the example's outcome. Zeros and missing numbers have no edge."""
+    """Tokens of the examples and the features as nodes. Edges: attribution of a response token to a token before
+    it (in a long text, of the outcome to a token), the effect of an action on the example's outcome, the mean of a
+    feature on the outcome over all of training. Zeros and missing numbers have no edge."""
     import networkx
 
     graph = networkx.MultiDiGraph(name="react_fast causality report")
     for example, heat_map in enumerate(report.heat_maps):
-        tokens = [*heat_map.prompt_tokens, *heat_map.response_tokens]
-        prompt = len(heat_map.prompt_tokens)
-        for place, token in enumerate(tokens):
-            role = "prompt" if place < prompt else "response"
-            values = {"label": visible(token), "role": role, "example": example, "position": place}
-            graph.add_node(_node(example, place), **values)
-        for i, row in enumerate(heat_map.scores):
-            for place, score in enumerate(row[: prompt + i]):
-                if score and math.isfinite(score):
-                    ends = _node(example, place), _node(example, prompt + i)
-                    graph.add_edge(*ends, kind="attribution", weight=float(score))
+        _add_heat_map(graph, example, heat_map)
     for effect in report.effects:
-        if not math.isfinite(effect.mean):
-            continue
-        outcome = f"e{effect.example}.outcome"
-        graph.add_node(outcome, label="outcome", role="outcome", example=effect.example)
-        source = _node(effect.example, effect.start)
-        if effect.end - effect.start > 1 or source not in graph:
-            source = f"e{effect.example}.a{effect.start}-{effect.end}"
-            label = visible("".join(effect.tokens))
-            graph.add_node(source, label=label, role="action", example=effect.example, position=effect.start)
-        numbers = {"weight": effect.mean, "low": effect.low, "high": effect.high}
-        numbers |= {} if effect.p_value is None else {"p_value": effect.p_value}
-        known = {name: float(value) for name, value in numbers.items() if math.isfinite(value)}
-        graph.add_edge(source, outcome, kind="effect", significant=effect.significant, **known)
+        if math.isfinite(effect.mean):
+            _add_effect(graph, effect)
+    for i, feature in enumerate(report.features):
+        _add_feature(graph, f"f{i}", feature)
+    for row in report.by_position:
+        graph.add_node(f"p{row.position}", label=str(row.position), role="position", **_known(asdict(row)))
+    graph.graph["meta"] = json.dumps(encoded(dict(report.meta)), ensure_ascii=False)
     networkx.write_graphml(graph, path)
 
 
-def write_parquet(report: Any, path: Path) -> None:
-    """One long table; `record` says what a row is: key_token, position, heat_map (a score) or effect.
-    A column that a record does not have is null. The schema's metadata holds `meta` as JSON."""
-    try:
-        import pyarrow
-        from pyarrow import parquet
-    except ImportError as error:
-        raise ImportError(
-            "to_parquet needs pyarrow, which is not installed: pip install 'react-fast[report]'"
-        ) from error
-    integer, real, text = pyarrow.int64(), pyarrow.float64(), pyarrow.string()
-    columns = dict.fromkeys(("record", "kind", "token"), text)
-    columns |= dict.fromkeys(("token_id", "example", "start", "end", "target", "count"), integer)
-    columns |= dict.fromkeys(("mean", "standard_error", "low", "high", "p_value"), real)
-    columns |= {name: pyarrow.bool_() for name in ("in_response", "significant")}
-    meta = json.dumps(_encoded(dict(report.meta)), ensure_ascii=False, allow_nan=False)
-    schema = pyarrow.schema(list(columns.items()), metadata={"react_fast": meta})
-    parquet.write_table(pyarrow.Table.from_pylist(list(_long(report)), schema=schema), path)
+def _add_heat_map(graph: Any, example: int, heat_map: HeatMap) -> None:
+    prompt = len(heat_map.prompt_tokens)
+    for place, token in enumerate([*heat_map.prompt_tokens, *heat_map.response_tokens]):
+        role = "prompt" if place < prompt else "response"
+        values = {"label": visible(token), "role": role, "example": example, "position": place}
+        graph.add_node(_node(example, place), **values)
+    edges = [
+        (place, _node(example, prompt + i), score)
+        for i, row in enumerate(heat_map.scores)
+        for place, score in enumerate(row[: prompt + i])
+    ]
+    edges += [(place, _outcome(graph, example), score) for place, score in enumerate(heat_map.totals)]
+    for place, target, score in edges:
+        if score and math.isfinite(score):
+            graph.add_edge(_node(example, place), target, kind="attribution", weight=float(score))
 
 
-def _long(report: Any) -> Iterator[dict[str, Any]]:
-    for token in report.key_tokens:
-        yield {"record": "key_token", **asdict(token)}
-    for row in report.by_position:
-        place = {"start": row.position, "end": row.position + 1}
-        yield {"record": "position", "kind": "attribution", **place, **asdict(row)}
-    for example, heat_map in enumerate(report.heat_maps):
-        tokens = [*heat_map.prompt_tokens, *heat_map.response_tokens]
-        prompt = len(heat_map.prompt_tokens)
-        for i, scores in enumerate(heat_map.scores):
-            for source, score in enumerate(scores[: prompt + i]):
-                yield {
-                    "record": "heat_map", "kind": "attribution", "example": example, "token": tokens[source],
-                    "start": source, "end": source + 1, "target": prompt + i, "mean": score,
-                    "in_response": source >= prompt,
-                }  # fmt: skip
-    for effect in report.effects:
-        values = {**asdict(effect), "token": "".join(effect.tokens), "count": effect.samples}
-        yield {"record": "effect", "kind": "effect", **values}
+def _add_effect(graph: Any, effect: EffectRow) -> None:
+    source = _node(effect.example, effect.start)
+    if effect.end - effect.start > 1 or source not in graph:
+        source = f"e{effect.example}.a{effect.start}-{effect.end}"
+        label = visible("".join(effect.tokens))
+        graph.add_node(source, label=label, role="action", example=effect.example, position=effect.start)
+    numbers = {"weight": effect.mean, "low": effect.low, "high": effect.high, "samples": effect.samples}
+    numbers |= {} if effect.p_value is None else {"p_value": effect.p_value}
+    target = _outcome(graph, effect.example)
+    graph.add_edge(source, target, kind="effect", significant=effect.significant, **_known(numbers))
+
+
+def _add_feature(graph: Any, node: str, feature: KeyFeature) -> None:
+    values = asdict(feature)
+    name, windows, ids, kind, mean = (values.pop(key) for key in ("name", "windows", "ids", "kind", "mean"))
+    told = {"role": values.pop("family"), "ids": " ".join(map(str, ids)), "name": visible(name)}
+    graph.add_node(node, label=told["name"], windows=json.dumps(encoded(windows)), **told)
+    graph.add_node("outcome", label="outcome", role="outcome")
+    graph.add_edge(node, "outcome", kind=f"mean {kind}", **_known({"weight": mean, **values}))
+
+
+def _outcome(graph: Any, example: int) -> str:
+    name = f"e{example}.outcome"
+    graph.add_node(name, label="outcome", role="outcome", example=example)
+    return name
+
+
+def _known(values: dict[str, Any]) -> dict[str, Any]:
+    """Without the numbers that are not finite, which GraphML readers refuse."""
+    return {name: value for name, value in values.items() if math.isfinite(value)}
 
 
 def _node(example: int, place: int) -> str:
     return f"e{example}.t{place}"
 
 
-def _encoded(value: Any) -> Any:
+def encoded(value: Any) -> Any:
+    """The value as JSON has it: lists for tuples, null for NaN, words for infinities."""
     if isinstance(value, dict):
-        return {key: _encoded(item) for key, item in value.items()}
+        return {key: encoded(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_encoded(item) for item in value]
+        return [encoded(item) for item in value]
     if isinstance(value, float) and not math.isfinite(value):
         return _INFINITE.get(value)
     return value
 
 
-def _decoded(kind: type, row: dict[str, Any]) -> Any:
-    values = {field.name: row[field.name] for field in fields(kind)}
-    for field in fields(kind):
-        if field.type is float:
-            values[field.name] = _real(values[field.name])
-        elif isinstance(values[field.name], list):
-            values[field.name] = _tuples(values[field.name])
-    return kind(**values)
-
-
-def _real(value: Any) -> float:
-    return math.nan if value is None else float(value)
-
-
-def _tuples(values: list[Any]) -> tuple[Any, ...]:
-    """Lists as tuples; inside a nested list, which holds scores, null is NaN."""
-    return tuple(tuple(_real(item) for item in row) if isinstance(row, list) else row for row in values)
+def _decoded(kind: Any, value: Any) -> Any:
+    """The inverse of `encoded` for a record, a tuple or a number of this type."""
+    if is_dataclass(kind):
+        types = get_type_hints(kind)
+        values = {field.name: _decoded(types[field.name], value[field.name]) for field in fields(kind)}
+        return cast(Any, kind)(**values)
+    if get_origin(kind) is tuple:
+        return tuple(_decoded(get_args(kind)[0], item) for item in value)
+    if kind is float:
+        return math.nan if value is None else float(value)
+    return value

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ..records import PositionMean
+from ..records import PositionMean, Window
 from .text import tick
 
 # A whisker may reach this many times as far as the farthest mean before it is cut off with an arrow.
@@ -27,10 +27,10 @@ class Scale:
         return not self.low <= value <= self.high
 
 
-def scale_of(means: Iterable[float], bounds: Iterable[float] = ()) -> Scale:
+def scale_of(means: Iterable[float], bounds: Iterable[float] = (), *, reach: float = _REACH) -> Scale:
     """Scale that shows all means, and of their intervals as much as keeps the means apart."""
     finite = [value for value in means if math.isfinite(value)]
-    reach = _REACH * max((abs(value) for value in finite), default=0.0)
+    reach *= max((abs(value) for value in finite), default=0.0)
     finite += [min(max(value, -reach), reach) for value in bounds if not math.isnan(value)]
     low, high = min(finite, default=0.0), max(finite, default=0.0)
     low, high = min(low, 0.0), max(high, 0.0)
@@ -117,3 +117,52 @@ def _bounded(row: PositionMean) -> PositionMean:
 
 def _points(x: Scale, y: Scale, points: Iterable[tuple[float, float]]) -> str:
     return " ".join(f"{x(across)},{round(100 - y(up), 2)}" for across, up in points)
+
+
+def graph(causes: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
+    """Edges from causes, one below the other, to their outcome; None without a cause.
+
+    Args:
+        causes: each with mean, low, high and `sure`.
+    Returns: causes with the edge's sign, width and curve in a box of 100 by 10 for each cause.
+    """
+    causes = [cause for cause in causes if math.isfinite(cause["mean"])]
+    if not causes:
+        return None
+    top = max(abs(cause["mean"]) for cause in causes)
+    height = 10 * len(causes)
+    rows = []
+    for i, cause in enumerate(causes):
+        share = abs(cause["mean"]) / top if top else 0.0
+        start, end = 10 * i + 5, round(height / 2 + (10 * i + 5 - height / 2) * 0.12, 2)
+        path = f"M0,{start} C55,{start} 55,{end} 100,{end}"
+        rows.append({**cause, "sign": sign(cause["mean"]), "width": round(1 + 7 * share, 2), "path": path})
+    return {"rows": rows, "height": height}
+
+
+def trend(windows: Sequence[Window]) -> dict[str, Any]:
+    """Line and band of a mean over training steps, with the numbers at its ends."""
+    y = scale_of([w.mean for w in windows], [bound for w in windows for bound in (w.low, w.high)], reach=1.5)
+    x = Scale(windows[0].first - 0.5, windows[-1].last + 0.5)
+    middle = [(w.first + w.last) / 2 for w in windows]
+    bounds = [(w.mean, w.mean) if math.isnan(w.low) else (w.low, w.high) for w in windows]
+    upper = [(step, high) for step, (_, high) in zip(middle, bounds, strict=True)]
+    lower = [(step, low) for step, (low, _) in zip(middle, bounds, strict=True)]
+    return {
+        "zero": round(100 - y(0.0), 2),
+        "line": _points(x, y, [(step, w.mean) for step, w in zip(middle, windows, strict=True)]),
+        "band": _points(x, y, [*upper, *reversed(lower)]),
+        "low": y.low,
+        "high": y.high,
+        "first": windows[0].first,
+        "last": windows[-1].last,
+    }
+
+
+def spark(windows: Sequence[Window]) -> str:
+    """Points of a mean over training in a box of 100 by 100; none for fewer than two windows."""
+    if len(windows) < 2:
+        return ""
+    y = scale_of([w.mean for w in windows])
+    x = Scale(min(windows[0].first, 0), windows[-1].last)
+    return _points(x, y, [((w.first + w.last) / 2, w.mean) for w in windows])

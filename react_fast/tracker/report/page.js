@@ -8,87 +8,140 @@ const format = (value) => {
   return (value < 0 ? "−" : "+") + digits;
 };
 
+const interval = (low, high) => (low === null || high === null ? "" : ` [${format(low)}, ${format(high)}]`);
+
+const tip = document.createElement("div");
+tip.className = "tip";
+tip.hidden = true;
+document.body.append(tip);
+
+const place = (event) => {
+  const width = document.documentElement.clientWidth;
+  tip.style.left = `${Math.max(8, Math.min(event.clientX + 12, width - tip.offsetWidth - 8))}px`;
+  const below = event.clientY + 18;
+  const fits = below + tip.offsetHeight < window.innerHeight;
+  tip.style.top = `${fits ? below : event.clientY - tip.offsetHeight - 12}px`;
+};
+
 for (const article of document.querySelectorAll("article[data-example]")) {
-  const rows = JSON.parse(article.querySelector("script").textContent);
-  const chips = [...article.querySelectorAll(".chip")];
-  const buttons = chips.filter((chip) => chip.tagName === "BUTTON");
-  const name = (chip) => chip.querySelector("span").textContent;
-  const totals = chips.map((chip) => (chip.dataset.total === "" ? null : Number(chip.dataset.total)));
+  const script = article.querySelector("script");
+  if (!script) continue;
+  const { totals, rows, effects } = JSON.parse(script.textContent);
+  const map = article.querySelector(".map");
+  const chips = [...map.querySelectorAll(".chip")];
+  const order = new Map(chips.map((chip, i) => [chip, i]));
+  const start = chips.length - rows.length;
   const readout = article.querySelector(".readout");
   const first = readout.innerHTML;
   const ends = article.querySelectorAll(".scale .end");
-  let pinned = null;
+  const name = (i) => chips[i].textContent;
+  // The effect of the shortest action that holds a token.
+  const measured = new Array(chips.length);
+  effects.forEach((effect) => {
+    for (let i = effect[0]; i < effect[1] && i < chips.length; i++) {
+      if (!measured[i] || effect[1] - effect[0] < measured[i][1] - measured[i][0]) measured[i] = effect;
+    }
+  });
+  let shown = totals, chosen = null, numbers = false;
 
   // Colours all chips by `scores`; a token without one comes later than the chosen token.
   const paint = (scores) => {
-    const top = Math.max(0, ...scores.filter((score) => score !== null).map(Math.abs));
-    chips.forEach((chip, place) => {
-      const score = scores[place];
-      const kind = place >= scores.length ? "later" : score === null ? "none" : score > 0 ? "pos" : score < 0 ? "neg" : "zero";
-      chip.classList.remove("pos", "neg", "zero", "none", "later", "chosen", "pinned");
-      chip.classList.add(kind);
+    shown = scores;
+    const top = scores.reduce((most, score) => Math.max(most, Math.abs(score ?? 0)), 0);
+    chips.forEach((chip, i) => {
+      const score = scores[i];
+      const kind = i >= scores.length ? "later" : score === null ? "none" : score > 0 ? "pos" : score < 0 ? "neg" : "zero";
+      chip.className = `chip ${kind}${i === chosen ? " chosen" : ""}`;
       chip.style.setProperty("--a", top && score ? (Math.abs(score) / top).toFixed(3) : "0");
-      const text = kind === "later" ? "" : format(score);
-      chip.querySelector("small").textContent = text;
-      chip.title = text ? `${name(chip)}  ${text}` : name(chip);
+      if (numbers) chip.dataset.number = i < scores.length ? format(score) : "";
     });
     ends[0].textContent = format(-top);
     ends[1].textContent = format(top);
   };
 
-  const total = () => {
-    paint(totals);
-    readout.innerHTML = first;
-  };
-
-  const choose = (button) => {
-    const row = rows[buttons.indexOf(button)];
+  const choose = (i) => {
+    if (chosen !== null) chips[chosen].setAttribute("aria-pressed", "false");
+    chosen = i === chosen ? null : i;
+    if (chosen === null) {
+      readout.innerHTML = first;
+      paint(totals);
+      return;
+    }
+    chips[i].setAttribute("aria-pressed", "true");
+    const row = rows[i - start];
     paint(row);
-    button.classList.add("chosen");
-    if (button === pinned) button.classList.add("pinned");
     const strongest = row
-      .map((score, place) => [score, place])
+      .map((score, j) => [score, j])
       .filter(([score]) => score)
       .sort((a, b) => Math.abs(b[0]) - Math.abs(a[0]))
       .slice(0, 3)
-      .map(([score, place]) => `“${name(chips[place])}” ${format(score)}`);
-    const list = strongest.length ? strongest.join(", ") : "no token";
-    readout.textContent = `“${name(button)}” is attributed most to: ${list}.` +
-      (button === pinned ? " Pinned; press again or Escape for the total." : "");
+      .map(([score, j]) => `“${name(j)}” ${format(score)}`);
+    readout.textContent = `“${name(i)}” is attributed most to: ${strongest.length ? strongest.join(", ") : "no token"}. ` +
+      "Press it again or Escape for the total.";
   };
 
-  const settle = () => (pinned ? choose(pinned) : total());
-  const pin = (button) => {
-    pinned = pinned === button ? null : button;
-    buttons.forEach((other) => other.setAttribute("aria-pressed", String(other === pinned)));
-    settle();
+  const describe = (i) => {
+    const lines = [`“${name(i)}”  place ${i}`];
+    if (i < shown.length) lines.push(`attribution ${format(shown[i])}${chosen === null ? "" : ` of “${name(chosen)}”`}`);
+    const effect = measured[i];
+    if (effect) {
+      const [begin, end, mean, low, high, sampled, significant] = effect;
+      const where = end - begin > 1 ? ` of places ${begin} to ${end - 1}` : "";
+      lines.push(`effect ${format(mean)}${sampled ? interval(low, high) : ", not sampled"}${significant ? " ★" : ""}${where}`);
+    }
+    return lines.join("\n");
   };
 
-  buttons.forEach((button, i) => {
+  const at = (event) => order.get(event.target.closest?.(".chip"));
+  map.addEventListener("pointerover", (event) => {
+    const i = at(event);
+    tip.hidden = i === undefined;
+    if (i === undefined) return;
+    tip.textContent = describe(i);
+    place(event);
+  });
+  map.addEventListener("pointermove", (event) => tip.hidden || place(event));
+  map.addEventListener("pointerleave", () => (tip.hidden = true));
+  map.addEventListener("click", (event) => {
+    const i = at(event);
+    if (i !== undefined && rows.length && i >= start) choose(i);
+  });
+  map.addEventListener("focusin", (event) => {
+    const i = at(event);
+    if (i !== undefined && chosen === null) readout.textContent = describe(i).replaceAll("\n", "; ");
+  });
+
+  if (rows.length) {
+    chips.slice(start).forEach((chip) => chip.setAttribute("aria-pressed", "false"));
     // One stop of the Tab key for each example; arrows move inside.
-    button.tabIndex = i === 0 ? 0 : -1;
-    button.addEventListener("mouseenter", () => choose(button));
-    button.addEventListener("mouseleave", settle);
-    button.addEventListener("focus", () => choose(button));
-    button.addEventListener("blur", settle);
-    button.addEventListener("click", () => pin(button));
-    button.addEventListener("keydown", (event) => {
-      const moves = { ArrowRight: i + 1, ArrowLeft: i - 1, Home: 0, End: buttons.length - 1 };
-      if (event.key === "Escape") {
-        pinned = null;
-        buttons.forEach((other) => other.setAttribute("aria-pressed", "false"));
-        total();
-      } else if (event.key in moves && buttons[moves[event.key]]) {
-        event.preventDefault();
-        button.tabIndex = -1;
-        buttons[moves[event.key]].tabIndex = 0;
-        buttons[moves[event.key]].focus();
-      }
+    let stop = start;
+    chips[stop].tabIndex = 0;
+    map.addEventListener("keydown", (event) => {
+      const moves = { ArrowRight: stop + 1, ArrowLeft: stop - 1, Home: start, End: chips.length - 1 };
+      if (event.key === "Escape" && chosen !== null) choose(chosen);
+      else if (event.key === "Enter" || event.key === " ") choose(stop);
+      else if (moves[event.key] >= start && moves[event.key] < chips.length) {
+        chips[stop].removeAttribute("tabindex");
+        stop = moves[event.key];
+        chips[stop].tabIndex = 0;
+        chips[stop].focus();
+      } else return;
+      event.preventDefault();
     });
+  }
+
+  article.querySelector(".overview")?.addEventListener("click", (event) => {
+    const chip = chips[event.target.dataset.place];
+    if (!chip) return;
+    chip.scrollIntoView({ block: "center" });
+    chip.classList.add("found");
+    setTimeout(() => chip.classList.remove("found"), 2000);
   });
 
   article.querySelector("input").addEventListener("change", (event) => {
-    article.classList.toggle("numbers", event.target.checked);
+    numbers = event.target.checked;
+    article.classList.toggle("numbers", numbers);
+    paint(shown);
   });
 }
 

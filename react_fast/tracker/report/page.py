@@ -2,25 +2,33 @@
 
 import math
 from collections.abc import Sequence
+from itertools import zip_longest
 from typing import Any
 
 import jinja2
 
-from ..records import EffectRow, HeatMap, KeyToken
-from .figures import Scale, curve, scale_of, sign, whisker
+from ..records import KeyFeature
+from .examples import examples
+from .figures import Scale, curve, graph, scale_of, spark, trend, whisker
 from .text import interval, number, probability, tick, visible
 
-_KINDS = (
-    ("attribution", "Attribution by token", "Mean over every training sequence that the tracker observed."),
-    ("effect", "Effect by token", "Mean over the interventions on single tokens that were carried out."),
-)
-
+KINDS = {
+    "effect": ("Effect", "Interventional: means over the interventions that were carried out."),
+    "attribution": (
+        "Attribution",
+        "Observational: means over every training sequence that the tracker observed.",
+    ),
+}
 _LABELS = {
     "every": "observed: one step in",
+    "decay": "weight kept a step",
     "observed_calls": "micro-batches seen",
     "observed_tokens": "tokens observed",
-    "interventions": "interventions on single tokens",
+    "interventions": "interventions",
 }
+_KEY = ("token", "span", "position")
+# Rows of a table, edges of a graph, panels of the drift, features in the summary.
+ROWS, EDGES, PANELS, NAMED = 100, 14, 12, 8
 
 
 def render(report: Any) -> str:
@@ -33,20 +41,38 @@ def render(report: Any) -> str:
         lstrip_blocks=True,
     )
     environment.filters |= {f.__name__: f for f in (number, tick, visible, interval, probability)}
+    key = {kind: _of(report, kind, _KEY) for kind in KINDS}
+    wide = [row for kind in KINDS for row in _of(report, kind, ("kind", "group"))]
+    # Positions cause nothing by themselves.
+    acted = {kind: [one for one in features if one.family != "position"] for kind, features in key.items()}
+    causes = acted["effect"] or acted["attribution"]
     return environment.get_template("page.html.j2").render(
         facts=[
             (_LABELS.get(name, str(name).replace("_", " ")), _fact(value))
             for name, value in report.meta.items()
         ],
-        examples=[_example(i, heat_map) for i, heat_map in enumerate(report.heat_maps)],
-        effects=_effects(report),
-        tables=[
-            _table(kind, title, note, [token for token in report.key_tokens if token.kind == kind])
-            for kind, title, note in _KINDS
+        summary=_summary(causes),
+        graph=graph([_cause(feature) for feature in causes[:EDGES]]),
+        tables=[_table(*KINDS[kind], features) for kind, features in key.items()],
+        wide=[
+            _table(title, "", [row for row in wide if row.kind == kind]) for kind, (title, _) in KINDS.items()
         ],
+        panels=_panels([*acted["effect"], *acted["attribution"], *key["effect"], *key["attribution"]]),
+        examples=examples(report),
         curve=curve(report.by_position),
         positions=report.by_position,
     )
+
+
+def named(feature: KeyFeature) -> str:
+    """A feature's name as a reader sees it."""
+    if feature.family in ("token", "span"):
+        return visible(feature.name)
+    return f"position {feature.name}" if feature.family == "position" else feature.name
+
+
+def _of(report: Any, kind: str, families: Sequence[str]) -> list[KeyFeature]:
+    return [one for one in report.features if one.kind == kind and one.family in families]
 
 
 def _fact(value: Any) -> str:
@@ -55,99 +81,60 @@ def _fact(value: Any) -> str:
     return f"{value:,}" if isinstance(value, int) else f"{value:g}"
 
 
-def _totals(heat_map: HeatMap) -> list[float]:
-    """Attribution of the whole response to each token: sums of the columns; NaN if a number is missing."""
-    return [_sum(column) for column in zip(*heat_map.scores, strict=True)]
+def _summary(features: Sequence[KeyFeature]) -> list[dict[str, Any]]:
+    """What reliably raises and what lowers the outcome, the most telling first."""
+    found = []
+    for direction, sign in (("raises", "pos"), ("lowers", "neg")):
+        rows = [feature for feature in features if feature.direction == direction][:NAMED]
+        top = max((abs(feature.mean) for feature in rows), default=0.0)
+        items = [{**_cause(row), "strength": round(abs(row.mean) / top, 3)} for row in rows]
+        found.append({"direction": direction, "sign": sign, "rows": items})
+    return found if any(side["rows"] for side in found) else []
 
 
-def _sum(scores: Sequence[float]) -> float:
-    return math.fsum(scores) if all(map(math.isfinite, scores)) else math.nan
-
-
-def _example(index: int, heat_map: HeatMap) -> dict[str, Any]:
-    prompt = len(heat_map.prompt_tokens)
-    tokens = [*heat_map.prompt_tokens, *heat_map.response_tokens]
-    totals = _totals(heat_map) or [math.nan] * prompt
-    top = max((abs(value) for value in totals if math.isfinite(value)), default=0.0)
-    chips = [
-        {
-            "place": place,
-            "text": visible(token),
-            "total": total,
-            "sign": sign(total),
-            "strength": round(abs(total) / top, 3) if top and math.isfinite(total) else 0,
-            "breaks": "\n" in token,
-        }
-        for place, (token, total) in enumerate(zip(tokens, totals, strict=True))
-    ]
+def _cause(feature: KeyFeature) -> dict[str, Any]:
     return {
-        "number": index + 1,
-        "title": heat_map.title,
-        "prompt": chips[:prompt],
-        "response": chips[prompt:],
-        "top": top,
-        # Row i: the P + i tokens before response token i. Four digits are more than a screen shows.
-        "rows": [[_rounded(score) for score in row[: prompt + i]] for i, row in enumerate(heat_map.scores)],
+        "text": named(feature),
+        "mean": feature.mean,
+        "low": feature.low,
+        "high": feature.high,
+        "sure": feature.significant,
+        "kind": feature.kind,
     }
 
 
-def _rounded(score: float) -> float | None:
-    return float(f"{score:.4g}") if math.isfinite(score) else None
-
-
-def _effects(report: Any) -> list[dict[str, Any]]:
-    """The effects, grouped by example, beside the attribution of the same tokens."""
-    totals = [_totals(heat_map) for heat_map in report.heat_maps]
-    groups = []
-    for example in sorted({row.example for row in report.effects}):
-        rows = [row for row in report.effects if row.example == example]
-        scores = totals[example] if 0 <= example < len(totals) else []
-        groups.append({"number": example + 1, **_group(rows, [_attributed(row, scores) for row in rows])})
-    return groups
-
-
-def _attributed(row: EffectRow, totals: Sequence[float]) -> float:
-    inside = totals[row.start : row.end]
-    return _sum(inside) if inside else math.nan
-
-
-def _group(rows: Sequence[EffectRow], attributed: Sequence[float]) -> dict[str, Any]:
-    scale = scale_of([row.mean for row in rows], _bounds(rows))
-    beside = scale_of(attributed)
-    return {
-        "ends": _ends(scale),
-        "beside_ends": _ends(beside),
-        "sampled": any(row.samples > 1 for row in rows),
-        "rows": [
-            {
-                "row": row,
-                "token": visible("".join(row.tokens)),
-                "interval": interval(row.low, row.high) if row.samples > 1 else "not sampled",
-                "effect": whisker(scale, row.mean, row.low, row.high),
-                "attribution": score,
-                "attribution_bar": whisker(beside, score, math.nan, math.nan),
-            }
-            for row, score in zip(rows, attributed, strict=True)
-        ],
-    }
-
-
-def _table(kind: str, title: str, note: str, tokens: Sequence[KeyToken]) -> dict[str, Any]:
-    scale = scale_of([token.mean for token in tokens], _bounds(tokens))
+def _table(title: str, note: str, features: Sequence[KeyFeature]) -> dict[str, Any]:
+    shown = features[:ROWS]
+    scale = scale_of([row.mean for row in shown], [bound for row in shown for bound in (row.low, row.high)])
     rows = [
         {
-            "token": token,
-            "text": visible(token.token),
-            "whisker": whisker(scale, token.mean, token.low, token.high),
+            "feature": row,
+            "text": named(row),
+            "whisker": whisker(scale, row.mean, row.low, row.high),
+            "spark": spark(row.windows),
         }
-        for token in tokens
+        for row in shown
     ]
-    return {"kind": kind, "title": title, "note": note, "rows": rows, "ends": _ends(scale)}
+    left = len(features) - len(shown)
+    drift = any(math.isfinite(row.drift) for row in shown)
+    return {"title": title, "note": note, "rows": rows, "left": left, "drift": drift, "ends": ends(scale)}
 
 
-def _bounds(rows: Sequence[KeyToken] | Sequence[EffectRow]) -> list[float]:
-    return [bound for row in rows for bound in (row.low, row.high)]
-
-
-def _ends(scale: Scale) -> dict[str, Any]:
+def ends(scale: Scale) -> dict[str, Any]:
     return {"low": scale.low, "high": scale.high, "zero": scale(0.0)}
+
+
+def _panels(features: Sequence[KeyFeature]) -> list[dict[str, Any]]:
+    """Features over training: those that changed most reliably first, then the most telling, in turn."""
+    known = [one for one in features if len(one.windows) > 1]
+    moved = sorted(
+        (one for one in known if one.drift_significant),
+        key=lambda one: -max(one.drift_low, -one.drift_high),
+    )
+    order: dict[int, KeyFeature] = {}
+    for pair in zip_longest(moved, known):
+        order |= {id(one): one for one in pair if one is not None}
+    return [
+        {"feature": one, "text": named(one), "trend": trend(one.windows)}
+        for one in list(order.values())[:PANELS]
+    ]

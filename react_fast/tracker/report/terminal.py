@@ -1,17 +1,22 @@
 """The report in the terminal."""
 
+import math
+from collections.abc import Sequence
 from typing import Any
 
+from ..records import HeatMap, KeyFeature
+from .examples import reliability
+from .page import KINDS, named
 from .text import interval, number, probability, visible
 
-_TITLES = {
-    "attribution": "Attribution by token (observational)",
-    "effect": "Effect by token (interventional)",
-}
+# Red, green, blue at full strength; what is 0 keeps the terminal's own colours.
+_RAISES, _LOWERS = (224, 112, 16), (38, 110, 220)
+# Tokens of a heat map that are printed.
+_TOKENS = 2000
 
 
 def show(report: Any, *, limit: int, console: Any = None) -> None:
-    """Prints the tables of a CausalityReport."""
+    """Prints the heat maps and tables of a CausalityReport."""
     try:
         from rich.console import Console
         from rich.table import Table
@@ -19,30 +24,74 @@ def show(report: Any, *, limit: int, console: Any = None) -> None:
     except ImportError as error:
         raise ImportError("show needs rich, which is missing: pip install 'react-fast[report]'") from error
     console = console or Console()
+    for heat_map in report.heat_maps[:limit]:
+        console.print(heat_map_text(heat_map))
     # Text: a token such as "[bold]" is not markup.
-    for kind, title in _TITLES.items():
-        tokens = [token for token in report.key_tokens if token.kind == kind]
-        if not tokens:
+    for kind, (title, _) in KINDS.items():
+        features = [feature for feature in report.features if feature.kind == kind]
+        if not features:
             continue
-        table = _table(Table, title, ("token", "count", "mean", "95% interval", "p", ""))
-        for token in tokens[:limit]:
-            cells = [visible(token.token), str(token.count), number(token.mean)]
-            cells += [interval(token.low, token.high), probability(token.p_value)]
-            cells += ["*" if token.significant else ""]
-            table.add_row(*map(Text, cells))
+        names = ("feature", "family", "count", "mean", "95% interval", "p", "drift", "")
+        table = _table(Table, f"{title} by feature", names)
+        for feature in features[:limit]:
+            table.add_row(*map(Text, _cells(feature)))
         console.print(table)
     if report.effects:
         table = _table(Table, "Effects in the examples", ("action", "example", "effect", "95% interval", ""))
-        ranked = sorted(report.effects, key=lambda row: -abs(row.mean) if row.mean == row.mean else 0.0)
-        for row in ranked[:limit]:
+        for row in sorted(report.effects, key=reliability, reverse=True)[:limit]:
             shown = interval(row.low, row.high) if row.samples > 1 else "not sampled"
             cells = [visible("".join(row.tokens)), str(row.example + 1), number(row.mean), shown]
             table.add_row(*map(Text, [*cells, "*" if row.significant else ""]))
         console.print(table)
-    if not report.key_tokens and not report.effects:
+    if not report.features and not report.effects:
         console.print("The tracker has seen nothing yet.")
     else:
         console.print("*: significant at a false discovery rate of 5%")
+
+
+def heat_map_text(heat_map: HeatMap) -> Any:
+    """A heat map as coloured text for rich: orange raises the outcome, blue lowers it."""
+    from rich.text import Text
+
+    tokens = [*heat_map.prompt_tokens, *heat_map.response_tokens][:_TOKENS]
+    scores = heat_map.sums()
+    text = Text()
+    for i, (token, style) in enumerate(zip(tokens, _styles(scores[:_TOKENS]), strict=True)):
+        if i == len(heat_map.prompt_tokens):
+            text.append(" ▸ ", style="bold")
+        shown = visible(token).replace("␣", " ").replace("⏎", "⏎\n")
+        text.append(shown, style=style)
+    left = len(scores) - len(tokens)
+    if left:
+        text.append(f" … {left} more", style="dim")
+    return text
+
+
+def _styles(scores: Sequence[float]) -> list[str]:
+    top = max((abs(score) for score in scores if math.isfinite(score)), default=0.0)
+    return [_style(score / top) if top and math.isfinite(score) else "" for score in scores]
+
+
+def _style(share: float) -> str:
+    """Background of a token: from dark to the full colour, so that white reads on all of it."""
+    if abs(share) < 0.05:
+        return ""
+    full = _RAISES if share > 0 else _LOWERS
+    strength = 0.25 + 0.75 * abs(share)
+    return "white on rgb({},{},{})".format(*(round(strength * part) for part in full))
+
+
+def _cells(feature: KeyFeature) -> list[str]:
+    return [
+        named(feature),
+        feature.family,
+        str(feature.count),
+        number(feature.mean),
+        interval(feature.low, feature.high),
+        probability(feature.p_value),
+        number(feature.drift) + (" *" if feature.drift_significant else ""),
+        "*" if feature.significant else "",
+    ]
 
 
 def _table(kind: Any, title: str, columns: tuple[str, ...]) -> Any:

@@ -1,0 +1,173 @@
+"""Moments of one kind of score by everything that an action may be told by: token, span, position, kind, group."""
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import Any
+
+import torch
+
+from ..ops.moments import RunningMoments
+from .drift import CommonKeys, Drift
+
+# What one action is, and where it stands; `action_kind` numbers the pairs.
+UNITS = ("token", "word", "sentence", "line", "step", "turn", "match", "span")
+SIDES = ("prompt", "response", "special")
+# Longest span that is told by its tokens, and how many spans, tokens and positions are followed over training.
+LONGEST = 16
+SPANS, TOKENS, POSITIONS = 512, 1024, 128
+FAMILIES = ("token", "position", "kind", "group", "span")
+
+
+def action_kind(unit: str, side: int | torch.Tensor) -> Any:
+    """Number of an action's kind; `side` numbers SIDES."""
+    return UNITS.index(unit) * len(SIDES) + side
+
+
+def kind_name(number: int) -> str:
+    unit, side = divmod(number, len(SIDES))
+    return f"{SIDES[side]} {UNITS[unit]}"
+
+
+def span_key(ids: Sequence[int]) -> int:
+    """48 bits that stand for a span."""
+    digest = hashlib.blake2b(b",".join(b"%d" % i for i in ids), digest_size=6)
+    return int.from_bytes(digest.digest(), "big")
+
+
+@dataclass(frozen=True)
+class Actions:
+    """What is told of N actions, [N] each.
+
+    Attributes:
+        position, kind: int64. group: int64, or None. token: int64, -1 where the action is no single token.
+    """
+
+    position: torch.Tensor
+    kind: torch.Tensor
+    token: torch.Tensor
+    group: torch.Tensor | None = None
+
+
+class Features:
+    """Moments of scores by feature; their size hangs on vocabulary, groups and longest sequence alone.
+
+    Attributes:
+        by_token [V], by_position [at least the longest sequence], by_kind [24], by_group [G]: RunningMoments.
+        by_span [512]: of the spans that `spans` holds, each since it holds its slot. names: their tokens, by key.
+        drift: the same over training, without decay, of kinds, groups, 128 positions, 1024 tokens and the spans.
+    """
+
+    def __init__(self, vocab_size: int, groups: int, device: torch.device, decay: float = 1.0) -> None:
+        self._device = device
+        sizes = {"kind": len(UNITS) * len(SIDES), "group": groups, "position": POSITIONS}
+        sizes |= {"token": TOKENS, "span": SPANS}
+        ends = dict(zip(sizes, accumulate(sizes.values()), strict=True))
+        self.first = {family: ends[family] - size for family, size in sizes.items()}
+        self.drift = Drift(ends["span"], device)
+        self.tokens, self.spans = CommonKeys(TOKENS, device), CommonKeys(SPANS, device)
+        self.names: dict[int, tuple[int, ...]] = {}
+        own = {"token": vocab_size, "position": 1}
+        self.by_token, self.by_position, self.by_kind, self.by_group, self.by_span = (
+            RunningMoments(own.get(family, sizes[family]), device, decay=decay) for family in FAMILIES
+        )
+
+    def reach(self, length: int) -> None:
+        """Room for sequences of this length, doubled so that it is seldom needed."""
+        size = len(self.by_position.count)
+        if length > size:
+            self.by_position = _resized(self.by_position, max(length, 2 * size))
+
+    def advance(self, steps: int) -> None:
+        """Let training steps go by, for the decay."""
+        for moments in self._moments().values():
+            moments.advance(steps)
+
+    def update(self, step: int, scores: torch.Tensor, mask: torch.Tensor, actions: Actions) -> None:
+        """Add scores [N] of actions at positions within `reach`; those with `mask` [N] false do not exist."""
+        single = mask & (actions.token >= 0)
+        self.by_token.update(scores, actions.token, single)
+        self.by_position.update(scores, actions.position, mask)
+        self.by_kind.update(scores, actions.kind, mask)
+        slot, held, lost = self.tokens.vote(actions.token.clamp_min(0), single)
+        self._forget("token", lost)
+        ids, masks = {"kind": actions.kind, "position": actions.position, "token": slot}, [mask]
+        masks += [mask & (actions.position < POSITIONS), held]
+        if actions.group is not None:
+            ids["group"] = actions.group
+            masks.append(mask & (actions.group >= 0) & (actions.group < len(self.by_group.count)))
+            self.by_group.update(scores, actions.group, masks[-1])
+        columns = torch.cat([self.first[family] + found for family, found in ids.items()])
+        self.drift.update(step, scores.repeat(len(ids)), columns, torch.cat(masks))
+
+    def update_spans(self, step: int, scores: torch.Tensor, keys: torch.Tensor, mask: torch.Tensor) -> None:
+        """Add scores [N] of the spans that `keys` [N] stand for."""
+        slot, held, lost = self.spans.vote(keys, mask)
+        self._forget("span", lost)
+        self.by_span.update(scores, slot, held)
+        self.drift.update(step, scores, self.first["span"] + slot, held)
+
+    def merge(self, other: "Features", *, late: int = 0, lag: int = 0) -> None:
+        """Add what another one has, which is left as it was; they ended `late` and `lag` steps ago."""
+        copy = Features(len(self.by_token.count), len(self.by_group.count), self._device, self.by_token.decay)
+        copy.load_state_dict(other.state_dict())
+        length = max(len(one.by_position.count) for one in (self, copy))
+        self.by_position, copy.by_position = (_resized(one.by_position, length) for one in (self, copy))
+        self.advance(late)
+        copy.advance(lag)
+        for family, table in (("token", "tokens"), ("span", "spans")):
+            ours, theirs = getattr(self, table).merge(getattr(copy, table))
+            for one, void in ((self, ours), (copy, theirs)):
+                one._forget(family, void)
+        for name, moments in self._moments().items():
+            moments.merge(copy._moments()[name])
+        self.drift.merge(copy.drift)
+        self.keep_names(copy.names)
+
+    def span_ids(self, slot: int) -> tuple[int, ...]:
+        """Tokens of the span in a slot; a key without a name is a pair of tokens, as `pair_keys` made it."""
+        key = int(self.spans.keys[slot])
+        return self.names.get(key) or divmod(key, len(self.by_token.count))
+
+    def pair_keys(self, input_ids: torch.Tensor) -> torch.Tensor:
+        """[B, T] -> [B, T - 1]: keys of neighbouring tokens."""
+        return input_ids[:, :-1].long() * len(self.by_token.count) + input_ids[:, 1:]
+
+    def keep_names(self, names: dict[int, tuple[int, ...]]) -> None:
+        """Remember the tokens of spans, as far as they hold a slot."""
+        held = set(self.spans.keys.tolist())
+        self.names = {key: ids for key, ids in sorted((self.names | names).items()) if key in held}
+
+    def state_dict(self) -> dict[str, Any]:
+        parts: dict[str, Any] = {**self._moments(), "tokens": self.tokens, "spans": self.spans}
+        parts["drift"] = self.drift
+        names = [[key, list(ids)] for key, ids in self.names.items()]
+        return {name: part.state_dict() for name, part in parts.items()} | {"names": names}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.by_position = _resized(self.by_position, len(state["by_position"]["count"]))
+        for name in (*self._moments(), "tokens", "spans", "drift"):
+            getattr(self, name).load_state_dict(state[name])
+        self.names = {int(key): tuple(ids) for key, ids in state["names"]}
+
+    def _forget(self, family: str, slots: torch.Tensor) -> None:
+        """Forget what held these slots, [slots] bool, of tokens or spans."""
+        lost = slots.nonzero()[:, 0]
+        if len(lost):
+            self.drift.forget(self.first[family] + lost)
+            if family == "span":
+                self.by_span.forget(lost)
+
+    def _moments(self) -> dict[str, RunningMoments]:
+        return {name: getattr(self, name) for name in (f"by_{family}" for family in FAMILIES)}
+
+
+def _resized(moments: RunningMoments, size: int) -> RunningMoments:
+    """The same moments with room for `size` ids; those without room are lost."""
+    longer = RunningMoments(size, moments.count.device, decay=moments.decay)
+    room = longer.state_dict()
+    for name, value in moments.state_dict().items():
+        room[name][: len(value)] = value[:size]
+    longer.load_state_dict(room)
+    return longer
