@@ -2,7 +2,8 @@
 
     python -m bench.credit [--seeds 10] [--jobs 1] [--tasks slots text]
 
-Two tasks with a sparse signal, five contestants, the same policy, optimiser and rollouts:
+Two tasks with a sparse signal, five contestants with the same policy, optimiser and rollouts, each at its own best
+learning rate of four, chosen on three other seeds:
 
     uniform      GRPO
     causal       credit="causal": interventions are environment steps, and counted
@@ -48,6 +49,8 @@ CONTESTANTS = {
     "placebo": "tab:gray",
 }
 WINDOW = 8  # training steps that a point of a curve is the mean of
+RATES = (3e-3, 6e-3, 1e-2, 2e-2)
+TUNING_SEEDS = (1000, 1001, 1002)
 WORDS = {"?": "go", "!": "hi"}
 LETTERS = "abcdefghijklmnopqrst"
 
@@ -121,7 +124,6 @@ class Task:
     characters: str
     length: int
     steps: int
-    learning_rate: float
     interventions: int
     by: Literal["token", "position", "token_at_position"]
     quality: Callable[[str, Record], float]
@@ -144,8 +146,7 @@ def slots(seed: int) -> Task:
         truth.env(noisy=True),
         truth.characters,
         truth.slots,
-        120,
-        6e-3,
+        240,
         6,
         "token_at_position",
         quality,
@@ -176,7 +177,6 @@ def text(seed: int) -> Task:
         characters,
         16,
         100,
-        1e-2,
         10,
         "token_at_position",
         lambda t, record: reward("", t, record),
@@ -190,7 +190,7 @@ TASKS = {"slots": slots, "text": text}
 class Contest(Trainer):
     """A trainer that records a curve, and whose credit may be an oracle's or a placebo's."""
 
-    def __init__(self, task: Task, contestant: str, seed: int) -> None:
+    def __init__(self, task: Task, contestant: str, seed: int, rate: float) -> None:
         torch.manual_seed(seed)
         policy = Policy(len(task.characters), task.length + 1)
         credit: Any = contestant if contestant in ("attribution", "causal") else "uniform"
@@ -200,7 +200,7 @@ class Contest(Trainer):
             prompts_per_step=2,
             group_size=16,
             max_new_tokens=task.length,
-            learning_rate=task.learning_rate,
+            learning_rate=rate,
             optimizer="adam",
             credit="causal" if contestant == "placebo" else credit,
             credit_floor=0.2,
@@ -245,31 +245,58 @@ def _light(env: TextEnv) -> TextEnv:
     return env
 
 
-def run(job: tuple[str, str, int]) -> None:
+Job = tuple[str, str, int, float]  # task, contestant, seed, learning rate
+
+
+def run(job: Job) -> None:
     """One curve: [[environment steps, quality], ...] as a file."""
-    name, contestant, seed = job
-    target = _file(*job)
+    name, contestant, seed, rate = job
+    target = _file(job)
     if not target.exists():
         torch.set_num_threads(1)
-        contest = Contest(TASKS[name](seed), contestant, seed)
+        contest = Contest(TASKS[name](seed), contestant, seed, rate)
         contest.train()
         target.parent.mkdir(parents=True, exist_ok=True)
         target.write_text(json.dumps(contest.curve))
 
 
-def _file(name: str, contestant: str, seed: int) -> Path:
-    return OUT / "credit" / f"{name}-{contestant}-{seed}.json"
+def run_all(jobs: Sequence[Job], processes: int) -> None:
+    if processes == 1:
+        for job in jobs:
+            run(job)
+        return
+    with ProcessPoolExecutor(processes) as pool:
+        list(pool.map(run, jobs))
+
+
+def _file(job: Job) -> Path:
+    name, contestant, seed, rate = job
+    return OUT / "credit" / f"{name}-{contestant}-{rate:g}-{seed}.json"
+
+
+def best_rate(name: str, contestant: str) -> float:
+    """The learning rate with the highest quality on the tuning seeds, averaged over the environment steps that
+    uniform's whole run takes."""
+
+    def quality(rate: float) -> float:
+        means = []
+        for seed in TUNING_SEEDS:
+            curve = np.array(json.loads(_file((name, contestant, seed, rate)).read_text()))
+            last = json.loads(_file((name, "uniform", seed, rate)).read_text())[-1][0]
+            means.append(np.interp(np.linspace(0, last, 200), curve[:, 0], curve[:, 1]).mean())
+        return float(np.mean(means))
+
+    return max(RATES, key=quality)
 
 
 # ---- what the curves say ----------------------------------------------------------------------------------------
 
 
-def finished(name: str, seeds: int) -> dict[str, np.ndarray]:
-    """[seeds, steps, 2] smoothed curves of every contestant, over the seeds that all of them have run."""
-    whole = [seed for seed in range(seeds) if all(_file(name, c, seed).exists() for c in CONTESTANTS)]
+def curves_of(name: str, seeds: int, rates: dict[str, float]) -> dict[str, np.ndarray]:
+    """[seeds, steps, 2] smoothed curves of every contestant."""
     return {
-        c: np.array([smoothed(json.loads(_file(name, c, seed).read_text())) for seed in whole])
-        for c in (CONTESTANTS if whole else ())
+        c: np.array([smoothed(json.loads(_file((name, c, seed, rate)).read_text())) for seed in range(seeds)])
+        for c, rate in rates.items()
     }
 
 
@@ -303,7 +330,7 @@ def ratios(curves: dict[str, np.ndarray], contestant: str, *, resamples: int = 2
     return np.array([found[0], low, high])
 
 
-def table(name: str, curves: dict[str, np.ndarray]) -> str:
+def table(name: str, curves: dict[str, np.ndarray], rates: dict[str, float]) -> str:
     """Markdown."""
     level = float(np.median(curves["uniform"][:, -1, 1]))
     lines = [
@@ -312,14 +339,15 @@ def table(name: str, curves: dict[str, np.ndarray]) -> str:
         f"{(TASKS[name].__doc__ or '').strip()} {len(curves['uniform'])} seeds. Uniform GRPO ends at "
         f"{level:.2f} of the best reward.",
         "",
-        "| credit | environment steps to that, median | of uniform's, 95% | seeds there | reward at the end |",
-        "| --- | --- | --- | --- | --- |",
+        "| credit | rate | environment steps to that, median | of uniform's, 95% | seeds there | at the end |",
+        "| --- | --- | --- | --- | --- | --- |",
     ]
     for contestant, found in curves.items():
         steps = np.array([reached(curve, level) for curve in found])
         ratio, low, high = ratios(curves, contestant)
+        median = _steps(float(np.median(steps)))
         lines.append(
-            f"| {contestant} | {_steps(float(np.median(steps)))} | {ratio:.2f} [{low:.2f}, {high:.2f}] "
+            f"| {contestant} | {rates[contestant]:g} | {median} | {ratio:.2f} [{low:.2f}, {high:.2f}] "
             f"| {int(np.isfinite(steps).sum())} | {found[:, -1, 1].mean():.2f} |"
         )
     ratio = ratios(curves, "causal")[0]
@@ -357,39 +385,48 @@ def picture(found: dict[str, dict[str, np.ndarray]], target: Path) -> None:
     plt.close(figure)
 
 
-def write(tasks: Sequence[str], seeds: int) -> str:
-    """Files of the finished seeds; returns the tables."""
-    found = {name: curves for name in tasks if (curves := finished(name, seeds))}
-    head = (
-        "Made by `python -m bench.credit`. Environment steps are those of episodes, interventions included; "
-        f"quality: share of the best reward in the rollouts, mean of {WINDOW} training steps of 32. Seeds are "
-        "paired; policy, optimiser and learning rate are the same for all. The environment's own noise is the "
-        "same in a trajectory and in the interventions on it (reset with its seed). Oracle: the true effects, "
-        "free; placebo: causal's weights shuffled among a trajectory's actions.\n"
-    )
-    text = "\n".join([head, *(table(name, curves) for name, curves in found.items())])
-    if found:
-        (RESULTS / "credit.md").write_text(text)
-        rounded = {n: {c: np.round(x, 4).tolist() for c, x in curves.items()} for n, curves in found.items()}
-        (RESULTS / "credit.json").write_text(json.dumps(rounded) + "\n")
-        picture(found, RESULTS / "credit.png")
-    return text
+HEAD = f"""\
+Made by `python -m bench.credit`. Environment steps are those of episodes, interventions included; quality is the
+share of the best reward in the rollouts, mean of {WINDOW} training steps of 32. Seeds are paired; policy and
+optimiser are the same for all, and everyone has its own best learning rate of {", ".join(map(str, RATES))}, chosen on
+{len(TUNING_SEEDS)} other seeds. The environment's own noise is the same in a trajectory and in the interventions
+on it (reset with its seed). Oracle: the true effects, free; placebo: causal's weights shuffled among a
+trajectory's actions.
+"""
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.credit")
     parser.add_argument("--seeds", type=int, default=10)
     parser.add_argument("--jobs", type=int, default=1)
-    parser.add_argument("--tasks", nargs="+", choices=list(TASKS), default=list(TASKS))
     given = parser.parse_args(arguments)
-    jobs = [(name, c, seed) for seed in range(given.seeds) for name in given.tasks for c in CONTESTANTS]
-    if given.jobs > 1:
-        with ProcessPoolExecutor(given.jobs) as pool:
-            list(pool.map(run, jobs))
-    else:
-        for job in jobs:
-            run(job)
-    print(write(list(TASKS), given.seeds))
+    run_all(
+        [
+            (name, c, seed, rate)
+            for name in TASKS
+            for c in CONTESTANTS
+            for rate in RATES
+            for seed in TUNING_SEEDS
+        ],
+        given.jobs,
+    )
+    rates = {name: {c: best_rate(name, c) for c in CONTESTANTS} for name in TASKS}
+    run_all(
+        [
+            (name, c, seed, rates[name][c])
+            for seed in range(given.seeds)
+            for name in TASKS
+            for c in CONTESTANTS
+        ],
+        given.jobs,
+    )
+    found = {name: curves_of(name, given.seeds, rates[name]) for name in TASKS}
+    report = "\n".join([HEAD, *(table(name, curves, rates[name]) for name, curves in found.items())])
+    (RESULTS / "credit.md").write_text(report)
+    rounded = {n: {c: np.round(x, 4).tolist() for c, x in curves.items()} for n, curves in found.items()}
+    (RESULTS / "credit.json").write_text(json.dumps(rounded) + "\n")
+    picture(found, RESULTS / "credit.png")
+    print(report)
 
 
 if __name__ == "__main__":
