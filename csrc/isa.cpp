@@ -30,7 +30,9 @@ RF_TABLES(baseline)
 #if defined(__x86_64__)
 RF_TABLES(avx2)
 RF_TABLES(avx512)
+#if defined(RF_AVX512_BF16)
 RF_TABLES(avx512_bf16)
+#endif
 #endif
 
 namespace rf {
@@ -46,11 +48,14 @@ const std::vector<Candidate>& candidates() {
   static const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
   static const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                              __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-  static const bool avx512_bf16 = avx512 && __builtin_cpu_supports("avx512bf16");
-  static const std::vector<Candidate> all = {{RF_ENTRY(baseline), true},
-                                             {RF_ENTRY(avx2), avx2},
-                                             {RF_ENTRY(avx512), avx512},
-                                             {RF_ENTRY(avx512_bf16), avx512_bf16}};
+  static const std::vector<Candidate> all = {
+      {RF_ENTRY(baseline), true},
+      {RF_ENTRY(avx2), avx2},
+      {RF_ENTRY(avx512), avx512},
+#if defined(RF_AVX512_BF16)
+      {RF_ENTRY(avx512_bf16), avx512 && __builtin_cpu_supports("avx512bf16")},
+#endif
+  };
 #else
   static const std::vector<Candidate> all = {{RF_ENTRY(baseline), true}};
 #endif
