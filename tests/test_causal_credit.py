@@ -186,6 +186,27 @@ def test_monte_carlo_advantages_telescope_and_are_unbiased():
     assert float(batch.advantages[:, ~silent].abs().max()) > 0
 
 
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_reward_that_is_not_finite_stays_out_of_the_table(bad):
+    """One of an episode, and one that only replays meet: the rest is measured on."""
+    seen = [0]
+
+    def reward(state: str, action: str, record: Record) -> float:
+        seen[0] += 1
+        return bad if seen[0] in (2, 11) else _counts(state, action, record)
+
+    env = TextEnv([Record("?")], reward=reward)
+    config = _config(prompts_per_step=2, credit="causal", steps=1)
+    for make in (Trainer, ReferenceTrainer):
+        seen[0] = 0
+        trainer = make(_policy(), Characters(ALPHABET), env, algorithm=GRPO(), config=config)
+        batch = trainer.score(trainer.collect())
+        effects = batch.effects if make is Trainer else torch.cat([one.effects for one in batch])
+        assert seen[0] > 11
+        assert bool(effects.isfinite().all())
+        assert bool((effects != 0).any())
+
+
 def test_units_cut_each_turns_action():
     ids = torch.tensor([5, 0, 2, 1, 5, 3, 0, 3, 1])
     one = Trajectory(

@@ -70,6 +70,8 @@ class Causal:
 
             values[len(order)] = value(len(order))
             found, left = _bisect(value, values, len(order), left - 1)
+            if not all(math.isfinite(x) for x in found):
+                continue
             self.own[id(one)] = {t: x for x, unit in zip(found, order, strict=True) for t in unit}
             for effect, unit in zip(found, order, strict=True):
                 for t in unit:
@@ -233,13 +235,13 @@ def _bisect(value: Any, known: dict[int, float], count: int, left: int) -> tuple
 
 def _by_surprise(trajectories: Sequence[Any], seed: int, step: int) -> list[int]:
     """Rows by the distance of their reward from their group's mean, the farthest first, ties at random; those
-    at the mean are left out."""
+    at the mean are left out, and those of a group with a reward that is NaN or infinite."""
     distance = []
     for one in trajectories:
         group = [float(sum(other.rewards)) for other in trajectories if other.group == one.group]
         distance.append(round(abs(float(sum(one.rewards)) - sum(group) / len(group)), 9))
     order = _permutation(len(distance), seed, _ROWS, step)
-    return sorted((row for row in order if distance[row]), key=lambda row: -distance[row])
+    return sorted((row for row in order if 0 < distance[row] < math.inf), key=lambda row: -distance[row])
 
 
 def _permutation(count: int, *keys: int) -> list[int]:

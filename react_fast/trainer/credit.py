@@ -11,6 +11,7 @@ Source: Kazemnejad et al. 2024, VinePPO (arXiv:2410.01679), for monte_carlo; Foe
 environment's own randomness may be held fixed in what is subtracted.
 """
 
+import math
 from collections.abc import Sequence
 from itertools import groupby
 from typing import Any
@@ -130,6 +131,8 @@ class CausalReplays(Replays):
 
             found, spent = contributions(value, float(sum(one.rewards)), len(order), left)
             left -= spent
+            if not np.isfinite(found).all():
+                continue
             measured += _by_token(one, order, found, instead)
             for effect, unit in zip(found, order, strict=True):
                 own[row, torch.tensor(unit) - 1] = effect
@@ -257,9 +260,10 @@ def play_again(trainer: Any, wanted: Sequence[Replay], stream: int, count: Count
 
 def _by_surprise(batch: Batch, seed: int, step: int) -> list[int]:
     """Rows by the distance of their reward from their group's mean, the farthest first, ties at random; those
-    at the mean have no advantage to explain and are left out."""
+    at the mean have no advantage to explain and are left out, and so are those of a group with a reward that is
+    NaN or infinite."""
     rewards, groups = batch.rewards.double().cpu(), batch.groups.cpu()
     distance = [float((r - rewards[groups == g].mean()).abs()) for r, g in zip(rewards, groups, strict=True)]
     distance = [round(x, 9) for x in distance]
     order = permutation(len(distance), seed, _ROWS, step).tolist()
-    return sorted((row for row in order if distance[row]), key=lambda row: -distance[row])
+    return sorted((row for row in order if 0 < distance[row] < math.inf), key=lambda row: -distance[row])

@@ -116,8 +116,8 @@ class Trainer:
         """Set the advantages: [B] or [B, T-1] from the algorithm, spread by attribution or effects if the
         config says so; monte_carlo's are the steps' own, in the reward's unit.
 
-        Attribution and causal credit multiply a trajectory's advantages with weights whose mean over its actions
-        is 1. Uniform and monte_carlo credit keep the policy gradient unbiased; see `trainer.credit`.
+        Attribution and causal credit multiply a trajectory's advantages with weights that keep the sum of the
+        positive and of the negative ones. Uniform and monte_carlo credit keep the policy gradient unbiased; see `trainer.credit`.
         """
         if batch.step_advantages is not None:
             batch.advantages = batch.step_advantages
@@ -128,10 +128,9 @@ class Trainer:
                 batch.advantages, batch.effects, batch.mask, floor=self.config.credit_floor
             )
         if batch.attribution is not None:
-            ones = torch.ones_like(batch.rewards)
-            weights = attribution_credit(ones, batch.attribution, batch.mask, floor=self.config.credit_floor)
-            level = batch.advantages if batch.advantages.dim() == 2 else batch.advantages[:, None]
-            batch.advantages = torch.where(batch.mask, level * weights, 0.0)
+            batch.advantages = attribution_credit(
+                batch.advantages, batch.attribution, batch.mask, floor=self.config.credit_floor
+            )
         return batch
 
     def update(self, batch: Batch) -> dict[str, float]:
