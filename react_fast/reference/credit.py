@@ -74,10 +74,11 @@ class Causal:
                 continue
             self.own[id(one)] = {t: x for x, unit in zip(found, order, strict=True) for t in unit}
             for effect, unit in zip(found, order, strict=True):
-                for t in unit:
+                replaced = [t for t in unit if instead[t] != ids[t]]
+                for t in replaced:
                     position = sum(bool(x) for x in one.action_mask[:t])
                     self._add(effect, ids[t], position)
-                for t in unit:
+                for t in replaced:
                     position = sum(bool(x) for x in one.action_mask[:t])
                     self._add(-effect, instead[t], position)
         return steps
@@ -112,18 +113,21 @@ class Causal:
 
     @torch.no_grad()
     def _alternatives(self, one: Any, row: int) -> list[int]:
-        """At every action another token than the one taken, drawn from the policy there."""
+        """At every action another token than the one taken, drawn from the policy there; the end token is neither
+        drawn nor replaced."""
         trainer = self.trainer
         trainer.model.eval()
         ids = [int(token) for token in one.token_ids]
         logits = trainer.logits(torch.tensor(ids))
         key = _key(trainer.config.seed, _ALTERNATIVES, trainer.step, row)
         draws = np.random.Generator(np.random.Philox(key)).random(len(ids) - 1)
-        instead = list(ids)
+        instead, end = list(ids), trainer.tokenizer.eos_token_id
         for t in range(1, len(ids)):
-            if one.action_mask[t]:
+            if one.action_mask[t] and ids[t] != end:
                 p = torch.softmax(logits[t - 1].float() / trainer.config.temperature, 0).double()
                 p[ids[t]] = 0.0
+                if end is not None:
+                    p[end] = 0.0
                 cumulative = p.cumsum(0)
                 if cumulative[-1] > 0:
                     drawn = int(torch.searchsorted(cumulative, draws[t - 1] * cumulative[-1], right=True))

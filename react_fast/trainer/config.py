@@ -170,7 +170,7 @@ class TrainerConfig(Section):
     eval_every: Natural = 0
     """Steps between evaluations; 0: none."""
     eval_batch: Count = 64
-    """Prompts generated together in an evaluation."""
+    """Episodes generated together in an evaluation or a replay."""
     early_stopping: Natural = 0
     """Evaluations without gain before a stop; 0: never."""
     save_every: Natural = 0

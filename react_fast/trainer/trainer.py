@@ -22,7 +22,7 @@ from ..ops.logprob import token_logprobs
 from ..tracker.credit import attribution_credit, causal_credit
 from .algorithms.sft import demonstrations
 from .batch import Batch, collate
-from .checkpoint import load_checkpoint, load_weights, newest_complete, save_checkpoint
+from .checkpoint import CheckpointError, load_checkpoint, load_weights, newest_complete, save_checkpoint
 from .config import TrainerConfig
 from .credit import REPLAYS
 from .early_stopping import EarlyStopping
@@ -258,18 +258,16 @@ class Trainer:
         )
 
     def load(self, path: str | Path) -> None:
-        """Go back to a checkpoint of `save`."""
+        """Go back to a checkpoint of `save`.
+
+        Raises: CheckpointError for a damaged checkpoint, or one of another version or setting.
+        """
         checkpoint = load_checkpoint(path)
         load_weights(self.model, path)
-        tree = join(checkpoint.state["trainer"], checkpoint.tensors)
-        self.step, self.updates = tree["step"], tree["updates"]
-        self.replays.load_state_dict(tree["replays"])
-        self.stopping.load_state_dict(tree["stopping"])
-        self.optimizer.load_state_dict(tree["optimizer"])
-        if self.reference is not None and tree["reference"] is not None:
-            self.reference.load_state_dict(tree["reference"])
-        if self.tracker is not None and tree["tracker"] is not None:
-            self.tracker.load_state_dict(tree["tracker"])
+        try:
+            self._load_state(join(checkpoint.state["trainer"], checkpoint.tensors))
+        except (KeyError, TypeError, ValueError, IndexError) as error:
+            raise CheckpointError(f"checkpoint {path} is of another version or setting: {error}") from error
 
     # ---- inside --------------------------------------------------------------------------------------------
 
@@ -281,6 +279,16 @@ class Trainer:
     def pad_id(self) -> int:
         pad = self.tokenizer.pad_token_id
         return pad if pad is not None else (self.eos_id or 0)
+
+    def _load_state(self, tree: dict[str, Any]) -> None:
+        self.step, self.updates = tree["step"], tree["updates"]
+        self.replays.load_state_dict(tree.get("replays") or {})
+        self.stopping.load_state_dict(tree["stopping"])
+        self.optimizer.load_state_dict(tree["optimizer"])
+        if self.reference is not None and tree["reference"] is not None:
+            self.reference.load_state_dict(tree["reference"])
+        if self.tracker is not None and tree["tracker"] is not None:
+            self.tracker.load_state_dict(tree["tracker"])
 
     def _update_once(self, batch: Batch, totals: Averages) -> None:
         denominator = self.algorithm.denominator(batch)
