@@ -11,6 +11,7 @@ from react_fast.envs import Record, TextEnv
 from react_fast.envs.slot_models import Writer
 from react_fast.envs.slots import ground_truth
 from react_fast.reference.trainer import Trainer as ReferenceTrainer
+from react_fast.tracker.effect_table import EffectTable
 from react_fast.trainer.algorithms import GRPO, REINFORCE
 from react_fast.trainer.checkpoint import CheckpointError
 from react_fast.trainer.config import TrainerConfig
@@ -278,6 +279,28 @@ def test_a_checkpoint_of_another_version_is_refused_in_one_line(tmp_path):
     with pytest.raises(CheckpointError, match="is of another version or setting") as caught:
         trainer.train(resume="auto")
     assert "\n" not in str(caught.value)
+
+
+def test_a_replay_that_rewrites_the_text_is_refused():
+    """As rollouts are: here the transition does so from the ninth call on, in the replays."""
+    calls = [0]
+
+    def forgetful(state: str, action: str, record: Record) -> str:
+        calls[0] += 1
+        return state + action + "?" if calls[0] <= 8 else "?"
+
+    env = TextEnv([Record("?")], transition=forgetful, reward=_counts, max_turns=2)
+    config = _config(credit="causal")
+    trainer = Trainer(_policy(), Characters(ALPHABET), env, algorithm=GRPO(), config=config)
+    trajectories = trainer.collect()
+    with pytest.raises(ValueError, match="must continue the text so far") as caught:
+        trainer.score(trajectories)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_table_by_another_name_is_refused():
+    with pytest.raises(ValueError, match="by must be"):
+        EffectTable("word")
 
 
 def test_units_cut_each_turns_action():

@@ -97,8 +97,8 @@ def _spread(level: torch.Tensor, size: torch.Tensor, keep: torch.Tensor, floor: 
 
 
 def _relative(x: torch.Tensor, part: torch.Tensor) -> torch.Tensor:
-    """[B, T] float64 sizes as shares of a row's largest within `part`, 0 outside: neither a row of 1e-300 nor one of
-    1e+300 leaves the number range."""
+    """[B, T] float64 sizes as shares of a row's largest within `part`, 0 outside: neither a row of 1e-300 nor one
+    of 1e+300 leaves the number range."""
     size = torch.where(part, x.double().abs(), 0.0)
     largest = size.amax(1, keepdim=True)
     return torch.where(largest > 0, size / largest, 0.0)

@@ -232,6 +232,14 @@ class RunConfig(Section):
     tracker: TrackerConfig = TrackerConfig()
     trainer: TrainerConfig = TrainerConfig()
 
+    @model_validator(mode="after")
+    def _attribution_is_tracked(self) -> "RunConfig":
+        if self.trainer.credit == "attribution" and not self.tracker.enabled:
+            raise ConfigError(
+                "tracker.enabled", "must be true when trainer.credit is 'attribution', got False"
+            )
+        return self
+
     @classmethod
     def from_yaml(cls, path: str | Path | None, overrides: Sequence[str] = ()) -> "RunConfig":
         """Read a YAML file and apply command-line overrides.

@@ -117,7 +117,8 @@ class Trainer:
         config says so; monte_carlo's are the steps' own, in the reward's unit.
 
         Attribution and causal credit multiply a trajectory's advantages with weights that keep the sum of the
-        positive and of the negative ones. Uniform and monte_carlo credit keep the policy gradient unbiased; see `trainer.credit`.
+        positive and of the negative ones. Uniform and monte_carlo credit keep the policy gradient unbiased; see
+        `trainer.credit`.
         """
         if batch.step_advantages is not None:
             batch.advantages = batch.step_advantages
