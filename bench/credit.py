@@ -392,9 +392,9 @@ Made by `python -m bench.credit`. Environment steps are those of episodes, inter
 share of the best reward in the rollouts, mean of {WINDOW} training steps of 32. Seeds are paired; policy and
 optimiser are the same for all, and everyone has its own best learning rate of
 {", ".join(map(str, RATES))}, chosen on {len(TUNING_SEEDS)} other seeds.
-credit_floor is {FLOOR}; interventions a step and what effects are kept by stand with each task. The environment's own
-noise is the same in a trajectory and in the interventions on it (reset with its seed). Oracle: the true effects, free; placebo: causal's weights shuffled among a
-trajectory's actions.
+credit_floor is {FLOOR}; interventions a step and what effects are kept by stand with each task. The
+environment's own noise is the same in a trajectory and in the interventions on it (reset with its seed). Oracle:
+the true effects, free; placebo: causal's weights shuffled among a trajectory's actions.
 """
 
 
