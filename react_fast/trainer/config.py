@@ -114,6 +114,10 @@ class TrackerConfig(Section):
     """Test prompts for token deletion."""
     seed: Natural = 0
     """Seed of the interventions."""
+    groups: list[str] = Field(default=[])
+    """Names that records bear as metadata "group", told apart by the tracker; each record one of them."""
+    decay: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Weight of what was observed, one training step later; 1: all counts alike."""
 
 
 class TrainerConfig(Section):

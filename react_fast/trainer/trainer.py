@@ -8,7 +8,7 @@ import copy
 import math
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +45,8 @@ class Trainer:
             `eos_token_id`, `pad_token_id`.
         env: a TextEnv; its records are the training prompts.
         algorithm: `GRPO()`, `REINFORCE()`, `SFT()`, or any object with their four methods.
-        tracker: CausalityTracker that observes the training backward; needed by credit="attribution".
+        tracker: CausalityTracker that observes the training backward; needed by credit="attribution". If it has
+            groups, every record's metadata names one of them as "group".
         config: TrainerConfig.
         reporter: anything with `.log(step, phase, metrics)` and `.samples(rows)`; None: nothing is shown.
         phase: name of this training in logs, such as "warm_start" or "rl".
@@ -79,6 +80,7 @@ class Trainer:
             torch.set_num_threads(self.config.threads)
         self.tokenizer, self.env, self.eval_env = tokenizer, env, eval_env
         self.algorithm, self.tracker, self.reporter, self.phase = algorithm, tracker, reporter, phase
+        self._groups = _group_numbers(tracker.groups, env) if tracker is not None and tracker.groups else None
         self.accelerator = Accelerator(cpu=not torch.cuda.is_available())
         optimizer = make_optimizer(model.parameters(), self.config)
         self._prepared, self.optimizer = self.accelerator.prepare(model, optimizer)
@@ -315,7 +317,7 @@ class Trainer:
 
     def _backward(self, part: Batch, denominator: torch.Tensor, totals: Averages) -> None:
         actions = torch.nn.functional.pad(part.mask, (1, 0))
-        with self.tracker.observe(part.input_ids, actions, step=self.step) if self.tracker else nullcontext():
+        with self._observed(part, actions):
             logits = self.forward(self._prepared, part)
             logprobs, entropy = token_logprobs(
                 logits[:, :-1],
@@ -328,6 +330,12 @@ class Trainer:
             self.accelerator.backward(loss)
         totals.add(metrics, float(part.mask.sum()))
         totals.sum("loss", float(loss.detach()))
+
+    def _observed(self, part: Batch, actions: torch.Tensor) -> AbstractContextManager[None]:
+        if self.tracker is None:
+            return nullcontext()
+        groups = None if self._groups is None else self._groups.to(part.records.device)[part.records]
+        return self.tracker.observe(part.input_ids, actions, step=self.step, group_index=groups)
 
     def _clip(self) -> float:
         limit = self.config.max_grad_norm
@@ -425,3 +433,14 @@ class Trainer:
 
     def _notice(self, text: str) -> None:
         (self.reporter.line if hasattr(self.reporter, "line") else print)(text)
+
+
+def _group_numbers(groups: Sequence[str], env: TextEnv) -> torch.Tensor:
+    """[records] int64: number of every record's group among the tracker's."""
+    names = [record.metadata.get("group") for record in env.records]
+    for i, name in enumerate(names):
+        if name not in groups:
+            raise ValueError(
+                f"records[{i}] must have one of {list(groups)} as metadata 'group', got {name!r}"
+            )
+    return torch.tensor([groups.index(name) for name in names])
