@@ -49,6 +49,7 @@ CONTESTANTS = {
     "placebo": "tab:gray",
 }
 WINDOW = 8  # training steps that a point of a curve is the mean of
+FLOOR = 0.2
 RATES = (3e-3, 6e-3, 1e-2, 2e-2)
 TUNING_SEEDS = (1000, 1001, 1002)
 WORDS = {"?": "go", "!": "hi"}
@@ -203,7 +204,7 @@ class Contest(Trainer):
             learning_rate=rate,
             optimizer="adam",
             credit="causal" if contestant == "placebo" else credit,
-            credit_floor=0.2,
+            credit_floor=FLOOR,
             credit_interventions=task.interventions,
             credit_by=task.by,
             threads=1,
@@ -332,12 +333,13 @@ def ratios(curves: dict[str, np.ndarray], contestant: str, *, resamples: int = 2
 
 def table(name: str, curves: dict[str, np.ndarray], rates: dict[str, float]) -> str:
     """Markdown."""
-    level = float(np.median(curves["uniform"][:, -1, 1]))
+    level, task = float(np.median(curves["uniform"][:, -1, 1])), TASKS[name](0)
     lines = [
         f"## {name}",
         "",
         f"{(TASKS[name].__doc__ or '').strip()} {len(curves['uniform'])} seeds. Uniform GRPO ends at "
-        f"{level:.2f} of the best reward.",
+        f"{level:.2f} of the best reward. credit_interventions={task.interventions}, "
+        f'credit_by="{task.by}".',
         "",
         "| credit | rate | environment steps to that, median | of uniform's, 95% | seeds there | at the end |",
         "| --- | --- | --- | --- | --- | --- |",
@@ -388,10 +390,11 @@ def picture(found: dict[str, dict[str, np.ndarray]], target: Path) -> None:
 HEAD = f"""\
 Made by `python -m bench.credit`. Environment steps are those of episodes, interventions included; quality is the
 share of the best reward in the rollouts, mean of {WINDOW} training steps of 32. Seeds are paired; policy and
-optimiser are the same for all, and everyone has its own best learning rate of {", ".join(map(str, RATES))}, chosen on
-{len(TUNING_SEEDS)} other seeds. The environment's own noise is the same in a trajectory and in the interventions
-on it (reset with its seed). Oracle: the true effects, free; placebo: causal's weights shuffled among a
-trajectory's actions.
+optimiser are the same for all, and everyone has its own best learning rate of
+{", ".join(map(str, RATES))}, chosen on {len(TUNING_SEEDS)} other seeds.
+credit_floor is {FLOOR}; interventions a step and what effects are kept by stand with each task. The
+environment's own noise is the same in a trajectory and in the interventions on it (reset with its seed). Oracle:
+the true effects, free; placebo: causal's weights shuffled among a trajectory's actions.
 """
 
 

@@ -11,7 +11,9 @@ from react_fast.envs import Record, TextEnv
 from react_fast.envs.slot_models import Writer
 from react_fast.envs.slots import ground_truth
 from react_fast.reference.trainer import Trainer as ReferenceTrainer
+from react_fast.tracker.effect_table import EffectTable
 from react_fast.trainer.algorithms import GRPO, REINFORCE
+from react_fast.trainer.checkpoint import CheckpointError
 from react_fast.trainer.config import TrainerConfig
 from react_fast.trainer.credit import turns_of, units_of
 from react_fast.trainer.rollout import Trajectory
@@ -31,6 +33,17 @@ class Characters:
 
     def decode(self, ids: list[int], skip_special_tokens: bool = True) -> str:
         return "".join(self.alphabet[i] for i in ids)
+
+
+class Ending(Characters):
+    """With an end token, which no text shows."""
+
+    def __init__(self) -> None:
+        super().__init__(ALPHABET + "$")
+        self.eos_token_id = len(ALPHABET)
+
+    def decode(self, ids: list[int], skip_special_tokens: bool = True) -> str:
+        return super().decode(ids).replace("$", "" if skip_special_tokens else "$")
 
 
 class Policy(nn.Module):
@@ -184,6 +197,110 @@ def test_monte_carlo_advantages_telescope_and_are_unbiased():
     )  # a value of 2 samples: at most sqrt(2 / 4 / 2)
     silent = torch.tensor(truth.weights) == 0
     assert float(batch.advantages[:, ~silent].abs().max()) > 0
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_reward_that_is_not_finite_stays_out_of_the_table(bad):
+    """One of an episode, and one that only replays meet: the rest is measured on."""
+    seen = [0]
+
+    def reward(state: str, action: str, record: Record) -> float:
+        seen[0] += 1
+        return bad if seen[0] in (2, 11) else _counts(state, action, record)
+
+    env = TextEnv([Record("?")], reward=reward)
+    config = _config(prompts_per_step=2, credit="causal", steps=1)
+    for make in (Trainer, ReferenceTrainer):
+        seen[0] = 0
+        trainer = make(_policy(), Characters(ALPHABET), env, algorithm=GRPO(), config=config)
+        batch = trainer.score(trainer.collect())
+        effects = batch.effects if make is Trainer else torch.cat([one.effects for one in batch])
+        assert seen[0] > 11
+        assert bool(effects.isfinite().all())
+        assert bool((effects != 0).any())
+
+
+@pytest.mark.parametrize("actions", ["token", "turn"])
+def test_the_end_token_is_neither_drawn_nor_replaced(actions):
+    tokenizer, fast, slow = Ending(), _policy(len(ALPHABET) + 1), _policy(len(ALPHABET) + 1)
+    config = _config(credit="causal", credit_actions=actions, steps=2)
+    trainer = Trainer(fast, tokenizer, _dialogues(), algorithm=GRPO(), config=config)
+    reference = ReferenceTrainer(slow, tokenizer, _dialogues(), algorithm=GRPO(), config=config)
+    trainer.train()
+    reference.train()
+    torch.testing.assert_close(_weights(fast), _weights(slow), rtol=0, atol=1e-9)
+    batch = trainer.score(trainer.collect())
+    ends = batch.input_ids == tokenizer.eos_token_id
+    assert bool(ends.any())
+    for row, length in enumerate(batch.lengths.tolist()):
+        instead = torch.tensor(trainer.replays._alternatives(batch, row))
+        assert torch.equal(instead == tokenizer.eos_token_id, ends[row, :length])
+        assert bool((instead != batch.input_ids[row, :length]).any())
+
+
+def test_replays_in_slices_are_the_same_draws():
+    found = []
+    for size in (1, 3, 1000):
+        config = _config(credit="monte_carlo", credit_samples=2, eval_batch=size)
+        trainer = Trainer(_policy(), Characters(ALPHABET), _dialogues(), algorithm=GRPO(), config=config)
+        batch = trainer.score(trainer.collect())
+        found.append((batch.step_advantages, trainer.replays.metrics))
+    for advantages, metrics in found[1:]:
+        assert torch.equal(advantages, found[0][0])
+        assert metrics == found[0][1]
+
+
+@pytest.mark.parametrize("before", [{"credit": "uniform"}, {"credit": "causal", "credit_by": "position"}])
+def test_effects_of_another_setting_start_anew(tmp_path, before):
+    shared = {"checkpoint_dir": str(tmp_path), "steps": 1}
+    Trainer(
+        _policy(),
+        Characters(ALPHABET),
+        _dialogues(),
+        algorithm=GRPO(),
+        config=_config(**shared, **before),
+    ).train()
+    config = _config(**shared, credit="causal", credit_by="token")
+    resumed = Trainer(_policy(), Characters(ALPHABET), _dialogues(), algorithm=GRPO(), config=config)
+    with pytest.warns(UserWarning, match="they start anew"):
+        resumed.train(resume="auto")
+    assert resumed.step == 1
+    assert resumed.replays.environment_steps > 0
+    assert int(resumed.replays.table.moments.count.sum()) == 0
+
+
+def test_a_checkpoint_of_another_version_is_refused_in_one_line(tmp_path):
+    config = _config(checkpoint_dir=str(tmp_path), steps=1)
+    trainer = Trainer(_policy(), Characters(ALPHABET), _dialogues(), algorithm=GRPO(), config=config)
+    whole = trainer.stopping.state_dict
+    trainer.stopping.state_dict = dict
+    trainer.train()
+    trainer.stopping.state_dict = whole
+    with pytest.raises(CheckpointError, match="is of another version or setting") as caught:
+        trainer.train(resume="auto")
+    assert "\n" not in str(caught.value)
+
+
+def test_a_replay_that_rewrites_the_text_is_refused():
+    """As rollouts are: here the transition does so from the ninth call on, in the replays."""
+    calls = [0]
+
+    def forgetful(state: str, action: str, record: Record) -> str:
+        calls[0] += 1
+        return state + action + "?" if calls[0] <= 8 else "?"
+
+    env = TextEnv([Record("?")], transition=forgetful, reward=_counts, max_turns=2)
+    config = _config(credit="causal")
+    trainer = Trainer(_policy(), Characters(ALPHABET), env, algorithm=GRPO(), config=config)
+    trajectories = trainer.collect()
+    with pytest.raises(ValueError, match="must continue the text so far") as caught:
+        trainer.score(trajectories)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_table_by_another_name_is_refused():
+    with pytest.raises(ValueError, match="by must be"):
+        EffectTable("word")
 
 
 def test_units_cut_each_turns_action():

@@ -108,6 +108,10 @@ def test_wrong_key_or_value_is_one_line(make, message):
         ("steps 3", "steps is not an option; write --key value"),
         ("--steps 3.5", "trainer.steps must be a valid integer, got 3.5"),
         ("--steps [", "steps has a value that is not YAML, got '['"),
+        (
+            "--credit attribution --tracker.enabled false",
+            "tracker.enabled must be true when trainer.credit is 'attribution', got False",
+        ),
         ("--trainer 3", "trainer must be a valid dictionary or instance of TrainerConfig, got 3"),
     ],
 )

@@ -1,5 +1,6 @@
 """Credit: the weights keep a row's sum and every action's sign, and follow the scores above the floor."""
 
+import numpy as np
 import pytest
 import torch
 
@@ -73,7 +74,9 @@ def test_empty(shape):
     ("change", "error", "text"),
     [
         ({"advantages": torch.ones(3)}, ValueError, r"mask must be \[3, T\] like advantages, got \[4, 5\]"),
-        ({"advantages": torch.ones(4, 5)}, ValueError, r"advantages must be \[B\], got \[4, 5\]"),
+        ({"advantages": torch.ones(4, 4)}, ValueError, r"advantages must be \[B\] or \[4, 5\] like mask"),
+        ({"advantages": torch.ones(())}, ValueError, r"advantages must be \[B\] or \[B, T\], got \[\]"),
+        ({"advantages": np.ones(4)}, TypeError, "advantages must be a torch"),
         ({"advantages": torch.ones(4).int()}, TypeError, "advantages must be float32"),
         ({"scores": torch.ones(4, 4)}, ValueError, r"scores must be \[4, 5\] like mask, got \[4, 4\]"),
         ({"scores": torch.ones(4, 5).long()}, TypeError, "scores must be float32"),
@@ -98,6 +101,24 @@ def test_causal_credit_sums_to_uniform_credit_and_keeps_signs(floor):
     assert bool((credit[~MASK] == 0).all())
 
 
+@pytest.mark.parametrize("credit", [attribution_credit, causal_credit])
+@pytest.mark.parametrize("floor", [0.0, 0.3])
+def test_advantages_of_each_token_keep_their_sums_and_signs(credit, floor):
+    """Of mixed signs in one row: the positive part's sum stays, the negative part's too."""
+    generator = torch.Generator().manual_seed(3)
+    mask = torch.rand(200, 7, generator=generator) < 0.7
+    level, scores = torch.randn(2, 200, 7, dtype=torch.float64, generator=generator) * mask
+    found = credit(level, scores, mask, floor=floor)
+    assert bool((found * level >= 0).all())
+    for sign in (1, -1):
+        # Sums of 7 terms below 10.
+        part = [(sign * x).clamp_min(0).sum(1) for x in (found, level)]
+        torch.testing.assert_close(*part, rtol=1e-13, atol=1e-13)
+    equal = ADVANTAGES[:, None].expand_as(MASK)
+    assert torch.equal(credit(equal, scores[:4, :5], MASK), credit(ADVANTAGES, scores[:4, :5], MASK))
+    assert float((found - level).abs().max()) > 0.1
+
+
 def test_praise_and_blame_go_where_effect_and_advantage_agree():
     effects = torch.tensor(
         [[2.0, -1.0, 0.0, 6.0], [2.0, -1.0, 0.0, 6.0], [1.0, 2.0, 0.0, 3.0]], dtype=torch.float64
@@ -115,6 +136,11 @@ def test_praise_and_blame_go_where_effect_and_advantage_agree():
 
 def test_bad_input_of_causal_credit_is_refused():
     effects = torch.zeros(MASK.shape).double()
+    for advantages, error in ((np.ones(2), TypeError), (torch.tensor(1.0), ValueError)):
+        with pytest.raises(error, match="advantages must be"):
+            causal_credit(advantages, effects, MASK)
+    with pytest.raises(ValueError, match=r"advantages must be \[B\], got \[4, 5\]"):
+        uniform_credit(effects, MASK)
     with pytest.raises(ValueError, match="effects must be"):
         causal_credit(ADVANTAGES, effects[:, 1:], MASK)
     with pytest.raises(ValueError, match=r"floor must be in \[0, 1\], got 2"):

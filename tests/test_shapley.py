@@ -9,7 +9,7 @@ import torch
 
 from react_fast.envs.slot_models import Writer
 from react_fast.envs.slots import ground_truth
-from react_fast.tracker import CausalityTracker, Replacement, shapley_values
+from react_fast.tracker import CausalityTracker, Deletion, Replacement, TargetLogprob, shapley_values
 from react_fast.tracker.shapley import contributions
 
 
@@ -92,10 +92,20 @@ def test_the_causes_of_a_ground_truth_share_the_reward():
         actions=actions,
     )
     np.testing.assert_allclose(found.mean, truth.weights, atol=1e-12)
+    assert found.spans == tuple(actions)
     with pytest.raises(ValueError, match="actions must be at least one and not overlap"):
         tracker.shapley(truth.encode("!"), truth.encode(text), len, actions=[(1, 3), (2, 4)])
     with pytest.raises(ValueError, match="outcome must be a function of response ids or a TargetLogprob"):
         tracker.shapley(truth.encode("!"), truth.encode(text), "logprob")
+
+
+def test_a_target_needs_a_token_to_continue_from():
+    truth = ground_truth(2, causes=1, mediated=0, confounded=0)
+    tracker = CausalityTracker(Writer(truth), interventions=Deletion())
+    outcome = TargetLogprob(truth.encode(truth.characters[1]))
+    prompt, response = truth.encode("!!"), truth.encode(truth.characters[0])
+    with pytest.raises(ValueError, match="actions must leave a token to continue from when all are replaced"):
+        tracker.shapley(prompt, response, outcome, actions=[(0, 1), (1, 2), (2, 3)])
 
 
 @pytest.mark.parametrize("causes", [(), (5,), (0, 31), (3, 4, 20)])
@@ -134,6 +144,7 @@ def test_a_short_budget_still_divides_everything():
             TypeError,
             "the result of value must be a number, got str",
         ),
+        (lambda: shapley_values(lambda s: math.nan, 2), ValueError, "value must be finite, got nan"),
     ],
 )
 def test_bad_input_is_refused(call, error, text):

@@ -15,7 +15,8 @@ from react_fast.reference.trainer import Trainer as ReferenceTrainer
 from react_fast.tracker.policy import cache_argument
 from react_fast.trainer.algorithms import GRPO, REINFORCE, SFT
 from react_fast.trainer.checkpoint import newest_complete
-from react_fast.trainer.config import TrainerConfig
+from react_fast.trainer.config import TrackerConfig, TrainerConfig
+from react_fast.trainer.explain import make_tracker
 from react_fast.trainer.model import fresh_model
 from react_fast.trainer.rollout import Episodes, SamplingParams
 from react_fast.trainer.trainer import Trainer
@@ -435,3 +436,30 @@ def test_wrong_options_are_refused_before_anything_is_trained(make, options, err
     with pytest.raises(error, match=text):
         make(**options)
     assert GRPO(scale="none", eps=0.0).eps == 0
+
+
+def test_the_tracker_tells_the_records_groups_apart():
+    """Tokens before a row's last action, by the language that its record asks for."""
+    records = [Record(r.prompt, r.reference, {"group": r.prompt[3:5]}) for r in RECORDS]
+    model, tokenizer = _policy()
+    config = TrackerConfig(groups=["pt", "it"], decay=1.0)
+    tracker = make_tracker(config, model, tokenizer)
+    trainer = Trainer(
+        model,
+        tokenizer,
+        TextEnv(records, reward=_vowels),
+        algorithm=GRPO(),
+        tracker=tracker,
+        config=_config(micro_batch=2, prompts_per_step=4, seed=1),
+    )
+    expected = {"pt": 0, "it": 0}
+    for one in trainer.collect():
+        expected[records[one.record].metadata["group"]] += int(one.action_mask.nonzero()[-1])
+    trainer.train_step()
+    found = tracker.key_features(9, families=("group",), min_count=2)
+    assert {one.name: one.count for one in found} == expected
+    assert min(expected.values()) > 0
+    with pytest.raises(
+        ValueError, match=r"records\[0\] must have one of \['pt', 'it'\] as metadata 'group', got None"
+    ):
+        Trainer(model, tokenizer, _env(), algorithm=GRPO(), tracker=tracker, config=_config())

@@ -70,12 +70,15 @@ class Causal:
 
             values[len(order)] = value(len(order))
             found, left = _bisect(value, values, len(order), left - 1)
+            if not all(math.isfinite(x) for x in found):
+                continue
             self.own[id(one)] = {t: x for x, unit in zip(found, order, strict=True) for t in unit}
             for effect, unit in zip(found, order, strict=True):
-                for t in unit:
+                replaced = [t for t in unit if instead[t] != ids[t]]
+                for t in replaced:
                     position = sum(bool(x) for x in one.action_mask[:t])
                     self._add(effect, ids[t], position)
-                for t in unit:
+                for t in replaced:
                     position = sum(bool(x) for x in one.action_mask[:t])
                     self._add(-effect, instead[t], position)
         return steps
@@ -110,18 +113,21 @@ class Causal:
 
     @torch.no_grad()
     def _alternatives(self, one: Any, row: int) -> list[int]:
-        """At every action another token than the one taken, drawn from the policy there."""
+        """At every action another token than the one taken, drawn from the policy there; the end token is neither
+        drawn nor replaced."""
         trainer = self.trainer
         trainer.model.eval()
         ids = [int(token) for token in one.token_ids]
         logits = trainer.logits(torch.tensor(ids))
         key = _key(trainer.config.seed, _ALTERNATIVES, trainer.step, row)
         draws = np.random.Generator(np.random.Philox(key)).random(len(ids) - 1)
-        instead = list(ids)
+        instead, end = list(ids), trainer.tokenizer.eos_token_id
         for t in range(1, len(ids)):
-            if one.action_mask[t]:
+            if one.action_mask[t] and ids[t] != end:
                 p = torch.softmax(logits[t - 1].float() / trainer.config.temperature, 0).double()
                 p[ids[t]] = 0.0
+                if end is not None:
+                    p[end] = 0.0
                 cumulative = p.cumsum(0)
                 if cumulative[-1] > 0:
                     drawn = int(torch.searchsorted(cumulative, draws[t - 1] * cumulative[-1], right=True))
@@ -233,13 +239,13 @@ def _bisect(value: Any, known: dict[int, float], count: int, left: int) -> tuple
 
 def _by_surprise(trajectories: Sequence[Any], seed: int, step: int) -> list[int]:
     """Rows by the distance of their reward from their group's mean, the farthest first, ties at random; those
-    at the mean are left out."""
+    at the mean are left out, and those of a group with a reward that is NaN or infinite."""
     distance = []
     for one in trajectories:
         group = [float(sum(other.rewards)) for other in trajectories if other.group == one.group]
         distance.append(round(abs(float(sum(one.rewards)) - sum(group) / len(group)), 9))
     order = _permutation(len(distance), seed, _ROWS, step)
-    return sorted((row for row in order if distance[row]), key=lambda row: -distance[row])
+    return sorted((row for row in order if 0 < distance[row] < math.inf), key=lambda row: -distance[row])
 
 
 def _permutation(count: int, *keys: int) -> list[int]:

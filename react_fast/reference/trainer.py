@@ -219,22 +219,28 @@ class Trainer:
         for one, advantages in zip(
             batch, _ADVANTAGES[type(self.algorithm).__name__](self.algorithm, batch), strict=True
         ):
+            advantages = torch.as_tensor(advantages).expand(one.mask.shape)
             if one.attribution is not None:
-                advantages = advantages * self._weights(one, one.attribution.abs())
+                advantages = self._spread(one, advantages, one.attribution.abs())
             if one.effects is not None:
-                advantages = advantages * self._weights(one, (advantages.sign() * one.effects).clamp_min(0))
+                agreeing = (advantages.sign() * one.effects).clamp_min(0)
+                advantages = self._spread(one, advantages, agreeing)
             if one.step_advantages is not None:
                 advantages = one.step_advantages
             one.advantages = torch.where(one.mask, advantages, 0.0)
         return batch
 
-    def _weights(self, one: Scored, size: torch.Tensor) -> torch.Tensor:
-        """floor + (1 - floor) * size_t / mean size over the actions; 1 everywhere without any signal."""
-        total, count = float(size[one.mask].sum()), int(one.mask.sum())
-        if total == 0:
-            return torch.ones_like(size)
-        floor = self.config.credit_floor
-        return floor + (1 - floor) * size * (count / total)
+    def _spread(self, one: Scored, advantages: torch.Tensor, size: torch.Tensor) -> torch.Tensor:
+        """A_t w_t with w_t = floor + (1 - floor) size_t sum A / sum A size, the sums over the actions with the
+        sign of A_t; w_t = 1 where none of them has a size."""
+        floor, spread = self.config.credit_floor, advantages.clone()
+        for sign in (1, -1):
+            part = [t for t in range(len(size)) if one.mask[t] and sign * advantages[t] > 0]
+            whole = sum(float(advantages[t]) for t in part)
+            sized = sum(float(advantages[t]) * float(size[t]) for t in part)
+            for t in part if sized else ():
+                spread[t] *= floor + (1 - floor) * float(size[t]) * whole / sized
+        return spread
 
     # ---- update --------------------------------------------------------------------------------------------
 

@@ -14,8 +14,11 @@ def uniform_credit(advantages: torch.Tensor, mask: torch.Tensor) -> torch.Tensor
     Returns: [B, T], dtype of `advantages`; 0 where the mask is false, whatever the advantage.
     Raises: TypeError for another dtype, ValueError if shapes or devices differ.
     """
-    keep = _actions(advantages, mask)
-    return torch.where(keep, advantages[:, None], 0.0)
+    _check.floating("advantages", advantages)
+    if advantages.dim() != 1:
+        raise ValueError(f"advantages must be [B], got {list(advantages.shape)}")
+    level, keep = _levels(advantages, mask)
+    return torch.where(keep, level, 0.0)
 
 
 def attribution_credit(
@@ -23,14 +26,15 @@ def attribution_credit(
 ) -> torch.Tensor:
     """An action gets its trajectory's advantage in proportion to the size of its score, above a floor.
 
-        credit_t = advantage * w_t        w_t = floor + (1 - floor) * n |s_t| / sum_i |s_i|
+        credit_t = A_t w_t        w_t = floor + (1 - floor) |s_t| sum_i A_i / sum_i A_i |s_i|
 
-    with n and the sum over the row's actions. The weights of a row have the mean 1, so a row's credit sums to
-    what uniform credit gives it, and no action's sign is turned. A row without any signal (all scores 0) is
-    uniform. Weights that hang on what was sampled make the policy gradient biased unless floor is 1.
+    with the sums over the row's actions whose advantage has the sign of A_t. So the positive credit of a row sums
+    to what uniform credit gives it, the negative too, and no action's sign is turned. Where no score of a sign
+    counts (all are 0) credit is uniform. Weights that hang on what was sampled make the policy gradient biased
+    unless floor is 1.
 
     Args:
-        advantages: [B] floating.
+        advantages: [B] floating, or [B, T], one an action.
         scores: [B, T] floating. Attribution of every token; only its size counts, only where `mask` is true.
         mask: [B, T] bool or 0/1 integers, true where an action stands.
         floor: share in [0, 1] that stays uniform; 1 is uniform credit.
@@ -38,30 +42,30 @@ def attribution_credit(
         or in its advantage gives NaN in that row.
     Raises: TypeError for another dtype, ValueError if shapes or devices differ or floor is outside [0, 1].
     """
-    keep = _actions(advantages, mask)
+    level, keep = _levels(advantages, mask)
     _scores("scores", scores, mask, advantages, floor)
-    return _spread(advantages[:, None], scores.abs(), keep, floor)
+    return _spread(level, scores.abs(), keep, floor)
 
 
 def causal_credit(
-    advantages: torch.Tensor, effects: torch.Tensor, mask: torch.Tensor, *, floor: float = 0.1
+    advantages: torch.Tensor, effects: torch.Tensor, mask: torch.Tensor, *, floor: float = 0.5
 ) -> torch.Tensor:
     """An action gets its trajectory's advantage in proportion to its effect, where effect and advantage agree in
     sign: what raised the outcome takes the praise, what lowered it the blame, the rest the floor.
 
-        credit_t = advantage * w_t        w_t = floor + (1 - floor) * n s_t / sum_i s_i
-        s_t = max(0, sign(advantage) effect_t)
+        credit_t = A_t w_t        w_t = floor + (1 - floor) s_t sum_i A_i / sum_i A_i s_i
+        s_t = max(0, sign(A_t) effect_t)
 
-    with n and the sum over the row's actions. The weights of a row have the mean 1, so a row's credit sums to
-    what uniform credit gives it, and no action's sign is turned. A row in which no effect agrees is uniform.
+    with the sums over the row's actions whose advantage has the sign of A_t. So the positive credit of a row sums
+    to what uniform credit gives it, the negative too, and no action's sign is turned. Where no effect of a sign
+    agrees credit is uniform.
 
     Bias and variance: uniform credit and Monte-Carlo step advantages keep the policy gradient unbiased. These
     weights hang on the sampled actions, so they do not, unless floor is 1; what they buy is that actions without
     an effect no longer carry the noise of those that have one.
 
     Args:
-        advantages: [B] floating, or [B, T], one an action, whose credit then sums to the same only where a row's
-            are equal.
+        advantages: [B] floating, or [B, T], one an action.
         effects: [B, T] floating. E[outcome] - E[outcome | do(action := another)], only where `mask` is true.
         mask: [B, T] bool or 0/1 integers, true where an action stands.
         floor: share in [0, 1] that stays uniform; 1 is uniform credit.
@@ -71,26 +75,33 @@ def causal_credit(
     Source: credit by counterfactual actions: Foerster et al. 2018, COMA (arXiv:1705.08926), which subtracts the
         counterfactual as a baseline; by what an action changes: Harutyunyan et al. 2019, HCA (arXiv:1912.02503).
     """
-    level = advantages[:, None] if advantages.dim() == 1 else advantages
-    keep = _actions(level[:, 0] if level.shape[1:] != (0,) else level.new_zeros(len(level)), mask)
-    if level.dim() != 2 or level.shape[1] not in (1, keep.shape[1]):
-        raise ValueError(
-            f"advantages must be [B] or {list(keep.shape)} like mask, got {list(advantages.shape)}"
-        )
+    level, keep = _levels(advantages, mask)
     _scores("effects", effects, mask, advantages, floor)
     return _spread(level, (level.sign() * effects).clamp_min(0), keep, floor)
 
 
 def _spread(level: torch.Tensor, size: torch.Tensor, keep: torch.Tensor, floor: float) -> torch.Tensor:
-    """[B, 1] or [B, T] advantages times weights: above the floor in proportion to `size` [B, T], not negative."""
-    size = torch.where(keep, size, 0.0).double()
-    largest = size.amax(1, keepdim=True) if size.shape[1] else size.new_zeros(len(size), 1)
-    # Dividing by the largest first: neither a row of 1e-300 nor one of 1e+300 leaves the number range.
-    size = torch.where(largest == 0, 1.0, size / largest)
-    size = torch.where(keep, size, 0.0)
-    share = size / size.sum(1, keepdim=True)
-    weights = floor + (1 - floor) * share * keep.sum(1, keepdim=True)
-    return torch.where(keep, level * weights.to(level.dtype), 0.0)
+    """[B, T] advantages times weights: above the floor in proportion to `size` [B, T], not negative, among the
+    actions of one sign."""
+    if keep.numel() == 0:
+        return level.new_zeros(keep.shape)
+    weights = torch.ones(keep.shape, dtype=torch.float64, device=keep.device)
+    for part in (keep & (level > 0), keep & (level < 0)):
+        share, amount = _relative(size, part), _relative(level, part)
+        total = (amount * share).sum(1, keepdim=True)
+        share = floor + (1 - floor) * share * (amount.sum(1, keepdim=True) / total)
+        weights = torch.where(part & (total > 0), share, weights)
+    lost = (keep & ~(size.isfinite() & level.isfinite())).any(1, keepdim=True)
+    credit = torch.where(lost, torch.nan, level * weights.to(level.dtype))
+    return torch.where(keep, credit, 0.0)
+
+
+def _relative(x: torch.Tensor, part: torch.Tensor) -> torch.Tensor:
+    """[B, T] float64 sizes as shares of a row's largest within `part`, 0 outside: neither a row of 1e-300 nor one
+    of 1e+300 leaves the number range."""
+    size = torch.where(part, x.double().abs(), 0.0)
+    largest = size.amax(1, keepdim=True)
+    return torch.where(largest > 0, size / largest, 0.0)
 
 
 def _scores(
@@ -102,11 +113,17 @@ def _scores(
     _check.number("floor", floor, low=0.0, high=1.0)
 
 
-def _actions(advantages: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+def _levels(advantages: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """[B, T] advantage of every token, and [B, T] bool, whether it is an action."""
     _check.floating("advantages", advantages)
-    if advantages.dim() != 1:
-        raise ValueError(f"advantages must be [B], got {list(advantages.shape)}")
     _check.tensor("mask", mask)
+    if advantages.dim() not in (1, 2):
+        raise ValueError(f"advantages must be [B] or [B, T], got {list(advantages.shape)}")
     if mask.dim() != 2 or mask.shape[0] != advantages.shape[0]:
         raise ValueError(f"mask must be [{advantages.shape[0]}, T] like advantages, got {list(mask.shape)}")
-    return _check.mask("mask", mask, mask.shape, "mask", advantages.device)
+    if advantages.dim() == 2 and advantages.shape != mask.shape:
+        raise ValueError(
+            f"advantages must be [B] or {list(mask.shape)} like mask, got {list(advantages.shape)}"
+        )
+    keep = _check.mask("mask", mask, mask.shape, "mask", advantages.device)
+    return (advantages[:, None].expand(mask.shape) if advantages.dim() == 1 else advantages), keep

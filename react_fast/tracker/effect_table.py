@@ -4,6 +4,7 @@ import math
 
 import torch
 
+from ..ops import _check
 from ..ops.moments import RunningMoments
 
 # A prime, so that codes of a large vocabulary spread over the buckets; 1.5 MiB of moments.
@@ -20,10 +21,11 @@ class EffectTable:
     Args:
         by: "token" | "position" | "token_at_position".
         device: of the state and of what is added.
+    Raises: ValueError for another name.
     """
 
     def __init__(self, by: str, device: torch.device | str | None = None) -> None:
-        self.by = by
+        self.by = _check.choice("by", by, KEYS)
         self.moments = RunningMoments(BUCKETS, device)
 
     def add(self, effects: torch.Tensor, token_ids: torch.Tensor, positions: torch.Tensor) -> None:

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
 
@@ -11,7 +11,7 @@ import torch
 
 from .counterfactuals import replacements
 from .intervention import Experiment
-from .outcomes import outcomes
+from .outcomes import TargetLogprob, outcomes
 from .policy import Policy
 from .statistics import student_interval
 from .text import Span, check_count
@@ -29,6 +29,7 @@ class Shapley:
         total: value of all players - value of none; what the means sum to.
         evaluations: distinct coalitions that were valued.
         exact: whether all 2^n were.
+        spans: place (start, end) of each player in the text, if the players are actions; else none.
     """
 
     mean: torch.Tensor
@@ -38,6 +39,7 @@ class Shapley:
     total: float
     evaluations: int
     exact: bool
+    spans: tuple[Span, ...] = ()
 
 
 def shapley_values(
@@ -53,7 +55,8 @@ def shapley_values(
     total, and not an unbiased policy gradient.
 
     Args:
-        value: of the coalition of players 0 to n - 1 that take part, a number; asked once for each coalition.
+        value: of the coalition of players 0 to n - 1 that take part, a finite number; asked once for each
+            coalition.
         players: n, at least 1.
         samples: pairs of orders above 10 players, at least 2.
         seed: of the orders.
@@ -102,9 +105,11 @@ def shapley(policy: Policy, text: Experiment, spans: Sequence[Span], samples: in
             ids[slice(*span)] = instead[span]
             if span[0] < text.prompt_length:
                 start += len(instead[span]) - (min(span[1], text.prompt_length) - span[0])
+        if not ids and isinstance(text.outcome, TargetLogprob):
+            raise ValueError("actions must leave a token to continue from when all are replaced")
         return float(outcomes(policy, text.outcome, [(ids, start)])[0])
 
-    return shapley_values(value, len(spans), samples=samples, seed=text.seed)
+    return replace(shapley_values(value, len(spans), samples=samples, seed=text.seed), spans=tuple(spans))
 
 
 def _exact(worth: Callable[[Iterable[int]], float], players: int) -> np.ndarray:
@@ -137,9 +142,12 @@ def _members(bits: int) -> list[int]:
 
 def _number(found: Any) -> float:
     try:
-        return float(found)
+        number = float(found)
     except (TypeError, ValueError) as error:
         raise TypeError(f"the result of value must be a number, got {type(found).__name__}") from error
+    if not math.isfinite(number):
+        raise ValueError(f"the result of value must be finite, got {number}")
+    return number
 
 
 def contributions(

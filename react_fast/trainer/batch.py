@@ -18,7 +18,7 @@ class Batch:
         mask: [B, T-1] bool, true where token t + 1 is an action.
         sampler_logprobs: [B, T-1] float32.
         rewards: [B] float32 or float64, sum over turns.  step_rewards: [B, T-1], each turn's at its last action.
-        groups: [B] int64.
+        groups: [B] int64.  records: [B] int64, index of the environment's record.
         old_logprobs, ref_logprobs: [B, T-1] or None, set by `score`.
         attribution, effects, step_advantages: [B, T-1] or None, set by `score` when credit asks for it.
         advantages: [B] or [B, T-1] or None, set by `credit`.
@@ -31,6 +31,7 @@ class Batch:
     rewards: torch.Tensor
     step_rewards: torch.Tensor
     groups: torch.Tensor
+    records: torch.Tensor
     old_logprobs: torch.Tensor | None = None
     ref_logprobs: torch.Tensor | None = None
     attribution: torch.Tensor | None = None
@@ -90,6 +91,7 @@ def collate(
         rewards=torch.tensor([float(sum(t.rewards)) for t in trajectories], device=device, dtype=dtype),
         step_rewards=_step_rewards(trajectories, ids.shape[1]).to(device, dtype),
         groups=torch.tensor([t.group for t in trajectories], device=device),
+        records=torch.tensor([t.record for t in trajectories], device=device),
     )
 
 

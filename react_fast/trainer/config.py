@@ -114,6 +114,10 @@ class TrackerConfig(Section):
     """Test prompts for token deletion."""
     seed: Natural = 0
     """Seed of the interventions."""
+    groups: list[str] = Field(default=[])
+    """Names that records bear as metadata "group", told apart by the tracker; each record one of them."""
+    decay: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Weight of what was observed, one training step later; 1: all counts alike."""
 
 
 class TrainerConfig(Section):
@@ -170,7 +174,7 @@ class TrainerConfig(Section):
     eval_every: Natural = 0
     """Steps between evaluations; 0: none."""
     eval_batch: Count = 64
-    """Prompts generated together in an evaluation."""
+    """Episodes generated together in an evaluation or a replay."""
     early_stopping: Natural = 0
     """Evaluations without gain before a stop; 0: never."""
     save_every: Natural = 0
@@ -231,6 +235,14 @@ class RunConfig(Section):
     algorithm: AlgorithmConfig = AlgorithmConfig()
     tracker: TrackerConfig = TrackerConfig()
     trainer: TrainerConfig = TrainerConfig()
+
+    @model_validator(mode="after")
+    def _attribution_is_tracked(self) -> "RunConfig":
+        if self.trainer.credit == "attribution" and not self.tracker.enabled:
+            raise ConfigError(
+                "tracker.enabled", "must be true when trainer.credit is 'attribution', got False"
+            )
+        return self
 
     @classmethod
     def from_yaml(cls, path: str | Path | None, overrides: Sequence[str] = ()) -> "RunConfig":

@@ -11,8 +11,10 @@ Source: Kazemnejad et al. 2024, VinePPO (arXiv:2410.01679), for monte_carlo; Foe
 environment's own randomness may be held fixed in what is subtracted.
 """
 
-from collections.abc import Sequence
-from itertools import groupby
+import itertools
+import math
+import warnings
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -62,7 +64,7 @@ class Replays:
         return {"environment_steps": self.environment_steps}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.environment_steps = state["environment_steps"]
+        self.environment_steps = state.get("environment_steps", 0)
 
 
 class CausalReplays(Replays):
@@ -90,11 +92,18 @@ class CausalReplays(Replays):
         batch.effects = torch.where(telling, kept, self._effects(batch))
 
     def state_dict(self) -> dict[str, Any]:
-        return super().state_dict() | {"effects": self.table.moments.state_dict()}
+        return super().state_dict() | {"by": self.table.by, "effects": self.table.moments.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         super().load_state_dict(state)
-        self.table.moments.load_state_dict(state["effects"])
+        if state.get("by") == self.table.by:
+            self.table.moments.load_state_dict(state["effects"])
+        else:
+            kept = state.get("by", "nothing")
+            warnings.warn(
+                f"the checkpoint keeps effects by {kept}, not by {self.table.by}: they start anew",
+                stacklevel=2,
+            )
 
     def _measure(
         self, trajectories: Sequence[Trajectory], batch: Batch, count: Count, own: torch.Tensor
@@ -104,11 +113,11 @@ class CausalReplays(Replays):
         left = config.credit_interventions
         measured: list[tuple[float, int, int]] = []
         known = torch.nn.functional.pad((self._effects(batch) != 0) & batch.mask, (1, 0)).cpu()
-        rows = _by_surprise(batch, config.seed, step)[:left]
-        for row, instead in zip(rows, self._alternatives(batch, rows), strict=True):
+        for row in _by_surprise(batch, config.seed, step)[:left]:
             if left == 0:
                 break
             one, ids = trajectories[row], trajectories[row].token_ids.tolist()
+            instead = self._alternatives(batch, row)
             fixed = set(known[row].nonzero()[:, 0].tolist())
             if key(config.seed, _KNOWN, step, row) % RECHECK == 0:
                 fixed = set()
@@ -130,6 +139,8 @@ class CausalReplays(Replays):
 
             found, spent = contributions(value, float(sum(one.rewards)), len(order), left)
             left -= spent
+            if not np.isfinite(found).all():
+                continue
             measured += _by_token(one, order, found, instead)
             for effect, unit in zip(found, order, strict=True):
                 own[row, torch.tensor(unit) - 1] = effect
@@ -147,41 +158,44 @@ class CausalReplays(Replays):
         return self.table.effects(batch.targets, (batch.mask.cumsum(1) - 1).clamp_min(0))
 
     @torch.no_grad()
-    def _alternatives(self, batch: Batch, rows: list[int]) -> list[list[int]]:
-        """Token ids of these rows with, at every action, another token than the one taken, drawn from the
-        policy.
+    def _alternatives(self, batch: Batch, row: int) -> list[int]:
+        """Token ids of a row with, at every action, another token than the one taken, drawn from the policy. The
+        end token is neither drawn nor replaced: an environment that sees texts alone would reward what stands
+        behind it.
         """
         trainer = self.trainer
-        if not rows:
-            return []
-        part = batch.select(torch.tensor(rows))
+        part = batch.select(torch.tensor([row]))
         was_training = trainer.model.training
         trainer.model.eval()
         logits = trainer.forward(trainer.model, part)[:, :-1].float() / trainer.config.temperature
         trainer.model.train(was_training)
-        p = torch.softmax(logits, -1).double().scatter(2, part.targets[:, :, None], 0.0)
-        cumulative = p.cumsum(2)
-        draws = np.zeros(part.mask.shape)
-        for i, (row, length) in enumerate(zip(rows, part.lengths.tolist(), strict=True)):
-            seed = key(trainer.config.seed, _ALTERNATIVES, trainer.step, row)
-            draws[i, : length - 1] = np.random.Generator(np.random.Philox(seed)).random(length - 1)
-        total = cumulative[:, :, -1:]
-        places = torch.from_numpy(draws).to(p)[:, :, None] * total
-        drawn = torch.searchsorted(cumulative, places, right=True).clamp_max(p.shape[2] - 1)[:, :, 0]
+        taken = part.targets[0]
+        p = torch.softmax(logits[0], -1).double().scatter(1, taken[:, None], 0.0)
+        free = part.mask[0]
+        if trainer.eos_id is not None:
+            p[:, trainer.eos_id] = 0.0
+            free = free & (taken != trainer.eos_id)
+        cumulative = p.cumsum(1)
+        seed = key(trainer.config.seed, _ALTERNATIVES, trainer.step, row)
+        draws = torch.from_numpy(np.random.Generator(np.random.Philox(seed)).random(len(taken)))
+        total = cumulative[:, -1:]
+        drawn = torch.searchsorted(cumulative, draws.to(p)[:, None] * total, right=True)[:, 0]
         # Where the policy leaves no other choice the token stays.
-        drawn = torch.where(part.mask & (total[:, :, 0] > 0), drawn, part.targets)
-        return torch.cat([part.input_ids[:, :1], drawn], 1).tolist()
+        drawn = torch.where(free & (total[:, 0] > 0), drawn.clamp_max(p.shape[1] - 1), taken)
+        return [int(part.input_ids[0, 0]), *drawn.tolist()]
 
 
 def _by_token(
     one: Trajectory, order: list[list[int]], found: list[float], instead: list[int]
 ) -> list[tuple[float, int, int]]:
-    """(effect, token, position in the response) of every token, and turned around of what stood in its place."""
+    """(effect, token, position in the response) of every replaced token, and turned around of what stood in its
+    place."""
     positions, ids = (one.action_mask.cumsum(0) - 1).tolist(), one.token_ids.tolist()
     return [
         (sign * effect, tokens[t], positions[t])
         for effect, unit in zip(found, order, strict=True)
         for t in unit
+        if instead[t] != ids[t]
         for sign, tokens in ((1, ids), (-1, instead))
     ]
 
@@ -194,17 +208,23 @@ class MonteCarloReplays(Replays):
         config = self.trainer.config
         samples = config.credit_samples
         steps = [units_of(one, config.credit_actions, self.trainer.tokenizer) for one in trajectories]
-        wanted: list[Replay] = []
-        for one, units in zip(trajectories, steps, strict=True):
-            for unit in units:
-                turns = turns_of(one, one.token_ids, end=unit[0])
-                wanted += [Replay(one.record, one.seed, turns, True, len(wanted) + s) for s in range(samples)]
-        returns = play_again(self.trainer, wanted, _VALUES, count) if wanted else []
+        numbers = itertools.count()
+        states = (
+            (one, turns_of(one, one.token_ids, end=unit[0]))
+            for one, units in zip(trajectories, steps, strict=True)
+            for unit in units
+        )
+        wanted = (
+            Replay(one.record, one.seed, turns, True, next(numbers))
+            for one, turns in states
+            for _ in range(samples)
+        )
+        returns = play_again(self.trainer, wanted, _VALUES, count)
         values = iter(np.array(returns).reshape(-1, samples).mean(1).tolist())
         advantages = torch.zeros(batch.mask.shape, dtype=batch.rewards.dtype)
         for row, (one, units) in enumerate(zip(trajectories, steps, strict=True)):
-            states = [next(values) for _ in units] + [float(sum(one.rewards))]
-            for unit, before, after in zip(units, states, states[1:], strict=False):
+            worth = [next(values) for _ in units] + [float(sum(one.rewards))]
+            for unit, before, after in zip(units, worth, worth[1:], strict=False):
                 advantages[row, torch.tensor(unit) - 1] = after - before
         batch.step_advantages = advantages.to(batch.mask.device)
 
@@ -221,7 +241,7 @@ def units_of(one: Trajectory, actions: str, tokenizer: Any) -> list[list[int]]:
     """Places of the tokens of every unit, in order; a unit lies within one turn's action."""
     units = []
     chosen = one.action_mask.nonzero()[:, 0].tolist()
-    for _, group in groupby(chosen, key=lambda t: int(one.turn_index[t])):
+    for _, group in itertools.groupby(chosen, key=lambda t: int(one.turn_index[t])):
         run = list(group)
         if actions == "turn":
             units.append(run)
@@ -243,8 +263,9 @@ def turns_of(one: Trajectory, ids: torch.Tensor, end: int | None = None) -> list
     return [ids[here & (one.turn_index == turn)].tolist() for turn in range(last + 1)]
 
 
-def play_again(trainer: Any, wanted: Sequence[Replay], stream: int, count: Count) -> list[float]:
-    """Returns of replays; the policy draws from a stream of its own for every use and step."""
+def play_again(trainer: Any, wanted: Iterable[Replay], stream: int, count: Count) -> list[float]:
+    """Returns of replays, config.eval_batch of them at a time; the policy draws from a stream of its own for every
+    use and step, and for every replay's number."""
     config = trainer.config
     params = SamplingParams(
         config.max_new_tokens,
@@ -252,14 +273,19 @@ def play_again(trainer: Any, wanted: Sequence[Replay], stream: int, count: Count
         seed=key(config.seed, stream),
         step=trainer.step,
     )
-    return replay(trainer.engine, trainer.tokenizer, trainer.env, wanted, params, count)
+    returns: list[float] = []
+    remaining = iter(wanted)
+    while part := list(itertools.islice(remaining, config.eval_batch)):
+        returns += replay(trainer.engine, trainer.tokenizer, trainer.env, part, params, count)
+    return returns
 
 
 def _by_surprise(batch: Batch, seed: int, step: int) -> list[int]:
     """Rows by the distance of their reward from their group's mean, the farthest first, ties at random; those
-    at the mean have no advantage to explain and are left out."""
+    at the mean have no advantage to explain and are left out, and so are those of a group with a reward that is
+    NaN or infinite."""
     rewards, groups = batch.rewards.double().cpu(), batch.groups.cpu()
     distance = [float((r - rewards[groups == g].mean()).abs()) for r, g in zip(rewards, groups, strict=True)]
     distance = [round(x, 9) for x in distance]
     order = permutation(len(distance), seed, _ROWS, step).tolist()
-    return sorted((row for row in order if distance[row]), key=lambda row: -distance[row])
+    return sorted((row for row in order if 0 < distance[row] < math.inf), key=lambda row: -distance[row])

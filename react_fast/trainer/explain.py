@@ -56,7 +56,9 @@ def open_run(path: str | Path, overrides: Sequence[str] = ()) -> tuple[RunConfig
 def make_tracker(config: TrackerConfig, model: Any, tokenizer: Any) -> CausalityTracker | None:
     if not config.enabled:
         return None
-    return CausalityTracker(model, tokenizer, every=config.every, seed=config.seed)
+    return CausalityTracker(
+        model, tokenizer, every=config.every, seed=config.seed, groups=config.groups, decay=config.decay
+    )
 
 
 def restore(tracker: CausalityTracker, checkpoint: Path) -> None:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..envs import TextEnv
-from .rollout import RolloutEngine, SamplingParams, encode
+from .rollout import RolloutEngine, SamplingParams, answered, encode
 
 
 @dataclass
@@ -42,7 +42,10 @@ def replay(
     params: SamplingParams,
     count: Count,
 ) -> list[float]:
-    """Return of every episode, the sum of its rewards; `count` is added to."""
+    """Return of every episode, the sum of its rewards; `count` is added to.
+
+    Raises: ValueError if the environment's transition rewrites the text so far.
+    """
     envs = [env.clone() for _ in wanted]
     states = [e.reset(seed=r.seed, options={"index": r.record})[0] for e, r in zip(envs, wanted, strict=True)]
     texts = [encode(tokenizer, state) for state in states]
@@ -58,7 +61,7 @@ def replay(
             count.environment_steps += 1
             returns[i] += float(reward)
             if not (terminated or truncated):
-                texts[i] += ids + encode(tokenizer, states[i][len(before) :], special=False)
+                texts[i] += ids + answered(tokenizer, states[i], before)
                 still.append(i)
         running, turn = still, turn + 1
     return returns

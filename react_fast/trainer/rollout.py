@@ -111,6 +111,19 @@ def state_id(state: str) -> int:
     return int.from_bytes(hashlib.blake2b(state.encode(), digest_size=8).digest(), "big") >> 1
 
 
+def answered(tokenizer: Any, state: str, seen: str) -> list[int]:
+    """Tokens that the environment added to the text so far.
+
+    Raises: ValueError if its transition rewrites that text, which one sequence of tokens cannot express.
+    """
+    if not state.startswith(seen):
+        raise ValueError(
+            "the transition of a multi-turn environment must continue the text so far (state + action), "
+            f"got {state[:60]!r} after {seen[:60]!r}"
+        )
+    return encode(tokenizer, state[len(seen) :], special=False) if len(state) > len(seen) else []
+
+
 def uniforms(params: SamplingParams, count: int) -> torch.Tensor:
     """[rows, max_new_tokens] float64 in [0, 1) from Philox streams keyed by (seed, step) and (turn, row)."""
     rows = params.rows if params.rows is not None else range(count)
@@ -322,13 +335,7 @@ class _Row:
         self.states.append(state_id(state))
         self.finished = sample.finish_reason == "stop"
         if not over:
-            seen = self.state + action
-            if not state.startswith(seen):
-                raise ValueError(
-                    "the transition of a multi-turn environment must continue the text so far (state + action), "
-                    f"got {state[:60]!r} after {seen[:60]!r}"
-                )
-            answer = encode(tokenizer, state[len(seen) :], special=False) if len(state) > len(seen) else []
+            answer = answered(tokenizer, state, self.state + action)
             self._extend(answer, False, turn + 1, [0.0] * len(answer))
         self.state = state
 

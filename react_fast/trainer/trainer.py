@@ -8,7 +8,7 @@ import copy
 import math
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from ..ops.logprob import token_logprobs
 from ..tracker.credit import attribution_credit, causal_credit
 from .algorithms.sft import demonstrations
 from .batch import Batch, collate
-from .checkpoint import load_checkpoint, load_weights, newest_complete, save_checkpoint
+from .checkpoint import CheckpointError, load_checkpoint, load_weights, newest_complete, save_checkpoint
 from .config import TrainerConfig
 from .credit import REPLAYS
 from .early_stopping import EarlyStopping
@@ -45,7 +45,8 @@ class Trainer:
             `eos_token_id`, `pad_token_id`.
         env: a TextEnv; its records are the training prompts.
         algorithm: `GRPO()`, `REINFORCE()`, `SFT()`, or any object with their four methods.
-        tracker: CausalityTracker that observes the training backward; needed by credit="attribution".
+        tracker: CausalityTracker that observes the training backward; needed by credit="attribution". If it has
+            groups, every record's metadata names one of them as "group".
         config: TrainerConfig.
         reporter: anything with `.log(step, phase, metrics)` and `.samples(rows)`; None: nothing is shown.
         phase: name of this training in logs, such as "warm_start" or "rl".
@@ -79,6 +80,7 @@ class Trainer:
             torch.set_num_threads(self.config.threads)
         self.tokenizer, self.env, self.eval_env = tokenizer, env, eval_env
         self.algorithm, self.tracker, self.reporter, self.phase = algorithm, tracker, reporter, phase
+        self._groups = _group_numbers(tracker.groups, env) if tracker is not None and tracker.groups else None
         self.accelerator = Accelerator(cpu=not torch.cuda.is_available())
         optimizer = make_optimizer(model.parameters(), self.config)
         self._prepared, self.optimizer = self.accelerator.prepare(model, optimizer)
@@ -116,8 +118,9 @@ class Trainer:
         """Set the advantages: [B] or [B, T-1] from the algorithm, spread by attribution or effects if the
         config says so; monte_carlo's are the steps' own, in the reward's unit.
 
-        Attribution and causal credit multiply a trajectory's advantages with weights whose mean over its actions
-        is 1. Uniform and monte_carlo credit keep the policy gradient unbiased; see `trainer.credit`.
+        Attribution and causal credit multiply a trajectory's advantages with weights that keep the sum of the
+        positive and of the negative ones. Uniform and monte_carlo credit keep the policy gradient unbiased; see
+        `trainer.credit`.
         """
         if batch.step_advantages is not None:
             batch.advantages = batch.step_advantages
@@ -128,10 +131,9 @@ class Trainer:
                 batch.advantages, batch.effects, batch.mask, floor=self.config.credit_floor
             )
         if batch.attribution is not None:
-            ones = torch.ones_like(batch.rewards)
-            weights = attribution_credit(ones, batch.attribution, batch.mask, floor=self.config.credit_floor)
-            level = batch.advantages if batch.advantages.dim() == 2 else batch.advantages[:, None]
-            batch.advantages = torch.where(batch.mask, level * weights, 0.0)
+            batch.advantages = attribution_credit(
+                batch.advantages, batch.attribution, batch.mask, floor=self.config.credit_floor
+            )
         return batch
 
     def update(self, batch: Batch) -> dict[str, float]:
@@ -259,18 +261,16 @@ class Trainer:
         )
 
     def load(self, path: str | Path) -> None:
-        """Go back to a checkpoint of `save`."""
+        """Go back to a checkpoint of `save`.
+
+        Raises: CheckpointError for a damaged checkpoint, or one of another version or setting.
+        """
         checkpoint = load_checkpoint(path)
         load_weights(self.model, path)
-        tree = join(checkpoint.state["trainer"], checkpoint.tensors)
-        self.step, self.updates = tree["step"], tree["updates"]
-        self.replays.load_state_dict(tree["replays"])
-        self.stopping.load_state_dict(tree["stopping"])
-        self.optimizer.load_state_dict(tree["optimizer"])
-        if self.reference is not None and tree["reference"] is not None:
-            self.reference.load_state_dict(tree["reference"])
-        if self.tracker is not None and tree["tracker"] is not None:
-            self.tracker.load_state_dict(tree["tracker"])
+        try:
+            self._load_state(join(checkpoint.state["trainer"], checkpoint.tensors))
+        except (KeyError, TypeError, ValueError, IndexError) as error:
+            raise CheckpointError(f"checkpoint {path} is of another version or setting: {error}") from error
 
     # ---- inside --------------------------------------------------------------------------------------------
 
@@ -282,6 +282,16 @@ class Trainer:
     def pad_id(self) -> int:
         pad = self.tokenizer.pad_token_id
         return pad if pad is not None else (self.eos_id or 0)
+
+    def _load_state(self, tree: dict[str, Any]) -> None:
+        self.step, self.updates = tree["step"], tree["updates"]
+        self.replays.load_state_dict(tree.get("replays") or {})
+        self.stopping.load_state_dict(tree["stopping"])
+        self.optimizer.load_state_dict(tree["optimizer"])
+        if self.reference is not None and tree["reference"] is not None:
+            self.reference.load_state_dict(tree["reference"])
+        if self.tracker is not None and tree["tracker"] is not None:
+            self.tracker.load_state_dict(tree["tracker"])
 
     def _update_once(self, batch: Batch, totals: Averages) -> None:
         denominator = self.algorithm.denominator(batch)
@@ -307,7 +317,7 @@ class Trainer:
 
     def _backward(self, part: Batch, denominator: torch.Tensor, totals: Averages) -> None:
         actions = torch.nn.functional.pad(part.mask, (1, 0))
-        with self.tracker.observe(part.input_ids, actions, step=self.step) if self.tracker else nullcontext():
+        with self._observed(part, actions):
             logits = self.forward(self._prepared, part)
             logprobs, entropy = token_logprobs(
                 logits[:, :-1],
@@ -320,6 +330,12 @@ class Trainer:
             self.accelerator.backward(loss)
         totals.add(metrics, float(part.mask.sum()))
         totals.sum("loss", float(loss.detach()))
+
+    def _observed(self, part: Batch, actions: torch.Tensor) -> AbstractContextManager[None]:
+        if self.tracker is None:
+            return nullcontext()
+        groups = None if self._groups is None else self._groups.to(part.records.device)[part.records]
+        return self.tracker.observe(part.input_ids, actions, step=self.step, group_index=groups)
 
     def _clip(self) -> float:
         limit = self.config.max_grad_norm
@@ -417,3 +433,14 @@ class Trainer:
 
     def _notice(self, text: str) -> None:
         (self.reporter.line if hasattr(self.reporter, "line") else print)(text)
+
+
+def _group_numbers(groups: Sequence[str], env: TextEnv) -> torch.Tensor:
+    """[records] int64: number of every record's group among the tracker's."""
+    names = [record.metadata.get("group") for record in env.records]
+    for i, name in enumerate(names):
+        if name not in groups:
+            raise ValueError(
+                f"records[{i}] must have one of {list(groups)} as metadata 'group', got {name!r}"
+            )
+    return torch.tensor([groups.index(name) for name in names])
