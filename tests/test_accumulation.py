@@ -4,10 +4,11 @@ import numpy as np
 import pytest
 import torch
 from scipy import stats
+from torch.overrides import TorchFunctionMode
 
 from react_fast.tracker import CausalityTracker, Replacement
 from react_fast.tracker.drift import CommonKeys
-from react_fast.tracker.features import Actions, Features
+from react_fast.tracker.features import FAMILIES, Actions, Features
 from react_fast.trainer.state import split
 
 from .policies import FirstToken, Recurrent, transformer
@@ -122,6 +123,32 @@ def test_effects_by_every_feature():
     assert found["span", text].count == 2
     np.testing.assert_allclose(found["span", text].mean, means[long], rtol=1e-12)
     assert int(tracker.effects_by_token.count.sum()) >= len(tokens.spans)
+
+
+class _OnADevice(TorchFunctionMode):
+    """Refuses a new tensor that does not say where it is: it would be on the CPU, whatever the policy is on."""
+
+    made = 0
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if func in (torch.tensor, torch.arange, torch.zeros, torch.ones, torch.full, torch.empty):
+            assert kwargs.get("device") is not None, func
+            self.made += 1
+        return func(*args, **kwargs)
+
+
+def test_what_is_accumulated_is_made_on_the_policys_device():
+    tracker = CausalityTracker(FirstToken(), groups=("a",))
+    effects = tracker.intervene([1, 2, 5], [3, 4], [(1, 3), (3, 4)], accumulate=False)
+    ids = torch.tensor([[1, 2, 3]])
+    with _OnADevice() as mode:
+        tracker._accumulate(effects, "span", 0)
+        with tracker.observe(ids, ids > 0):
+            tracker.policy.model(ids).sum().backward()
+        tracker.key_features(kind="effect", families=FAMILIES, min_count=2)
+        CausalityTracker(tracker.policy.model, groups=("a",)).merge(tracker)
+    assert mode.made > 50
 
 
 @pytest.mark.parametrize("decay", [1.0, 0.97])

@@ -253,14 +253,12 @@ class Accumulation:
     def _accumulate(self, effects: Effects, unit: str, group: int | None) -> None:
         ids, prompt = effects.token_ids, effects.prompt_length
         spans = [ids[start:end] for start, end in effects.spans]
-        sides = self._sides(
-            torch.tensor(ids, device=self.policy.device), torch.arange(len(ids)) >= prompt
-        ).tolist()
         scores = effects.mean.to(self.policy.device)
 
         def numbers(values: Sequence[int]) -> torch.Tensor:
             return torch.tensor(values, dtype=torch.int64, device=self.policy.device)
 
+        sides = self._sides(numbers(ids), numbers(range(len(ids))) >= prompt).tolist()
         self.tested.reach(len(ids))
         self.tested.update(
             self.step,
