@@ -185,6 +185,21 @@ def test_effects_are_more_faithful_than_attribution_and_that_than_noise():
     assert (attribution > noise).all()
 
 
+def test_a_row_without_features_falls_by_nothing():
+    """Deletion leaves the only prompt token, so nothing can be taken from before the first response token."""
+    tracker = CausalityTracker(Recurrent().double())
+    found = faithfulness(tracker, [5], [7, 8, 9], {"a": tracker.attribute([5], [7, 8, 9], "token")})["a"]
+    assert found.features.tolist() == [0, 1, 2]
+    for name in ("comprehensiveness", "sufficiency", "infidelity"):
+        values = getattr(found, name)
+        assert float(values[0]) == 0
+        assert bool(values.isfinite().all())
+    assert bool(found.comprehensiveness[1:].all())
+    own = float(tracker.policy.model(torch.tensor([[5]])).log_softmax(-1)[0, 0, 7])
+    np.testing.assert_allclose([float(found.deletion_auc[0]), float(found.insertion_auc[0])], own, **CLOSE)
+    assert found.datamodelling_score.isnan().tolist() == [True, False, False]
+
+
 # ---- budget and bad input --------------------------------------------------------------------------------------
 
 

@@ -114,7 +114,7 @@ def faithfulness(
         scores: by name, each one of
             array, sequence or tensor [P + R], a higher score for a token that raises the outcome more;
             [R, P + R], for "logprob" without `samples`: row i of response token i's own log-probability, whose
-            features are the tokens before it;
+            features are the tokens before it; where there is none, every fall is 0 and the datamodelling score NaN;
             Attribution, or Effects, whose actions' means are spread evenly over their tokens.
         outcome, samples, max_new_tokens: as of `CausalityTracker.intervene`.
         actions: places (start, end) that are one feature each, in order and without overlap, or a name or a
@@ -248,7 +248,7 @@ def _curves(
     requests: list[Request] = []
     cuts: list[int] = []
     for row, chosen, (first, end) in zip(sums, reaching, asked, strict=True):
-        order = np.array(chosen)[np.argsort(-row[chosen], kind="stable")]
+        order = np.array(chosen, dtype=int)[np.argsort(-row[chosen], kind="stable")]
         shares, points = grid.counts(len(order))
         for counts, keeps in ((shares, False), (shares, True), (points, False), (points, True)):
             for count in counts:
