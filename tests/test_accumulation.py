@@ -151,6 +151,28 @@ def test_what_is_accumulated_is_made_on_the_policys_device():
     assert mode.made > 50
 
 
+def test_the_same_measurement_counts_once_and_proves_nothing():
+    torch.manual_seed(0)
+    tracker = CausalityTracker(Recurrent().double(), groups=("a", "b"))
+    for _ in range(3):
+        tracker.intervene([1, 2], [3, 4])
+        other = CausalityTracker(tracker.policy.model, groups=("a", "b"))
+        other.load_state_dict(tracker.state_dict())
+        tracker = other
+    assert tracker.effects_by_token.count[:5].tolist() == [0, 1, 1, 1, 1]
+    tracker.intervene([1, 2], [3, 4], samples=4)  # another quantity, not accumulated by itself
+    assert int(tracker.effects_by_token.count.sum()) == 4
+    tracker.intervene([1, 2], [3, 4], group=1)  # the same numbers, but told to be of another group
+    found = tracker.key_features(kind="effect", min_count=2)
+    assert {one.count for one in found} == {2}
+    assert not any(one.significant or one.drift_significant for one in found)
+    assert all(np.isnan([one.p_value, one.low, one.high]).all() for one in found)
+    for k in range(1200):
+        tracker._measured[k] = None
+    tracker.intervene([1, 2], [5, 4])
+    assert len(tracker.state_dict()["measured"]) == 1024
+
+
 @pytest.mark.parametrize("decay", [1.0, 0.97])
 def test_shards_merge_to_one_pass(decay, tmp_path):
     """Half of each step's rows to each of two trackers, and through a file."""

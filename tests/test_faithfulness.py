@@ -195,7 +195,7 @@ def test_a_row_without_features_falls_by_nothing():
         assert float(values[0]) == 0
         assert bool(values.isfinite().all())
     assert bool(found.comprehensiveness[1:].all())
-    own = float(tracker.policy.model(torch.tensor([[5]])).log_softmax(-1)[0, 0, 7])
+    own = tracker.policy.model(torch.tensor([[5]])).log_softmax(-1)[0, 0, 7].item()
     np.testing.assert_allclose([float(found.deletion_auc[0]), float(found.insertion_auc[0])], own, **CLOSE)
     assert found.datamodelling_score.isnan().tolist() == [True, False, False]
 

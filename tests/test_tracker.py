@@ -222,7 +222,7 @@ def test_key_features_are_those_farthest_from_zero():
     noise = torch.randn(200, dtype=torch.float64)
     means = torch.tensor([0.0, 2.0, -5.0, 0.1], dtype=torch.float64).repeat(50)
     tracker.by_token.update(noise + means, ids)
-    tracker.by_token.update(torch.tensor([99.0, 99.0], dtype=torch.float64), torch.tensor([11, 11]))
+    tracker.by_token.update(torch.tensor([99.0, 98.0], dtype=torch.float64), torch.tensor([11, 11]))
     found = tracker.key_features(3)
     assert [one.ids for one in found[:2]] == [(9,), (8,)]
     assert [one.direction for one in found[:2]] == ["lowers", "raises"]

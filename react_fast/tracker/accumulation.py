@@ -11,7 +11,17 @@ import torch.distributed as dist
 
 from ..ops import _check
 from ..ops.moments import RunningMoments
-from .features import FAMILIES, LONGEST, SIDES, Actions, Features, action_kind, kind_name, span_key
+from .features import (
+    FAMILIES,
+    LONGEST,
+    SIDES,
+    Actions,
+    Features,
+    action_kind,
+    kind_name,
+    measurement_key,
+    span_key,
+)
 from .findings import key_features, position_means
 from .intervention import Effects
 from .policy import Policy
@@ -21,6 +31,8 @@ from .text import check_count
 KINDS = ("attribution", "effect")
 # The newest examples are kept.
 EXAMPLES = 32
+# Measurements that are told from a repetition.
+MEASURED = 1024
 
 
 class Accumulation:
@@ -29,7 +41,8 @@ class Accumulation:
 
     Attributes:
         observed: Features of the attribution that `observe` read.
-        tested: Features of the effects that `intervene` measured, each action's mean as one observation.
+        tested: Features of the effects that `intervene` measured, each action's mean as one observation. One of the
+            newest 1024 measurements that comes again with the same text, actions and numbers counts once.
         calls: of `observe`. step: of the training, the last that was seen.
         heat_maps, effects: of the newest 32 examples.
     """
@@ -139,6 +152,7 @@ class Accumulation:
             "tested": self.tested.state_dict(),
             "heat_maps": [asdict(heat_map) for heat_map in self.heat_maps],
             "effects": [asdict(row) for row in self.effects],
+            "measured": list(self._measured),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -156,6 +170,7 @@ class Accumulation:
         self.tested.load_state_dict(state["tested"])
         self.heat_maps = [HeatMap.from_dict(values) for values in state["heat_maps"]]
         self.effects = [EffectRow.from_dict(values) for values in state["effects"]]
+        self._measured = dict.fromkeys(state["measured"])
 
     def save(self, path: str | PathLike[str]) -> None:
         """Write the state into one file, for `merge`."""
@@ -163,6 +178,7 @@ class Accumulation:
 
     def merge(self, other: "Accumulation | str | PathLike[str]") -> None:
         """Add what another tracker found, as if this one had seen both; it may be the file that its `save` wrote.
+        Effects that both measured count twice.
 
         With decay, of two that ended at different steps the earlier one is as old as it is late. Where more tokens
         or spans were seen than there is room for, which of them are followed may differ from one that saw both.
@@ -183,6 +199,7 @@ class Accumulation:
         shift = len(self.heat_maps)
         self.heat_maps += other.heat_maps
         self.effects += [replace(row, example=row.example + shift) for row in other.effects]
+        self._measured |= other._measured
         self._keep_newest()
 
     def gather(self, group: Any = None) -> "Accumulation":
@@ -214,6 +231,8 @@ class Accumulation:
             Features(self.policy.vocab_size, len(self.groups), self.policy.device, self.decay) for _ in KINDS
         )
         self.heat_maps, self.effects = [], []
+        # Keys of the newest measurements, in order.
+        self._measured: dict[int, None] = {}
         special = sorted(set(getattr(self.tokenizer, "all_special_ids", ())))
         self._special = torch.zeros(self.policy.vocab_size, dtype=torch.bool, device=self.policy.device)
         self._special[[i for i in special if i < self.policy.vocab_size]] = True
@@ -245,12 +264,18 @@ class Accumulation:
         self.effects = [
             replace(row, example=row.example - drop) for row in self.effects if row.example >= drop
         ]
+        self._measured = dict.fromkeys(list(self._measured)[-MEASURED:])
 
     def _sides(self, input_ids: torch.Tensor, response: torch.Tensor) -> torch.Tensor:
         """Number in SIDES of every token; `response` is true where the policy chose it."""
         return torch.where(self._special[input_ids.long()], SIDES.index("special"), response.long())
 
     def _accumulate(self, effects: Effects, unit: str, group: int | None) -> None:
+        key = measurement_key(effects, unit, group)
+        if key in self._measured:
+            return
+        self._measured[key] = None
+        self._keep_newest()
         ids, prompt = effects.token_ids, effects.prompt_length
         spans = [ids[start:end] for start, end in effects.spans]
         scores = effects.mean.to(self.policy.device)

@@ -10,6 +10,7 @@ import torch
 
 from ..ops.moments import RunningMoments
 from .drift import CommonKeys, Drift
+from .intervention import Effects
 
 # What one action is, and where it stands; `action_kind` numbers the pairs.
 UNITS = ("token", "word", "sentence", "line", "step", "turn", "match", "span")
@@ -32,8 +33,17 @@ def kind_name(number: int) -> str:
 
 def span_key(ids: Sequence[int]) -> int:
     """48 bits that stand for a span."""
-    digest = hashlib.blake2b(b",".join(b"%d" % i for i in ids), digest_size=6)
-    return int.from_bytes(digest.digest(), "big")
+    return _digest(",".join(map(str, ids)))
+
+
+def measurement_key(effects: Effects, unit: str, group: int | None) -> int:
+    """48 bits that stand for a text, its actions and their measured effects."""
+    told = effects.token_ids, effects.prompt_length, effects.spans, effects.mean.tolist(), unit, group
+    return _digest(repr(told))
+
+
+def _digest(text: str) -> int:
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=6).digest(), "big")
 
 
 @dataclass(frozen=True)

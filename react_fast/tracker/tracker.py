@@ -250,8 +250,8 @@ class CausalityTracker(Accumulation):
             skip_special: leave out the named actions that hold a special token of the tokenizer, such as a chat
                 template's marks.
             group: number of the text's group, to accumulate by.
-            accumulate: whether to; None: if they are effects on "logprob" under the tracker's own counterfactual,
-                as means over outcomes of different units say nothing.
+            accumulate: whether to; None: if they are effects on "logprob" of the fixed response under the tracker's
+                own counterfactual, as means over different quantities say nothing.
         Raises: TypeError, ValueError or IndexError in one line.
         """
         if group is not None and check_count("group", group, 0) >= len(self.groups):
@@ -268,7 +268,7 @@ class CausalityTracker(Accumulation):
         )
         spans = self._spans(actions, text, turn_index, skip_special)
         effects = intervene(self.policy, text, spans)
-        usual = isinstance(outcome, str) and counterfactual is None
+        usual = isinstance(outcome, str) and samples is None and counterfactual is None
         if usual if accumulate is None else accumulate:
             self._accumulate(effects, unit_of(actions), group)
         return effects
