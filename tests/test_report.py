@@ -205,11 +205,21 @@ def test_another_parquet_table_is_refused(tmp_path):
         CausalityReport.from_parquet(tmp_path / "other.parquet")
 
 
-def test_json_of_another_version_is_refused(tmp_path):
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [
+        ('{"version": 99}', "of version 2, got 99"),
+        ('{"version": 2}', "got one without 'meta'"),
+        ("<!doctype html>", "got no JSON"),
+    ],
+)
+def test_another_json_is_refused(content, told, tmp_path):
     path = tmp_path / "report.json"
-    path.write_text('{"version": 99}')
-    with pytest.raises(ValueError, match="version 2, got 99"):
+    path.write_text(content)
+    with pytest.raises(ValueError, match=f"path must name a causality report,? {told} in ") as caught:
         CausalityReport.from_json(path)
+    assert str(caught.value).endswith(str(path))
+    assert "\n" not in str(caught.value)
 
 
 def test_graphml_holds_every_edge(tmp_path):

@@ -30,10 +30,16 @@ def write_json(report: Any, path: Path) -> None:
 
 def read_json(path: Path) -> dict[str, Any]:
     """What `write_json` wrote, as the arguments of CausalityReport."""
-    content = json.loads(path.read_text(encoding="utf-8"))
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"path must name a causality report, got no JSON in {path}") from error
     if not isinstance(content, dict) or content.get("version") != VERSION:
         found = content.get("version") if isinstance(content, dict) else type(content).__name__
         raise ValueError(f"path must name a causality report of version {VERSION}, got {found!r} in {path}")
+    missing = [name for name in ("meta", *TABLES) if name not in content]
+    if missing:
+        raise ValueError(f"path must name a causality report, got one without {missing[0]!r} in {path}")
     tables = {name: [_decoded(kind, row) for row in content[name]] for name, kind in TABLES.items()}
     return {"meta": content["meta"], **tables}
 
