@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, cast, get_args, get_origin, get_type_hints
 
 from ..records import EffectRow, HeatMap, KeyFeature, PositionMean
-from .text import visible
+from .text import storable, visible
 
 VERSION = 2
 TABLES: dict[str, type] = {
@@ -23,9 +23,8 @@ def write_json(report: Any, path: Path) -> None:
     """One object: version, meta, four tables. NaN is null, infinities are "Infinity" and "-Infinity"."""
     tables = {name: [asdict(row) for row in getattr(report, name)] for name in TABLES}
     content = {"version": VERSION, "meta": dict(report.meta), **tables}
-    path.write_text(
-        json.dumps(encoded(content), ensure_ascii=False, allow_nan=False, indent=1) + "\n", encoding="utf-8"
-    )
+    text = json.dumps(encoded(content), ensure_ascii=False, allow_nan=False, indent=1)
+    path.write_text(storable(text) + "\n", encoding="utf-8")
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -61,6 +60,10 @@ def write_graphml(report: Any, path: Path) -> None:
     for row in report.by_position:
         graph.add_node(f"p{row.position}", label=str(row.position), role="position", **_known(asdict(row)))
     graph.graph["meta"] = json.dumps(encoded(dict(report.meta)), ensure_ascii=False)
+    nodes = (values for _, values in graph.nodes(data=True))
+    edges = (values for *_, values in graph.edges(data=True))
+    for values in (graph.graph, *nodes, *edges):
+        values.update(storable(values, xml=True))
     networkx.write_graphml(graph, path)
 
 
