@@ -8,7 +8,7 @@ from torch.overrides import TorchFunctionMode
 
 from react_fast.tracker import CausalityTracker, Replacement
 from react_fast.tracker.drift import CommonKeys
-from react_fast.tracker.features import FAMILIES, Actions, Features
+from react_fast.tracker.features import FAMILIES, Features, Labels
 from react_fast.trainer.state import split
 
 from .policies import FirstToken, Recurrent, transformer
@@ -231,7 +231,7 @@ def test_what_loses_its_slot_is_forgotten():
     slot = int(features.tokens.slot(torch.tensor([3])))
     rival = next(k for k in range(1024, 2000) if int(features.tokens.slot(torch.tensor([k]))) == slot)
     for token in (3, rival, rival, rival):
-        features.update(0, torch.ones(1), yes, Actions(zero, zero, torch.tensor([token])))
+        features.update(0, torch.ones(1), yes, Labels(zero, zero, torch.tensor([token])))
     column = features.first["token"] + slot
     assert int(features.drift.moments.count[column]) == 1  # the rival's last one alone
     assert features.by_token.count[[3, rival]].tolist() == [1, 3]  # the vocabulary's own moments lose nothing

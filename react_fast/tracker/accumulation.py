@@ -15,8 +15,8 @@ from .features import (
     FAMILIES,
     LONGEST,
     SIDES,
-    Actions,
     Features,
+    Labels,
     action_kind,
     kind_name,
     measurement_key,
@@ -41,8 +41,8 @@ class Accumulation:
 
     Attributes:
         observed: Features of the attribution that `observe` read.
-        tested: Features of the effects that `intervene` measured, each action's mean as one observation. One of the
-            newest 1024 measurements that comes again with the same text, actions and numbers counts once.
+        tested: Features of the effects that `intervene` measured, each action's mean as one observation. What comes
+            again with the text, actions and numbers of one of the newest 1024 measurements is not counted again.
         calls: of `observe`. step: of the training, the last that was seen.
         heat_maps, effects: of the newest 32 examples.
     """
@@ -161,8 +161,8 @@ class Accumulation:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go back to a `state_dict`.
 
-        Raises: ValueError if it is of another vocabulary, decay or other groups, or something else; the tracker then
-            stays as it was.
+        Raises: ValueError if it is of another vocabulary, decay or other groups, or something else; the tracker
+            then stays as it was.
         """
         try:
             calls, step = int(state["calls"]), int(state["step"])
@@ -299,7 +299,7 @@ class Accumulation:
             self.step,
             scores,
             scores.isfinite(),
-            Actions(
+            Labels(
                 position=numbers([start for start, _ in effects.spans]),
                 # A longer action is special only if it holds nothing else.
                 kind=numbers([action_kind(unit, min(sides[slice(*span)])) for span in effects.spans]),

@@ -118,9 +118,9 @@ def faithfulness(
         scores: by name, each one of
             array, sequence or tensor [P + R], a higher score for a token that raises the outcome more;
             [R, P + R], for "logprob" without `samples`: row i of response token i's own log-probability, whose
-            features are the tokens before it; where there is none, every fall is 0 and the datamodelling score NaN;
-            Attribution; Effects, whose actions' means are spread evenly over their tokens; or StepValues, for their
-            effects. Features of equal scores go in the order of the text.
+            features are the tokens before it; without any, falls are 0 and the datamodelling score is NaN;
+            Attribution; Effects, whose actions' means are spread evenly over their tokens; or StepValues, for
+            their effects. Features of equal scores go in the order of the text.
         outcome, samples, max_new_tokens: as of `CausalityTracker.intervene`.
         actions: places (start, end) that are one feature each, in order and without overlap, or a name or a
             regular expression as of `CausalityTracker.intervene`; a feature's score is the sum of its tokens'.

@@ -27,7 +27,7 @@ def printed(token: str) -> str:
 
 
 def storable(value: Any, *, xml: bool = False) -> Any:
-    """Strings, also those in lists, tuples and values of dicts, with U+FFFD for what UTF-8, or XML, cannot hold."""
+    """Strings, also in lists, tuples and values of dicts, with U+FFFD for what UTF-8, or XML, cannot hold."""
     if isinstance(value, str):
         return (_NOT_XML if xml else _LONE).sub("\ufffd", value)
     if isinstance(value, dict):
