@@ -41,8 +41,8 @@ class Accumulation:
 
     Attributes:
         observed: Features of the attribution that `observe` read.
-        tested: Features of the effects that `intervene` measured, each action's mean as one observation. What comes
-            again with the text, actions and numbers of one of the newest 1024 measurements is not counted again.
+        tested: Features of the effects that `intervene` measured, each action's mean as one observation. What
+            comes again with the text, actions and numbers of one of the newest 1024 is not counted again.
         calls: of `observe`. step: of the training, the last that was seen.
         heat_maps, effects: of the newest 32 examples.
     """

@@ -143,8 +143,9 @@ class CausalityTracker(Observation):
         and each side's own continuation. The effect is the mean of the n paired differences.
 
         Actions that would leave nothing to continue from are left out, or refused where their places were given.
-        The effects may also be accumulated (see `accumulate`): by token, by span of up to 16 tokens, by position of the first token, by
-        kind, such as "prompt word", and by group, at the last training step that `observe` was told.
+        The effects may be accumulated too (see `accumulate`): by token, span of up to 16 tokens, position of
+        the first token, kind, such as "prompt word", and group, at the last training step that `observe` was
+        told.
 
         Args:
             prompt_ids, response_ids: [P] and [R] token ids, at least one each.
