@@ -3,7 +3,7 @@
     python -m bench.credit [--seeds 10] [--jobs 1] [--tasks slots text]
 
 Two tasks with a sparse signal, five contestants with the same policy, optimiser and rollouts, each at its own best
-learning rate of four, chosen on three other seeds:
+learning rate of five, chosen on three other seeds:
 
     uniform      GRPO
     causal       credit="causal": interventions are environment steps, and counted
@@ -50,7 +50,7 @@ CONTESTANTS = {
 }
 WINDOW = 8  # training steps that a point of a curve is the mean of
 FLOOR = 0.2
-RATES = (3e-3, 6e-3, 1e-2, 2e-2)
+RATES = (3e-3, 6e-3, 1e-2, 2e-2, 4e-2)
 TUNING_SEEDS = (1000, 1001, 1002)
 WORDS = {"?": "go", "!": "hi"}
 LETTERS = "abcdefghijklmnopqrst"

@@ -4,10 +4,11 @@ import numpy as np
 import pytest
 import torch
 from scipy import stats
+from torch.overrides import TorchFunctionMode
 
 from react_fast.tracker import CausalityTracker, Replacement
 from react_fast.tracker.drift import CommonKeys
-from react_fast.tracker.features import Actions, Features
+from react_fast.tracker.features import FAMILIES, Features, Labels
 from react_fast.trainer.state import split
 
 from .policies import FirstToken, Recurrent, transformer
@@ -124,6 +125,54 @@ def test_effects_by_every_feature():
     assert int(tracker.effects_by_token.count.sum()) >= len(tokens.spans)
 
 
+class _OnADevice(TorchFunctionMode):
+    """Refuses a new tensor that does not say where it is: it would be on the CPU, whatever the policy is on."""
+
+    made = 0
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if func in (torch.tensor, torch.arange, torch.zeros, torch.ones, torch.full, torch.empty):
+            assert kwargs.get("device") is not None, func
+            self.made += 1
+        return func(*args, **kwargs)
+
+
+def test_what_is_accumulated_is_made_on_the_policys_device():
+    tracker = CausalityTracker(FirstToken(), groups=("a",))
+    effects = tracker.intervene([1, 2, 5], [3, 4], [(1, 3), (3, 4)], accumulate=False)
+    ids = torch.tensor([[1, 2, 3]])
+    with _OnADevice() as mode:
+        tracker._accumulate(effects, "span", 0)
+        with tracker.observe(ids, ids > 0):
+            tracker.policy.model(ids).sum().backward()
+        tracker.key_features(kind="effect", families=FAMILIES, min_count=2)
+        CausalityTracker(tracker.policy.model, groups=("a",)).merge(tracker)
+    assert mode.made > 50
+
+
+def test_the_same_measurement_counts_once_and_proves_nothing():
+    torch.manual_seed(0)
+    tracker = CausalityTracker(Recurrent().double(), groups=("a", "b"))
+    for _ in range(3):
+        tracker.intervene([1, 2], [3, 4])
+        other = CausalityTracker(tracker.policy.model, groups=("a", "b"))
+        other.load_state_dict(tracker.state_dict())
+        tracker = other
+    assert tracker.effects_by_token.count[:5].tolist() == [0, 1, 1, 1, 1]
+    tracker.intervene([1, 2], [3, 4], samples=4)  # another quantity, not accumulated by itself
+    assert int(tracker.effects_by_token.count.sum()) == 4
+    tracker.intervene([1, 2], [3, 4], group=1)  # the same numbers, but told to be of another group
+    found = tracker.key_features(kind="effect", min_count=2)
+    assert {one.count for one in found} == {2}
+    assert not any(one.significant or one.drift_significant for one in found)
+    assert all(np.isnan([one.p_value, one.low, one.high]).all() for one in found)
+    for k in range(1200):
+        tracker._measured[k] = None
+    tracker.intervene([1, 2], [5, 4])
+    assert len(tracker.state_dict()["measured"]) == 1024
+
+
 @pytest.mark.parametrize("decay", [1.0, 0.97])
 def test_shards_merge_to_one_pass(decay, tmp_path):
     """Half of each step's rows to each of two trackers, and through a file."""
@@ -182,7 +231,7 @@ def test_what_loses_its_slot_is_forgotten():
     slot = int(features.tokens.slot(torch.tensor([3])))
     rival = next(k for k in range(1024, 2000) if int(features.tokens.slot(torch.tensor([k]))) == slot)
     for token in (3, rival, rival, rival):
-        features.update(0, torch.ones(1), yes, Actions(zero, zero, torch.tensor([token])))
+        features.update(0, torch.ones(1), yes, Labels(zero, zero, torch.tensor([token])))
     column = features.first["token"] + slot
     assert int(features.drift.moments.count[column]) == 1  # the rival's last one alone
     assert features.by_token.count[[3, rival]].tolist() == [1, 3]  # the vocabulary's own moments lose nothing

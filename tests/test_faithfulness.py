@@ -185,6 +185,33 @@ def test_effects_are_more_faithful_than_attribution_and_that_than_noise():
     assert (attribution > noise).all()
 
 
+def test_a_row_without_features_falls_by_nothing():
+    """Deletion leaves the only prompt token, so nothing can be taken from before the first response token."""
+    tracker = CausalityTracker(Recurrent().double())
+    found = faithfulness(tracker, [5], [7, 8, 9], {"a": tracker.attribute([5], [7, 8, 9], "token")})["a"]
+    assert found.features.tolist() == [0, 1, 2]
+    for name in ("comprehensiveness", "sufficiency", "infidelity"):
+        values = getattr(found, name)
+        assert float(values[0]) == 0
+        assert bool(values.isfinite().all())
+    assert bool(found.comprehensiveness[1:].all())
+    own = tracker.policy.model(torch.tensor([[5]])).log_softmax(-1)[0, 0, 7].item()
+    np.testing.assert_allclose([float(found.deletion_auc[0]), float(found.insertion_auc[0])], own, **CLOSE)
+    assert found.datamodelling_score.isnan().tolist() == [True, False, False]
+
+
+def test_step_values_are_scores_and_ties_go_in_the_order_of_the_text():
+    torch.manual_seed(1)
+    tracker = CausalityTracker(Recurrent().double())
+    steps = [(3, 5), (5, 7)]
+    found = tracker.step_values([1, 2, 3], [4, 5, 6, 7], sum, 4, actions=steps)
+    scores = {"values": found, "effects": found.effects, "equal": [1.0] * 7, "fall": list(range(7, 0, -1))}
+    options = {"outcome": lambda ids: float(sum(i * 2.0**-k for k, i in enumerate(ids))), "subsets": 4}
+    measured = faithfulness(tracker, [1, 2, 3], [4, 5, 6, 7], scores, **options)
+    for pair in (("values", "effects"), ("equal", "fall")):
+        assert torch.equal(*(measured[name].deletion for name in pair))
+
+
 # ---- budget and bad input --------------------------------------------------------------------------------------
 
 
@@ -207,7 +234,9 @@ def test_the_budget_takes_fewer_subsets():
 FLAT = {"a": [0.0] * 3}
 REFUSED = [
     ({"scores": [0.0] * 3}, TypeError, "scores must be a mapping of names to scores, got list"),
-    ({"scores": {}}, TypeError, "scores must be a mapping of names to scores, got dict"),
+    ({"scores": {}}, ValueError, "scores must hold at least one name, got none"),
+    ({"fractions": 0.5}, TypeError, "fractions must be a sequence of shares, got 0.5"),
+    ({"tracker": FirstToken()}, TypeError, "tracker must be a CausalityTracker, got FirstToken"),
     ({"scores": {"a": [0.0]}}, ValueError, r"scores\['a'\] must be \[3\] or \[1, 3\], got \[1\]"),
     ({"scores": {"a": [[0.0] * 3]}, "outcome": sum}, ValueError, r"scores\['a'\] must be \[3\], got \[1, 3\]"),
     ({"scores": {"a": [0.0, np.nan, 1.0]}}, ValueError, r"scores\['a'\] must be finite, got nan"),
@@ -231,9 +260,10 @@ REFUSED = [
 
 @pytest.mark.parametrize(("options", "error", "text"), REFUSED, ids=range(len(REFUSED)))
 def test_bad_input_is_refused(options, error, text):
-    given = {"prompt_ids": [1, 2], "response_ids": [3], "scores": FLAT, **options}
+    given = {"tracker": CausalityTracker(FirstToken()), "prompt_ids": [1, 2], "response_ids": [3]}
+    given |= {"scores": FLAT, **options}
     with pytest.raises(error, match=text) as caught:
-        faithfulness(CausalityTracker(FirstToken()), **given)
+        faithfulness(**given)
     assert "\n" not in str(caught.value)
 
 

@@ -205,11 +205,21 @@ def test_another_parquet_table_is_refused(tmp_path):
         CausalityReport.from_parquet(tmp_path / "other.parquet")
 
 
-def test_json_of_another_version_is_refused(tmp_path):
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [
+        ('{"version": 99}', "of version 2, got 99"),
+        ('{"version": 2}', "got one without 'meta'"),
+        ("<!doctype html>", "got no JSON"),
+    ],
+)
+def test_another_json_is_refused(content, told, tmp_path):
     path = tmp_path / "report.json"
-    path.write_text('{"version": 99}')
-    with pytest.raises(ValueError, match="version 2, got 99"):
+    path.write_text(content)
+    with pytest.raises(ValueError, match=f"path must name a causality report,? {told} in ") as caught:
         CausalityReport.from_json(path)
+    assert str(caught.value).endswith(str(path))
+    assert "\n" not in str(caught.value)
 
 
 def test_graphml_holds_every_edge(tmp_path):
@@ -250,6 +260,40 @@ def test_parquet_holds_every_number(tmp_path):
     assert score["mean"] == 2.0
     assert score["in_response"]
     assert json.loads(table.schema.metadata[b"react_fast"])["meta"]["model"] == EVIL
+
+
+HARD = ("a\uffffb", "a\ud800b", "a\x1bb")
+
+
+@pytest.mark.parametrize("text", HARD, ids=["no character", "lone surrogate", "escape"])
+@pytest.mark.parametrize("kind", ["html", "json", "parquet", "graphml"])
+def test_what_a_file_cannot_hold_is_replaced(kind, text, tmp_path):
+    pytest.importorskip({"parquet": "pyarrow", "graphml": "networkx"}.get(kind, "json"))
+    numbers = (2, 1.0, 0.1, 0.8, 1.2, 0.1, False)
+    features = [KeyFeature("effect", family, text, (1,), *numbers) for family in ("token", "group")]
+    effects = [EffectRow((text, text), 1.0, 0.5, 1.5, 0, 0, 2)]
+    heat_maps = [HeatMap((text,), ("y",), ((1.0, 0.0),), text)]
+    report = CausalityReport(features, [], heat_maps, effects, {"name": text})
+    path = getattr(report, f"to_{kind}")(tmp_path / f"report.{kind}")
+    if kind == "html":
+        Page(path.read_text(encoding="utf-8"))
+    elif kind == "graphml":
+        graph = pytest.importorskip("networkx").read_graphml(path, force_multigraph=True)
+        # JSON spells the escape in letters.
+        assert json.loads(graph.graph["meta"])["name"] == (text if text.isascii() else "a\ufffdb")
+        assert ElementTree.parse(path).getroot().tag.endswith("graphml")
+    else:
+        again = getattr(CausalityReport, f"from_{kind}")(path)
+        expected = text.replace("\ud800", "\ufffd")
+        assert (again.heat_maps[0].title, again.meta["name"]) == (expected, expected)
+        assert again.features[0].name == again.effects[0].tokens[1] == expected
+
+
+def test_heat_maps_alone_are_something_seen():
+    rich = pytest.importorskip("rich.console")
+    console = rich.Console(record=True, width=80, file=StringIO())
+    CausalityReport(heat_maps=[HeatMap(("\x1b[31mup\n",), ("down",), ((1.0, 0.0),))]).show(console=console)
+    assert console.export_text().split() == ["␛[31mup⏎", "▸", "down"]
 
 
 def test_parquet_names_the_extra(tmp_path, monkeypatch):

@@ -1,6 +1,7 @@
 """The tracker: observes training as the reference does and disturbs nothing; keeps and merges its state."""
 
 import json
+import pickle
 
 import numpy as np
 import pytest
@@ -212,7 +213,7 @@ def _used_tracker(model, tokenizer, seed=0):
     for width in (6, 9):
         ids = torch.randint(3, 30, (8, width), generator=generator)
         _observe(tracker, ids, torch.ones_like(ids))
-    tracker.explain(["hello world"], ["guten Tag"])
+    tracker.explain([f"hello world {seed}"], ["guten Tag"])
     return tracker
 
 
@@ -222,7 +223,7 @@ def test_key_features_are_those_farthest_from_zero():
     noise = torch.randn(200, dtype=torch.float64)
     means = torch.tensor([0.0, 2.0, -5.0, 0.1], dtype=torch.float64).repeat(50)
     tracker.by_token.update(noise + means, ids)
-    tracker.by_token.update(torch.tensor([99.0, 99.0], dtype=torch.float64), torch.tensor([11, 11]))
+    tracker.by_token.update(torch.tensor([99.0, 98.0], dtype=torch.float64), torch.tensor([11, 11]))
     found = tracker.key_features(3)
     assert [one.ids for one in found[:2]] == [(9,), (8,)]
     assert [one.direction for one in found[:2]] == ["lowers", "raises"]
@@ -257,7 +258,7 @@ def test_merged_trackers_equal_one_that_saw_both():
         for width in (6, 9):
             ids = torch.randint(3, 30, (8, width), generator=generator)
             _observe(whole, ids, torch.ones_like(ids))
-        whole.explain(["hello world"], ["guten Tag"])
+        whole.explain([f"hello world {seed}"], ["guten Tag"])
     parts[0].merge(parts[1])
     for name in ("by_token", "by_position", "effects_by_token"):
         merged, expected = getattr(parts[0], name), getattr(whole, name)
@@ -310,6 +311,52 @@ def test_findings_are_plain_values():
         range(8)
     )  # the last of 9 influences nothing
     json.dumps(found["meta"])
+
+
+@pytest.mark.parametrize("kind", ["page", "json", "pickle", "torch", "empty"])
+def test_a_file_of_another_kind_is_refused(kind, tmp_path):
+    path = tmp_path / "other"
+    wrote = {"page": b"<!doctype html>", "json": b'{"version": 2}', "pickle": pickle.dumps({"calls": 1}, 2)}
+    path.write_bytes(wrote.get(kind, b""))
+    if kind == "torch":
+        torch.save([1], path)
+    with pytest.raises(ValueError, match="other must be a file that CausalityTracker") as caught:
+        CausalityTracker(FirstToken()).merge(path)
+    assert str(path) in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def _without(state, *path):
+    for name in path[:-1]:
+        state = state[name]
+    del state[path[-1]]
+
+
+BROKEN = {
+    "key": (lambda s: _without(s, "tested", "spans", "votes"), "got one without 'votes'"),
+    "record": (lambda s: s["effects"][0].update(more=1), "got another: .*more"),
+    "dtype": (
+        lambda s: s["tested"]["spans"].update(keys=torch.zeros(512)),
+        "got another: keys must be int64",
+    ),
+    "size": (lambda s: s["tested"]["tokens"].update(keys=torch.zeros(9).long()), r"keys must be \[1024\]"),
+    "kind": (lambda s: s.update(observed=3), "got another: "),
+}
+
+
+@pytest.mark.parametrize("broken", BROKEN)
+def test_a_broken_state_is_refused_and_changes_nothing(broken):
+    torch.manual_seed(0)
+    tracker, other = CausalityTracker(Recurrent()), CausalityTracker(Recurrent())
+    tracker.add_example([1, 2], [3, 4])
+    other.add_example([5, 6, 7], [8])
+    state, before = other.state_dict(), repr(tracker.state_dict())
+    change, text = BROKEN[broken]
+    change(state)
+    with pytest.raises(ValueError, match=text) as caught:
+        tracker.load_state_dict(state)
+    assert "\n" not in str(caught.value)
+    assert repr(tracker.state_dict()) == before
 
 
 # ---- bad input -------------------------------------------------------------------------------------------------
@@ -386,6 +433,16 @@ REFUSED = [
         ValueError,
         r"other must have groups \[\] like this tracker, got \['a'\]",
     ),
+    (
+        lambda t: t.key_features(families=("token", "token")),
+        ValueError,
+        "families must differ from each other",
+    ),
+    (
+        lambda t: t.merge(__file__),
+        ValueError,
+        r"other must be a file that CausalityTracker.save wrote, got .*py",
+    ),
     (lambda t: t.merge(3), TypeError, "other must be a CausalityTracker, got int"),
     (
         lambda t: t.merge(CausalityTracker(nn.Embedding(9, 2))),
@@ -420,6 +477,8 @@ def test_bad_input_is_refused(call, error, text):
         ({"attribution": "lime"}, ValueError, "attribution must be one of 'grad_x_input', .*, got 'lime'"),
         ({"interventions": "delete"}, TypeError, r"interventions must have a method replacement\(tokens\)"),
         ({"groups": "task"}, TypeError, "groups must be a list of names, got 'task'"),
+        ({"groups": 3}, TypeError, "groups must be a list of names, got 3"),
+        ({"groups": ["a", "a"]}, ValueError, r"groups must differ from each other, got \['a', 'a'\]"),
         ({"decay": 0}, ValueError, r"decay must be a number in \(0, 1\], got 0"),
         ({"every": 0}, ValueError, "every must be at least 1, got 0"),
         ({"seed": -1}, ValueError, "seed must be at least 0, got -1"),

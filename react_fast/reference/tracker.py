@@ -150,7 +150,7 @@ class Tracker:
                 else:
                     found.append(self._sampled_effect(ids, start, begin, end, new, outcome, s, limit))
             effects.append(found)
-            if outcome == "logprob" and end - begin == 1:
+            if outcome == "logprob" and samples is None and end - begin == 1:
                 self.effects_by_token.setdefault(ids[begin], Moments()).add(sum(found) / len(found))
         return effects
 

@@ -11,7 +11,17 @@ import torch.distributed as dist
 
 from ..ops import _check
 from ..ops.moments import RunningMoments
-from .features import FAMILIES, LONGEST, SIDES, Actions, Features, action_kind, kind_name, span_key
+from .features import (
+    FAMILIES,
+    LONGEST,
+    SIDES,
+    Features,
+    Labels,
+    action_kind,
+    kind_name,
+    measurement_key,
+    span_key,
+)
 from .findings import key_features, position_means
 from .intervention import Effects
 from .policy import Policy
@@ -21,6 +31,8 @@ from .text import check_count
 KINDS = ("attribution", "effect")
 # The newest examples are kept.
 EXAMPLES = 32
+# Measurements that are told from a repetition.
+MEASURED = 1024
 
 
 class Accumulation:
@@ -29,7 +41,8 @@ class Accumulation:
 
     Attributes:
         observed: Features of the attribution that `observe` read.
-        tested: Features of the effects that `intervene` measured, each action's mean as one observation.
+        tested: Features of the effects that `intervene` measured, each action's mean as one observation. What
+            comes again with the text, actions and numbers of one of the newest 1024 is not counted again.
         calls: of `observe`. step: of the training, the last that was seen.
         heat_maps, effects: of the newest 32 examples.
     """
@@ -37,12 +50,15 @@ class Accumulation:
     def __init__(
         self, policy: Policy, tokenizer: Any, *, groups: Sequence[str] = (), decay: float = 1.0
     ) -> None:
-        if isinstance(groups, str) or not all(isinstance(name, str) for name in groups):
+        listed = isinstance(groups, Sequence) and not isinstance(groups, str)
+        if not listed or not all(isinstance(name, str) for name in groups):
             raise TypeError(f"groups must be a list of names, got {groups!r}")
+        _check_apart("groups", groups)
         self.policy, self.tokenizer, self.groups = policy, tokenizer, tuple(groups)
         self.decay = decay
         self.heat_maps: list[HeatMap] = []
         self.effects: list[EffectRow] = []
+        self._measured: dict[int, None] = {}
         self._clear()
 
     @property
@@ -81,6 +97,7 @@ class Accumulation:
         _check.choice("kind", kind, KINDS)
         for family in families:
             _check.choice("families", family, FAMILIES)
+        _check_apart("families", families)
         limits = check_count("k", k, 0), check_count("min_count", min_count, 2)
         features = self.observed if kind == "attribution" else self.tested
         return key_features(features, kind, tuple(families), *limits, name=self._name)
@@ -139,23 +156,31 @@ class Accumulation:
             "tested": self.tested.state_dict(),
             "heat_maps": [asdict(heat_map) for heat_map in self.heat_maps],
             "effects": [asdict(row) for row in self.effects],
+            "measured": list(self._measured),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go back to a `state_dict`.
 
-        Raises: ValueError if it is of another vocabulary, decay or other groups, or something else.
+        Raises: ValueError if it is of another vocabulary, decay or other groups, or something else; the tracker
+            then stays as it was.
         """
-        missing = [name for name in self.state_dict() if name not in state]
-        if missing:
-            raise ValueError(f"state must be a tracker's state_dict, got one without {missing[0]!r}")
-        size = len(state["observed"]["by_token"]["count"])
-        self._check_same("state", size, state["groups"], state["decay"])
-        self.calls, self.step = int(state["calls"]), int(state["step"])
-        self.observed.load_state_dict(state["observed"])
-        self.tested.load_state_dict(state["tested"])
-        self.heat_maps = [HeatMap.from_dict(values) for values in state["heat_maps"]]
-        self.effects = [EffectRow.from_dict(values) for values in state["effects"]]
+        try:
+            calls, step = int(state["calls"]), int(state["step"])
+            size = len(state["observed"]["by_token"]["count"])
+            self._check_same("state", size, state["groups"], state["decay"])
+            observed, tested = self._features(), self._features()
+            observed.load_state_dict(state["observed"])
+            tested.load_state_dict(state["tested"])
+            heat_maps = [HeatMap.from_dict(values) for values in state["heat_maps"]]
+            effects = [EffectRow.from_dict(values) for values in state["effects"]]
+            measured = dict.fromkeys(map(int, state["measured"]))
+        except KeyError as error:
+            raise ValueError(f"state must be a tracker's state_dict, got one without {error}") from None
+        except TypeError as error:
+            raise ValueError(f"state must be a tracker's state_dict, got another: {error}") from None
+        self.calls, self.step, self.observed, self.tested = calls, step, observed, tested
+        self.heat_maps, self.effects, self._measured = heat_maps, effects, measured
 
     def save(self, path: str | PathLike[str]) -> None:
         """Write the state into one file, for `merge`."""
@@ -163,14 +188,15 @@ class Accumulation:
 
     def merge(self, other: "Accumulation | str | PathLike[str]") -> None:
         """Add what another tracker found, as if this one had seen both; it may be the file that its `save` wrote.
+        Effects that both measured count twice.
 
         With decay, of two that ended at different steps the earlier one is as old as it is late. Where more tokens
         or spans were seen than there is room for, which of them are followed may differ from one that saw both.
 
-        Raises: TypeError for something else; ValueError for another vocabulary, decay or other groups.
+        Raises: TypeError for something else; ValueError for another file, vocabulary, decay or other groups.
         """
         if isinstance(other, (str, PathLike)):
-            other = self._of_state(torch.load(other, map_location="cpu", weights_only=True))
+            other = self._of_state(_loaded(other))
         if not isinstance(other, Accumulation):
             raise TypeError(f"other must be a CausalityTracker, got {type(other).__name__}")
         self._check_same("other", other.policy.vocab_size, other.groups, other.decay)
@@ -183,6 +209,7 @@ class Accumulation:
         shift = len(self.heat_maps)
         self.heat_maps += other.heat_maps
         self.effects += [replace(row, example=row.example + shift) for row in other.effects]
+        self._measured |= other._measured
         self._keep_newest()
 
     def gather(self, group: Any = None) -> "Accumulation":
@@ -210,13 +237,16 @@ class Accumulation:
 
     def _clear(self) -> None:
         self.calls = self.step = 0
-        self.observed, self.tested = (
-            Features(self.policy.vocab_size, len(self.groups), self.policy.device, self.decay) for _ in KINDS
-        )
+        self.observed, self.tested = self._features(), self._features()
         self.heat_maps, self.effects = [], []
+        # Keys of the newest measurements, in order.
+        self._measured = {}
         special = sorted(set(getattr(self.tokenizer, "all_special_ids", ())))
         self._special = torch.zeros(self.policy.vocab_size, dtype=torch.bool, device=self.policy.device)
         self._special[[i for i in special if i < self.policy.vocab_size]] = True
+
+    def _features(self) -> Features:
+        return Features(self.policy.vocab_size, len(self.groups), self.policy.device, self.decay)
 
     def _of_state(self, state: dict[str, Any]) -> "Accumulation":
         """One like this, with another state."""
@@ -245,28 +275,32 @@ class Accumulation:
         self.effects = [
             replace(row, example=row.example - drop) for row in self.effects if row.example >= drop
         ]
+        self._measured = dict.fromkeys(list(self._measured)[-MEASURED:])
 
     def _sides(self, input_ids: torch.Tensor, response: torch.Tensor) -> torch.Tensor:
         """Number in SIDES of every token; `response` is true where the policy chose it."""
         return torch.where(self._special[input_ids.long()], SIDES.index("special"), response.long())
 
     def _accumulate(self, effects: Effects, unit: str, group: int | None) -> None:
+        key = measurement_key(effects, unit, group)
+        if key in self._measured:
+            return
+        self._measured[key] = None
+        self._keep_newest()
         ids, prompt = effects.token_ids, effects.prompt_length
         spans = [ids[start:end] for start, end in effects.spans]
-        sides = self._sides(
-            torch.tensor(ids, device=self.policy.device), torch.arange(len(ids)) >= prompt
-        ).tolist()
         scores = effects.mean.to(self.policy.device)
 
         def numbers(values: Sequence[int]) -> torch.Tensor:
             return torch.tensor(values, dtype=torch.int64, device=self.policy.device)
 
+        sides = self._sides(numbers(ids), numbers(range(len(ids))) >= prompt).tolist()
         self.tested.reach(len(ids))
         self.tested.update(
             self.step,
             scores,
             scores.isfinite(),
-            Actions(
+            Labels(
                 position=numbers([start for start, _ in effects.spans]),
                 # A longer action is special only if it holds nothing else.
                 kind=numbers([action_kind(unit, min(sides[slice(*span)])) for span in effects.spans]),
@@ -286,3 +320,20 @@ class Accumulation:
         if family == "kind":
             return kind_name(ids[0])
         return self.groups[ids[0]] if family == "group" else str(ids[0])
+
+
+def _check_apart(name: str, values: Sequence[str]) -> None:
+    if len(set(values)) < len(values):
+        raise ValueError(f"{name} must differ from each other, got {list(values)}")
+
+
+def _loaded(path: str | PathLike[str]) -> dict[str, Any]:
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except OSError:
+        raise
+    except Exception:  # whatever a file of another kind makes of itself
+        state = None
+    if not isinstance(state, dict):
+        raise ValueError(f"other must be a file that CausalityTracker.save wrote, got {path}")
+    return state

@@ -4,6 +4,7 @@ from typing import Any
 
 import torch
 
+from ..ops import _check
 from ..ops.moments import RunningMoments
 
 WINDOWS = 32
@@ -134,7 +135,12 @@ class CommonKeys:
         return {"keys": self.keys.clone(), "votes": self.votes.clone()}
 
     def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
-        self.keys, self.votes = (state[name].to(self.keys.device).clone() for name in ("keys", "votes"))
+        """Raises: TypeError for another dtype, ValueError for another size."""
+        own = self.state_dict()
+        for name, value in own.items():
+            _check.dtype(name, _check.tensor(name, state[name]), value.dtype, "these keys")
+            _check.shape(name, state[name], value.shape, "these keys")
+        self.keys, self.votes = (state[name].to(self.keys.device).clone() for name in own)
 
     def _drop(self, lost: torch.Tensor) -> None:
         self.keys = self.keys.masked_fill(lost, _FREE)

@@ -13,9 +13,11 @@ from ..ops import _check
 from .actions import Actions
 from .attribution import INPUTS, Attribution
 from .intervention import Effects, Experiment
-from .outcomes import Outcome, check_outcome
+from .outcomes import Outcome
 from .perturbation import Game, Request, features
-from .text import Ids, Span, check_count, check_ids
+from .step_values import StepValues
+from .text import Ids, Span, check_count
+from .tracker import CausalityTracker
 
 FRACTIONS = (0.01, 0.05, 0.1, 0.2, 0.5)
 
@@ -59,12 +61,14 @@ class Faithfulness:
 class _Grid:
     """Which shares of the features are taken, and how many random subsets."""
 
-    fractions: tuple[float, ...]
+    fractions: Sequence[float]
     points: int
     subsets: int
     keep: float
 
     def __post_init__(self) -> None:
+        if isinstance(self.fractions, str) or not isinstance(self.fractions, Sequence):
+            raise TypeError(f"fractions must be a sequence of shares, got {self.fractions!r}")
         if not self.fractions:
             raise ValueError("fractions must hold at least one share, got none")
         for i, share in enumerate(self.fractions):
@@ -80,7 +84,7 @@ class _Grid:
 
 
 def faithfulness(
-    tracker: Any,
+    tracker: CausalityTracker,
     prompt_ids: Ids,
     response_ids: Ids,
     scores: Mapping[str, Scores],
@@ -114,8 +118,9 @@ def faithfulness(
         scores: by name, each one of
             array, sequence or tensor [P + R], a higher score for a token that raises the outcome more;
             [R, P + R], for "logprob" without `samples`: row i of response token i's own log-probability, whose
-            features are the tokens before it;
-            Attribution, or Effects, whose actions' means are spread evenly over their tokens.
+            features are the tokens before it; without any, falls are 0 and the datamodelling score is NaN;
+            Attribution; Effects, whose actions' means are spread evenly over their tokens; or StepValues, for
+            their effects. Features of equal scores go in the order of the text.
         outcome, samples, max_new_tokens: as of `CausalityTracker.intervene`.
         actions: places (start, end) that are one feature each, in order and without overlap, or a name or a
             regular expression as of `CausalityTracker.intervene`; a feature's score is the sum of its tokens'.
@@ -137,25 +142,24 @@ def faithfulness(
         perturbations that remove; Park et al. 2023, TRAK (arXiv:2303.14186), and Cohen-Wang et al. 2024,
         ContextCite (arXiv:2409.00729), linear datamodelling score.
     """
+    if not isinstance(tracker, CausalityTracker):
+        raise TypeError(f"tracker must be a CausalityTracker, got {type(tracker).__name__}")
     policy, before = tracker.policy, tracker.policy.tokens
-    prompt = check_ids("prompt_ids", prompt_ids, policy.vocab_size)
-    response = check_ids("response_ids", response_ids, policy.vocab_size)
-    grid = _Grid(tuple(fractions), points, subsets, keep)
-    text = Experiment(
-        (*prompt, *response),
-        len(prompt),
-        tracker.interventions if counterfactual is None else counterfactual,
-        check_outcome(outcome, policy.vocab_size),
-        samples=None if samples is None else check_count("samples", samples, 2),
-        seed=tracker.seed,
-        limit=check_count("max_new_tokens", len(response) if max_new_tokens is None else max_new_tokens, 1),
-        eos_id=getattr(tracker.tokenizer, "eos_token_id", None),
-        max_tokens=None if max_tokens is None else check_count("max_tokens", max_tokens, 1),
+    grid = _Grid(fractions, points, subsets, keep)
+    text = tracker._experiment(
+        tracker._text(prompt_ids, response_ids),
+        counterfactual,
+        outcome,
+        samples=samples,
+        limit=max_new_tokens,
+        max_tokens=max_tokens,
     )
     texts = None if tracker.tokenizer is None else tracker.texts(text.ids)
     spans = features(text, actions, texts, _check.choice("inputs", inputs, INPUTS), policy.vocab_size)
-    if not isinstance(scores, Mapping) or not scores:
+    if not isinstance(scores, Mapping):
         raise TypeError(f"scores must be a mapping of names to scores, got {type(scores).__name__}")
+    if not scores:
+        raise ValueError("scores must hold at least one name, got none")
     tables = {name: _table(name, value, text) for name, value in scores.items()}
     game = Game(policy, text, spans)
     kept = _subsets(game, grid, list(tables.values()))
@@ -168,6 +172,8 @@ def faithfulness(
 def _table(name: str, value: Scores, text: Experiment) -> np.ndarray:
     """[P + R] or [R, P + R] float64."""
     size = len(text.ids)
+    if isinstance(value, StepValues):
+        value = value.effects
     if isinstance(value, (Attribution, Effects)) and value.token_ids != text.ids:
         raise ValueError(f"scores[{name!r}] must be of this prompt and response, got those of another text")
     if isinstance(value, Effects):
@@ -248,7 +254,7 @@ def _curves(
     requests: list[Request] = []
     cuts: list[int] = []
     for row, chosen, (first, end) in zip(sums, reaching, asked, strict=True):
-        order = np.array(chosen)[np.argsort(-row[chosen], kind="stable")]
+        order = np.array(chosen, dtype=int)[np.argsort(-row[chosen], kind="stable")]
         shares, points = grid.counts(len(order))
         for counts, keeps in ((shares, False), (shares, True), (points, False), (points, True)):
             for count in counts:

@@ -10,6 +10,7 @@ import torch
 
 from ..ops.moments import RunningMoments
 from .drift import CommonKeys, Drift
+from .intervention import Effects
 
 # What one action is, and where it stands; `action_kind` numbers the pairs.
 UNITS = ("token", "word", "sentence", "line", "step", "turn", "match", "span")
@@ -32,12 +33,21 @@ def kind_name(number: int) -> str:
 
 def span_key(ids: Sequence[int]) -> int:
     """48 bits that stand for a span."""
-    digest = hashlib.blake2b(b",".join(b"%d" % i for i in ids), digest_size=6)
-    return int.from_bytes(digest.digest(), "big")
+    return _digest(",".join(map(str, ids)))
+
+
+def measurement_key(effects: Effects, unit: str, group: int | None) -> int:
+    """48 bits that stand for a text, its actions and their measured effects."""
+    told = effects.token_ids, effects.prompt_length, effects.spans, effects.mean.tolist(), unit, group
+    return _digest(repr(told))
+
+
+def _digest(text: str) -> int:
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=6).digest(), "big")
 
 
 @dataclass(frozen=True)
-class Actions:
+class Labels:
     """What is told of N actions, [N] each.
 
     Attributes:
@@ -84,20 +94,20 @@ class Features:
         for moments in self._moments().values():
             moments.advance(steps)
 
-    def update(self, step: int, scores: torch.Tensor, mask: torch.Tensor, actions: Actions) -> None:
+    def update(self, step: int, scores: torch.Tensor, mask: torch.Tensor, labels: Labels) -> None:
         """Add scores [N] of actions at positions within `reach`; those with `mask` [N] false do not exist."""
-        single = mask & (actions.token >= 0)
-        self.by_token.update(scores, actions.token, single)
-        self.by_position.update(scores, actions.position, mask)
-        self.by_kind.update(scores, actions.kind, mask)
-        slot, held, lost = self.tokens.vote(actions.token.clamp_min(0), single)
+        single = mask & (labels.token >= 0)
+        self.by_token.update(scores, labels.token, single)
+        self.by_position.update(scores, labels.position, mask)
+        self.by_kind.update(scores, labels.kind, mask)
+        slot, held, lost = self.tokens.vote(labels.token.clamp_min(0), single)
         self._forget("token", lost)
-        ids, masks = {"kind": actions.kind, "position": actions.position, "token": slot}, [mask]
-        masks += [mask & (actions.position < POSITIONS), held]
-        if actions.group is not None:
-            ids["group"] = actions.group
-            masks.append(mask & (actions.group >= 0) & (actions.group < len(self.by_group.count)))
-            self.by_group.update(scores, actions.group, masks[-1])
+        ids, masks = {"kind": labels.kind, "position": labels.position, "token": slot}, [mask]
+        masks += [mask & (labels.position < POSITIONS), held]
+        if labels.group is not None:
+            ids["group"] = labels.group
+            masks.append(mask & (labels.group >= 0) & (labels.group < len(self.by_group.count)))
+            self.by_group.update(scores, labels.group, masks[-1])
         columns = torch.cat([self.first[family] + found for family, found in ids.items()])
         self.drift.update(step, scores.repeat(len(ids)), columns, torch.cat(masks))
 

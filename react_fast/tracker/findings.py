@@ -26,7 +26,8 @@ def key_features(
     *,
     name: Callable[[str, Sequence[int]], str],
 ) -> list[KeyFeature]:
-    """The k features whose 95% interval is farthest from 0; see CausalityTracker.key_features.
+    """The k features whose 95% interval is farthest from 0, then those without one; see
+    CausalityTracker.key_features.
 
     Args:
         name: of a feature, from its family and its ids.
@@ -39,11 +40,14 @@ def key_features(
     owner = np.concatenate([np.full(len(table["id"]), i) for i, table in enumerate(tables)])
     table = {column: np.concatenate([one[column] for one in tables]) for column in tables[0]}
     p_value = student_p_value(table["mean"], table["standard_error"], table["effective_count"])
-    significant, drifted = benjamini_hochberg(p_value), np.zeros(len(owner), dtype=bool)
-    known = np.isfinite(table["drift_p"])
-    drifted[known] = benjamini_hochberg(table["drift_p"][known])
+    # Observations without any spread are one text's own number again and again: they tell nothing of others.
+    same = ~(table["standard_error"] > 0)
+    for values in (p_value, table["low"], table["high"]):
+        values[same] = np.nan
+    table["drift_p"][~(table["drift_high"] > table["drift_low"])] = np.nan
+    significant, drifted = (_significant(values) for values in (p_value, table["drift_p"]))
     # Negative where 0 is inside: then by how far inside.
-    distance = np.maximum(table["low"], -table["high"])
+    distance = np.where(same, -np.inf, np.maximum(table["low"], -table["high"]))
     found = []
     for i in np.argsort(-distance, kind="stable")[:k]:
         family = families[owner[i]]
@@ -65,6 +69,13 @@ def key_features(
                 **_row(table, i),
             )
         )
+    return found
+
+
+def _significant(p_value: np.ndarray) -> np.ndarray:
+    """[n] bool, after Benjamini-Hochberg over those that are known."""
+    found, known = np.zeros(len(p_value), dtype=bool), np.isfinite(p_value)
+    found[known] = benjamini_hochberg(p_value[known])
     return found
 
 

@@ -29,13 +29,13 @@ class KeyFeature:
         ids: of the tokens; else the number.
         count: observations, the feature's support. effective_count: of equally weighted ones; less under decay.
         mean, standard_error: of them; the unit is the outcome's (nats for log-probabilities and losses).
-        low, high: 95% interval of the mean.
-        p_value: two-sided, of the mean being 0.
+        low, high: 95% interval of the mean. p_value: two-sided, of the mean being 0. All three are NaN where the
+            observations are all the same, as nothing is then known about their spread.
         significant: after Benjamini-Hochberg at a false discovery rate of 5% over all features of this kind in the
             families that were asked for.
         drift: mean over the later half of the training minus that over the earlier; NaN if it is not known.
         drift_low, drift_high: its 95% interval.
-        drift_significant: as `significant`, over the drifts.
+        drift_significant: as `significant`, over the drifts whose interval has a width.
         windows: the mean over training, without decay.
     """
 

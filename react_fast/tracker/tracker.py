@@ -2,34 +2,28 @@
 interventions."""
 
 import re
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any
 
-import torch
-
 from ..ops import _check
-from ..ops.attribution import attribution_scores
-from .accumulation import Accumulation
 from .actions import Actions, find_actions, unit_of
-from .attribution import METHODS, Attribution, Method, Target, attribute, batch_scores
+from .attribution import METHODS, Attribution, Method, Target, attribute
 from .counterfactuals import Deletion, check_counterfactual
-from .features import Actions as Places
-from .features import action_kind
 from .intervention import Effects, Experiment, check_spans, intervene
+from .observation import Observation
 from .outcomes import Outcome, check_outcome
 from .policy import Policy
 from .records import EffectRow, HeatMap
 from .shapley import Shapley, shapley
 from .step_values import StepValues, step_values
-from .text import Ids, Span, Text, before_last, check_count, check_ids, check_rectangle
+from .text import Ids, Span, Text, check_count, check_ids
 
 # Numbers of a heat map's matrix, above which an example has one row for the whole response.
 _MATRIX = 2**20
 
 
-class CausalityTracker(Accumulation):
+class CausalityTracker(Observation):
     """Accumulates attribution over training and measures effects of interventions.
 
     Args:
@@ -60,91 +54,12 @@ class CausalityTracker(Accumulation):
         groups: Sequence[str] = (),
         decay: float = 1.0,
     ) -> None:
-        super().__init__(Policy(model), tokenizer, groups=groups, decay=decay)
+        super().__init__(Policy(model), tokenizer, every=every, groups=groups, decay=decay)
         self.attribution = _check.choice("attribution", attribution, METHODS)
         self.interventions = check_counterfactual(
             "interventions", Deletion() if interventions is None else interventions
         )
-        self.every = check_count("every", every, 1)
         self.seed = check_count("seed", seed, 0)
-
-    # ---- training ------------------------------------------------------------------------------------------
-
-    @contextmanager
-    def observe(
-        self,
-        input_ids: torch.Tensor,
-        action_mask: torch.Tensor,
-        attention_mask: torch.Tensor | None = None,
-        *,
-        step: int | None = None,
-        group_index: torch.Tensor | None = None,
-    ) -> Iterator[None]:
-        """Around forward and backward of one training micro-batch: reads the gradient that the backward
-        computes anyway and accumulates gradient x input by token, pair of neighbouring tokens, position, kind
-        (prompt, response, special token) and group, and over training.
-
-        The outcome is -loss, so a token with a positive score raises the objective. Counted are the tokens
-        before a row's last action; those behind it influence nothing. Scores that are not finite are left
-        out.
-
-        Args:
-            input_ids: [B, T] integer, as the model gets them, inside.
-            action_mask: [B, T] bool or 0/1 integers, true where the token is an action.
-            attention_mask: [B, T] bool or 0/1 integers, for padding on the left; positions count from a row's
-                first true. None: sequences begin at column 0.
-            step: of the training, for `every`, decay and drift; None: the number of this call.
-            group_index: [B] integer in [0, groups), of every row; None: of none.
-        Raises: TypeError or ValueError for bad input; RuntimeError at the end if no gradient reached the
-            embedding, or if its output was changed in place.
-        """
-        _check.integer("input_ids", input_ids)
-        check_rectangle("input_ids", input_ids)
-        counted = before_last(
-            _check.mask("action_mask", action_mask, input_ids.shape, "input_ids", input_ids.device)
-        )
-        positions = torch.arange(input_ids.shape[1], device=input_ids.device).expand_as(input_ids)
-        if attention_mask is not None:
-            seen = _check.mask(
-                "attention_mask", attention_mask, input_ids.shape, "input_ids", input_ids.device
-            )
-            counted = counted & seen
-            positions = (seen.cumsum(1) - 1).clamp_min(0)
-        groups = None if group_index is None else self._group_index(group_index, input_ids)
-        number = self.calls if step is None else check_count("step", step, 0)
-        self.calls += 1
-        self._at(number)
-        if number % self.every:
-            yield
-            return
-        self.observed.reach(input_ids.shape[1])
-
-        def record(grad: torch.Tensor, activation: torch.Tensor) -> None:
-            scores = -attribution_scores(grad, activation)
-            finite = counted & scores.isfinite()
-            self._observe(number, scores, input_ids.long(), finite, positions, action_mask.bool(), groups)
-
-        with self.policy.watched(input_ids, record):
-            yield
-
-    def score_batch(
-        self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None, action_mask: torch.Tensor
-    ) -> torch.Tensor:
-        """Attribution of a row's log-probability of all its actions to each of its tokens; for credit.
-
-        One forward and one backward in evaluation mode; the parameters' gradients stay as they are.
-
-        Args:
-            input_ids: [B, T] integer. attention_mask: [B, T], padding on the right, or None for none.
-            action_mask: [B, T] bool or 0/1 integers; never true in column 0, which nothing precedes.
-        Returns: [B, T] float32 (float64 for a float64 policy).
-        """
-        _check.integer("input_ids", input_ids)
-        check_rectangle("input_ids", input_ids)
-        actions = _check.mask("action_mask", action_mask, input_ids.shape, "input_ids", input_ids.device)
-        if attention_mask is not None:
-            _check.mask("attention_mask", attention_mask, input_ids.shape, "input_ids", input_ids.device)
-        return batch_scores(self.policy, input_ids, attention_mask, actions)
 
     # ---- one text ------------------------------------------------------------------------------------------
 
@@ -228,8 +143,9 @@ class CausalityTracker(Accumulation):
         and each side's own continuation. The effect is the mean of the n paired differences.
 
         Actions that would leave nothing to continue from are left out, or refused where their places were given.
-        The effects are also accumulated: by token, by span of up to 16 tokens, by position of the first token, by
-        kind, such as "prompt word", and by group, at the last training step that `observe` was told.
+        The effects may be accumulated too (see `accumulate`): by token, span of up to 16 tokens, position of
+        the first token, kind, such as "prompt word", and group, at the last training step that `observe` was
+        told.
 
         Args:
             prompt_ids, response_ids: [P] and [R] token ids, at least one each.
@@ -250,8 +166,8 @@ class CausalityTracker(Accumulation):
             skip_special: leave out the named actions that hold a special token of the tokenizer, such as a chat
                 template's marks.
             group: number of the text's group, to accumulate by.
-            accumulate: whether to; None: if they are effects on "logprob" under the tracker's own counterfactual,
-                as means over outcomes of different units say nothing.
+            accumulate: whether to; None: if they are effects on "logprob" of the fixed response, under the
+                tracker's own counterfactual, as means over different quantities say nothing.
         Raises: TypeError, ValueError or IndexError in one line.
         """
         if group is not None and check_count("group", group, 0) >= len(self.groups):
@@ -268,7 +184,7 @@ class CausalityTracker(Accumulation):
         )
         spans = self._spans(actions, text, turn_index, skip_special)
         effects = intervene(self.policy, text, spans)
-        usual = isinstance(outcome, str) and counterfactual is None
+        usual = isinstance(outcome, str) and samples is None and counterfactual is None
         if usual if accumulate is None else accumulate:
             self._accumulate(effects, unit_of(actions), group)
         return effects
@@ -305,8 +221,7 @@ class CausalityTracker(Accumulation):
         """
         text = self._text(prompt_ids, response_ids)
         size = len(text.ids) - text.prompt_length
-        if outcome == "logprob":
-            raise ValueError("outcome must be a function of response ids or a TargetLogprob, got 'logprob'")
+        _refuse_logprob(outcome)
         limit = size if max_response_tokens is None else max_response_tokens
         experiment = self._experiment(
             text,
@@ -347,8 +262,7 @@ class CausalityTracker(Accumulation):
             turn_index: [P + R] turn of every token, for actions "turn".
         Raises: TypeError, ValueError or IndexError in one line.
         """
-        if outcome == "logprob":
-            raise ValueError("outcome must be a function of response ids or a TargetLogprob, got 'logprob'")
+        _refuse_logprob(outcome)
         text = self._experiment(
             self._text(prompt_ids, response_ids), counterfactual, outcome, samples=None, limit=None
         )
@@ -425,35 +339,6 @@ class CausalityTracker(Accumulation):
 
     # ---- inside --------------------------------------------------------------------------------------------
 
-    def _observe(
-        self,
-        step: int,
-        scores: torch.Tensor,
-        ids: torch.Tensor,
-        counted: torch.Tensor,
-        positions: torch.Tensor,
-        response: torch.Tensor,
-        groups: torch.Tensor | None,
-    ) -> None:
-        """Accumulate scores [B, T]."""
-        kinds = action_kind("token", self._sides(ids, response))
-        position, kind, token = (x.reshape(-1) for x in (positions, kinds, ids))
-        told = Places(position, kind, token, None if groups is None else groups.reshape(-1))
-        self.observed.update(step, scores.reshape(-1), counted.reshape(-1), told)
-        pairs = scores[:, 1:] + scores[:, :-1], self.observed.pair_keys(ids), counted[:, 1:] & counted[:, :-1]
-        self.observed.update_spans(step, *(part.reshape(-1) for part in pairs))
-
-    def _group_index(self, group_index: torch.Tensor, input_ids: torch.Tensor) -> torch.Tensor:
-        """[B, T] group of every token."""
-        _check.integer("group_index", group_index)
-        _check.shape("group_index", group_index, input_ids.shape[:1], "input_ids[:, 0]")
-        _check.device("group_index", group_index, input_ids.device, "input_ids")
-        if group_index.device.type == "cpu" and len(group_index):
-            wrong = group_index[(group_index < 0) | (group_index >= len(self.groups))]
-            if len(wrong):
-                raise IndexError(f"group_index must be in [0, {len(self.groups)}), got {int(wrong[0])}")
-        return group_index.long()[:, None].expand_as(input_ids)
-
     @property
     def _eos_id(self) -> int | None:
         return getattr(self.tokenizer, "eos_token_id", None)
@@ -493,3 +378,8 @@ class CausalityTracker(Accumulation):
         prompt = check_ids("prompt_ids", prompt_ids, self.policy.vocab_size)
         response = check_ids("response_ids", response_ids, self.policy.vocab_size)
         return Text((*prompt, *response), len(prompt))
+
+
+def _refuse_logprob(outcome: Outcome) -> None:
+    if outcome == "logprob":
+        raise ValueError("outcome must be a function of response ids or a TargetLogprob, got 'logprob'")

@@ -13,6 +13,7 @@ from ..tracker import CausalityTracker
 from ..tracker.attribution import METHODS
 from ..tracker.records import EffectRow
 from ..tracker.report.terminal import heat_map_text
+from ..tracker.report.text import printed
 from ..tracker.text import check_count
 from .checkpoint import load_checkpoint
 from .config import RunConfig, TrackerConfig
@@ -111,7 +112,7 @@ def explain(
     report = tracker.report()
     found, effects = tracker.heat_maps[0], tracker.effects
     console = Console()
-    console.print(f"answer: {''.join(found.response_tokens)}", markup=False, highlight=False)
+    console.print(f"answer: {printed(''.join(found.response_tokens))}", markup=False, highlight=False)
     console.print(heat_map_text(found))
     title = "log-probability of the answer, in nats"
     rows = _rows(found.sums(), found.prompt_tokens + found.response_tokens, effects)

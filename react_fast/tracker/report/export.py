@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, cast, get_args, get_origin, get_type_hints
 
 from ..records import EffectRow, HeatMap, KeyFeature, PositionMean
-from .text import visible
+from .text import storable, visible
 
 VERSION = 2
 TABLES: dict[str, type] = {
@@ -23,17 +23,22 @@ def write_json(report: Any, path: Path) -> None:
     """One object: version, meta, four tables. NaN is null, infinities are "Infinity" and "-Infinity"."""
     tables = {name: [asdict(row) for row in getattr(report, name)] for name in TABLES}
     content = {"version": VERSION, "meta": dict(report.meta), **tables}
-    path.write_text(
-        json.dumps(encoded(content), ensure_ascii=False, allow_nan=False, indent=1) + "\n", encoding="utf-8"
-    )
+    text = json.dumps(encoded(content), ensure_ascii=False, allow_nan=False, indent=1)
+    path.write_text(storable(text) + "\n", encoding="utf-8")
 
 
 def read_json(path: Path) -> dict[str, Any]:
     """What `write_json` wrote, as the arguments of CausalityReport."""
-    content = json.loads(path.read_text(encoding="utf-8"))
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"path must name a causality report, got no JSON in {path}") from error
     if not isinstance(content, dict) or content.get("version") != VERSION:
         found = content.get("version") if isinstance(content, dict) else type(content).__name__
         raise ValueError(f"path must name a causality report of version {VERSION}, got {found!r} in {path}")
+    missing = [name for name in ("meta", *TABLES) if name not in content]
+    if missing:
+        raise ValueError(f"path must name a causality report, got one without {missing[0]!r} in {path}")
     tables = {name: [_decoded(kind, row) for row in content[name]] for name, kind in TABLES.items()}
     return {"meta": content["meta"], **tables}
 
@@ -55,6 +60,10 @@ def write_graphml(report: Any, path: Path) -> None:
     for row in report.by_position:
         graph.add_node(f"p{row.position}", label=str(row.position), role="position", **_known(asdict(row)))
     graph.graph["meta"] = json.dumps(encoded(dict(report.meta)), ensure_ascii=False)
+    nodes = (values for _, values in graph.nodes(data=True))
+    edges = (values for *_, values in graph.edges(data=True))
+    for values in (graph.graph, *nodes, *edges):
+        values.update(storable(values, xml=True))
     networkx.write_graphml(graph, path)
 
 

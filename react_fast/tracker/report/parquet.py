@@ -8,6 +8,7 @@ from typing import Any
 
 from ..records import EffectRow, HeatMap, KeyFeature, PositionMean, Window
 from .export import VERSION, encoded
+from .text import storable
 
 _OF_FEATURE = [field.name for field in fields(KeyFeature) if field.name != "windows"]
 _OF_EFFECT = [field.name for field in fields(EffectRow)]
@@ -28,9 +29,10 @@ def write_parquet(report: Any, path: Path) -> None:
     columns |= dict.fromkeys(("in_response", "significant", "drift_significant"), pyarrow.bool_())
     columns |= {"ids": pyarrow.list_(integer), "tokens": pyarrow.list_(text)}
     about = {"version": VERSION, "meta": dict(report.meta), "titles": [one.title for one in report.heat_maps]}
-    metadata = {"react_fast": json.dumps(encoded(about), ensure_ascii=False, allow_nan=False)}
+    metadata = {"react_fast": storable(json.dumps(encoded(about), ensure_ascii=False, allow_nan=False))}
     schema = pyarrow.schema(list(columns.items()), metadata=metadata)
-    parquet.write_table(pyarrow.Table.from_pylist(list(_long(report)), schema=schema), path)
+    rows = [storable(row) for row in _long(report)]
+    parquet.write_table(pyarrow.Table.from_pylist(rows, schema=schema), path)
 
 
 def read_parquet(path: Path) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from typing import Any
 
 from ..records import EffectRow, HeatMap, KeyFeature, PositionMean
 from . import export, parquet
+from .text import storable
 
 Destination = str | PathLike[str]
 
@@ -48,7 +49,7 @@ class CausalityReport:
         """Writes one self-contained page, which loads nothing from anywhere."""
         from .page import render
 
-        return _written(path, lambda place: place.write_text(render(self), encoding="utf-8"))
+        return _written(path, lambda place: place.write_text(storable(render(self)), encoding="utf-8"))
 
     def to_json(self, path: Destination) -> Path:
         """Writes everything as one JSON object; NaN is null. `from_json` reads it."""

@@ -7,7 +7,7 @@ from typing import Any
 from ..records import HeatMap, KeyFeature
 from .examples import reliability
 from .page import KINDS, named
-from .text import interval, number, probability, visible
+from .text import interval, number, printed, probability, visible
 
 # Red, green, blue at full strength; what is 0 keeps the terminal's own colours.
 _RAISES, _LOWERS = (224, 112, 16), (38, 110, 220)
@@ -43,10 +43,10 @@ def show(report: Any, *, limit: int, console: Any = None) -> None:
             cells = [visible("".join(row.tokens)), str(row.example + 1), number(row.mean), shown]
             table.add_row(*map(Text, [*cells, "*" if row.significant else ""]))
         console.print(table)
-    if not report.features and not report.effects:
-        console.print("The tracker has seen nothing yet.")
-    else:
+    if report.features or report.effects:
         console.print("*: significant at a false discovery rate of 5%")
+    elif not report.heat_maps:
+        console.print("The tracker has seen nothing yet.")
 
 
 def heat_map_text(heat_map: HeatMap) -> Any:
@@ -59,8 +59,7 @@ def heat_map_text(heat_map: HeatMap) -> Any:
     for i, (token, style) in enumerate(zip(tokens, _styles(scores[:_TOKENS]), strict=True)):
         if i == len(heat_map.prompt_tokens):
             text.append(" ▸ ", style="bold")
-        shown = visible(token).replace("␣", " ").replace("⏎", "⏎\n")
-        text.append(shown, style=style)
+        text.append(printed(token), style=style)
     left = len(scores) - len(tokens)
     if left:
         text.append(f" … {left} more", style="dim")

@@ -1,9 +1,15 @@
 """Tokens and numbers as a reader sees them."""
 
 import math
+import re
 import unicodedata
+from typing import Any
 
 _MARKS = {" ": "␣", "\n": "⏎", "\t": "⇥", "\r": "␍", "\x7f": "␡", "\xa0": "⍽"}
+
+# What no encoding holds, and what XML does not hold beside it.
+_LONE = re.compile("[\ud800-\udfff]")
+_NOT_XML = re.compile("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
 
 
 def visible(token: str) -> str:
@@ -13,6 +19,20 @@ def visible(token: str) -> str:
     shown = "".join(_mark(character) for character in token)
     # A combining mark would otherwise sit on whatever stands before it.
     return "◌" + shown if unicodedata.combining(shown[0]) else shown
+
+
+def printed(token: str) -> str:
+    """`visible` where lines may break and spaces are spaces."""
+    return visible(token).replace("␣", " ").replace("⏎", "⏎\n")
+
+
+def storable(value: Any, *, xml: bool = False) -> Any:
+    """Strings, also in lists, tuples and values of dicts, with U+FFFD for what UTF-8, or XML, cannot hold."""
+    if isinstance(value, str):
+        return (_NOT_XML if xml else _LONE).sub("\ufffd", value)
+    if isinstance(value, dict):
+        return {key: storable(item, xml=xml) for key, item in value.items()}
+    return [storable(item, xml=xml) for item in value] if isinstance(value, (list, tuple)) else value
 
 
 def number(value: float) -> str:
