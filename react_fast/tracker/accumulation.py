@@ -58,6 +58,7 @@ class Accumulation:
         self.decay = decay
         self.heat_maps: list[HeatMap] = []
         self.effects: list[EffectRow] = []
+        # Keys of the newest measurements, in order.
         self._measured: dict[int, None] = {}
         self._clear()
 
@@ -239,7 +240,6 @@ class Accumulation:
         self.calls = self.step = 0
         self.observed, self.tested = self._features(), self._features()
         self.heat_maps, self.effects = [], []
-        # Keys of the newest measurements, in order.
         self._measured = {}
         special = sorted(set(getattr(self.tokenizer, "all_special_ids", ())))
         self._special = torch.zeros(self.policy.vocab_size, dtype=torch.bool, device=self.policy.device)
