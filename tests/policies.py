@@ -7,6 +7,7 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, Qwen2Config
 
+from react_fast import token_logprobs
 from react_fast.trainer.model import fresh_model
 
 TEXTS = ["hello world, this is a test of text", "guten Tag, das ist ein Test", "one two three four five"]
@@ -114,3 +115,20 @@ class Brute:
             noise = np.random.Generator(np.random.Philox(key=key, counter=counter)).gumbel(size=len(logp))
             drawn.append(int(np.argmax(logp + noise)))
         return drawn
+
+
+def logits(model, ids, attention=None):
+    if hasattr(model, "generate"):
+        return model(input_ids=ids, attention_mask=attention).logits
+    return model(ids)
+
+
+def loss(model, ids, actions, attention=None):
+    found = logits(model, ids, attention)
+    return -token_logprobs(found[:, :-1], ids[:, 1:], mask=actions[:, 1:]).sum() / 10
+
+
+def observe(tracker, ids, actions, attention=None, **options):
+    model = tracker.policy.model
+    with tracker.observe(ids, actions, **options):
+        loss(model, ids, actions, attention).backward()

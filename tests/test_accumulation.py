@@ -11,8 +11,7 @@ from react_fast.tracker.drift import CommonKeys
 from react_fast.tracker.features import FAMILIES, Features, Labels
 from react_fast.trainer.state import split
 
-from .policies import FirstToken, Recurrent, transformer
-from .test_tracker import _observe
+from .policies import FirstToken, Recurrent, observe, transformer
 
 
 def _bytes(tracker):
@@ -61,7 +60,7 @@ def test_features_equal_numpy_over_the_stream():
         ids = torch.randint(0, 6, (4, 6), generator=generator)
         actions = torch.zeros_like(ids)
         actions[:, 3:] = 1
-        _observe(tracker, ids, actions, step=step, group_index=torch.tensor([0, 1, 1, 0]))
+        observe(tracker, ids, actions, step=step, group_index=torch.tensor([0, 1, 1, 0]))
     when = np.concatenate([np.full((4, 5), step) for step, *_ in seen])
     scores, ids = (torch.cat([row[i][:, :5] for row in seen]).numpy() for i in (1, 2))
     expected = {

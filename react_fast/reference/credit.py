@@ -48,7 +48,7 @@ class Causal:
             one = trajectories[row]
             ids = [int(token) for token in one.token_ids]
             instead = self._alternatives(one, row)
-            known = before[row] if _key(config.seed, _KNOWN, step, row) % _RECHECK else set()
+            known = before[row] if philox_key(config.seed, _KNOWN, step, row) % _RECHECK else set()
             changing = [
                 unit
                 for unit in units_of(one, config.credit_actions, self.trainer.tokenizer)
@@ -119,7 +119,7 @@ class Causal:
         trainer.model.eval()
         ids = [int(token) for token in one.token_ids]
         logits = trainer.logits(torch.tensor(ids))
-        key = _key(trainer.config.seed, _ALTERNATIVES, trainer.step, row)
+        key = philox_key(trainer.config.seed, _ALTERNATIVES, trainer.step, row)
         draws = np.random.Generator(np.random.Philox(key)).random(len(ids) - 1)
         instead, end = list(ids), trainer.tokenizer.eos_token_id
         for t in range(1, len(ids)):
@@ -173,7 +173,7 @@ def play_again(
     env = trainer.env.clone()
     state, _ = env.reset(seed=one.seed, options={"index": one.record})
     ids, total, turn, over = trainer.encode(state, True), 0.0, 0, False
-    seed = _key(trainer.config.seed, stream)
+    seed = philox_key(trainer.config.seed, stream)
     while not over:
         action = list(turns[turn]) if turn < len(turns) else []
         room = trainer.config.max_new_tokens - len(action)
@@ -249,9 +249,9 @@ def _by_surprise(trajectories: Sequence[Any], seed: int, step: int) -> list[int]
 
 
 def _permutation(count: int, *keys: int) -> list[int]:
-    return np.random.Generator(np.random.Philox(_key(*keys))).permutation(count).tolist()
+    return np.random.Generator(np.random.Philox(philox_key(*keys))).permutation(count).tolist()
 
 
-def _key(*numbers: int) -> int:
+def philox_key(*numbers: int) -> int:
     state = np.random.SeedSequence([n & 0xFFFFFFFF for n in numbers]).generate_state(1, np.uint64)
     return int(state[0] >> 1)

@@ -6,7 +6,7 @@ reads the fields of the same algorithm and configuration objects and nothing els
 
 import copy
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,12 +14,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from .advantage import discounted_returns, whiten
-from .credit import CREDITS
-from .group_advantages import group_advantages
+from .algorithms import ADVANTAGES, LOSSES
+from .credit import CREDITS, philox_key
 from .logprob import token_logprobs
-from .objectives import PPOClip, Reinforce
-from .policy_loss import policy_loss
 
 _ORDER, _DROPOUT, _ENVIRONMENT = 1, 2, 4
 # Metrics that are summed over sequences and updates; the others are means over tokens, "/max" the largest.
@@ -113,7 +110,7 @@ class Trainer:
         count, size = len(self.env.records), self.config.prompts_per_step
         chosen = []
         for position in range(self.step * size, (self.step + 1) * size):
-            order = np.random.Generator(np.random.Philox(_key(self.config.seed, position // count)))
+            order = np.random.Generator(np.random.Philox(philox_key(self.config.seed, position // count)))
             chosen.append(int(order.permutation(count)[position % count]))
         return chosen
 
@@ -127,7 +124,7 @@ class Trainer:
 
     def _episode(self, record: int, row: int, group: int) -> Trajectory:
         env = self.env.clone()
-        seed = _key(self.config.seed, _ENVIRONMENT, self.step, row)
+        seed = philox_key(self.config.seed, _ENVIRONMENT, self.step, row)
         state, _ = env.reset(seed=seed, options={"index": record})
         ids = self.encode(state, True)
         episode = Trajectory(ids, [False] * len(ids), [0] * len(ids), [], group, record, seed)
@@ -217,7 +214,7 @@ class Trainer:
 
     def credit(self, batch: list[Scored]) -> list[Scored]:
         for one, advantages in zip(
-            batch, _ADVANTAGES[type(self.algorithm).__name__](self.algorithm, batch), strict=True
+            batch, ADVANTAGES[type(self.algorithm).__name__](self.algorithm, batch), strict=True
         ):
             advantages = torch.as_tensor(advantages).expand(one.mask.shape)
             if one.attribution is not None:
@@ -258,11 +255,11 @@ class Trainer:
         }
 
     def _update_once(self, batch: list[Scored], sums: dict[str, float]) -> int:
-        loss_of = _LOSSES[type(self.algorithm).__name__]
+        loss_of = LOSSES[type(self.algorithm).__name__]
         per_token = getattr(self.algorithm, "aggregation", "token_mean") == "token_mean"
         denominator = sum(int(one.mask.sum()) if per_token else int(one.mask.any()) for one in batch)
         self.optimizer.zero_grad(set_to_none=True)
-        torch.manual_seed(_key(self.config.seed, _DROPOUT, self.updates))
+        torch.manual_seed(philox_key(self.config.seed, _DROPOUT, self.updates))
         tracker = self.tracker
         for one in batch:
             actions = torch.nn.functional.pad(one.mask, (1, 0))
@@ -302,108 +299,11 @@ class Trainer:
         for epoch in range(self.config.epochs):
             order = np.arange(count)
             if self.config.minibatches * self.config.epochs > 1:
-                key = _key(self.config.seed, _ORDER, self.step, epoch)
+                key = philox_key(self.config.seed, _ORDER, self.step, epoch)
                 order = np.random.Generator(np.random.Philox(key)).permutation(count)
             size = -(-count // self.config.minibatches)
             for start in range(0, count, size):
                 yield order[start : start + size].tolist()
-
-
-# ---- the algorithms' equations -------------------------------------------------------------------------------
-
-
-def _sft_advantages(algorithm: Any, batch: list[Scored]) -> list[torch.Tensor]:
-    return [torch.ones(len(one.mask)) for one in batch]
-
-
-def _grpo_advantages(algorithm: Any, batch: list[Scored]) -> list[torch.Tensor]:
-    groups = torch.tensor([one.group for one in batch])
-    rewards = torch.tensor([one.reward for one in batch], dtype=batch[0].step_rewards.dtype)
-    found = group_advantages(
-        rewards, groups, baseline=algorithm.baseline, scale=algorithm.scale, eps=algorithm.eps
-    )
-    return [value.expand(len(one.mask)) for one, value in zip(batch, found, strict=True)]
-
-
-def _reinforce_advantages(algorithm: Any, batch: list[Scored]) -> list[torch.Tensor]:
-    returns = []
-    for i, one in enumerate(batch):
-        found = discounted_returns(one.step_rewards[None], gamma=algorithm.gamma, mask=one.mask[None])[0]
-        others = [
-            other.reward
-            for j, other in enumerate(batch)
-            if j != i and (algorithm.baseline == "batch" or other.group == one.group)
-        ]
-        if algorithm.baseline != "none":
-            found = found - (sum(others) / len(others) if others else one.reward)
-        returns.append(torch.where(one.mask, found, 0.0))
-    if not algorithm.whiten:
-        return returns
-    whole = whiten(torch.cat(returns), mask=torch.cat([one.mask for one in batch]))
-    return list(whole.split([len(one.mask) for one in batch]))
-
-
-_ADVANTAGES: dict[str, Callable[[Any, list[Scored]], list[torch.Tensor]]] = {
-    "SFT": _sft_advantages,
-    "GRPO": _grpo_advantages,
-    "REINFORCE": _reinforce_advantages,
-}
-
-
-def _sft_loss(
-    trainer: Trainer, one: Scored, logp: torch.Tensor, entropy: torch.Tensor, denominator: int
-) -> tuple[torch.Tensor, Mapping[str, Any]]:
-    return -logp.sum() / denominator, {
-        "tokens": one.mask.sum(),
-        "entropy": entropy.detach().sum() / max(int(one.mask.sum()), 1),
-    }
-
-
-def _grpo_loss(
-    trainer: Trainer, one: Scored, logp: torch.Tensor, entropy: torch.Tensor, denominator: int
-) -> tuple[torch.Tensor, Mapping[str, Any]]:
-    algorithm = trainer.algorithm
-    objective = PPOClip(ratio_min=algorithm.ratio_min, ratio_max=algorithm.ratio_max)
-    return _policy_gradient(trainer, one, logp, entropy, denominator, objective)
-
-
-def _reinforce_loss(
-    trainer: Trainer, one: Scored, logp: torch.Tensor, entropy: torch.Tensor, denominator: int
-) -> tuple[torch.Tensor, Mapping[str, Any]]:
-    return _policy_gradient(trainer, one, logp, entropy, denominator, Reinforce())
-
-
-def _policy_gradient(
-    trainer: Trainer, one: Scored, logp: torch.Tensor, entropy: torch.Tensor, denominator: int, objective: Any
-) -> tuple[torch.Tensor, Mapping[str, Any]]:
-    algorithm, config = trainer.algorithm, trainer.config
-
-    def row(x: torch.Tensor | None) -> torch.Tensor | None:
-        return None if x is None else x[None]
-
-    assert one.advantages is not None
-    return policy_loss(
-        logp[None],
-        row(one.old_logprobs),
-        one.advantages[None],
-        one.mask[None],
-        objective=objective,
-        aggregation=algorithm.aggregation,
-        ref_logprobs=row(one.ref_logprobs),
-        kl_coef=config.kl_coef,
-        kl_estimator=algorithm.kl_estimator,
-        kl_gradient=algorithm.kl_gradient,
-        entropy=entropy[None],
-        entropy_coef=config.entropy_coef,
-        denominator=float(denominator),
-    )
-
-
-_LOSSES: dict[str, Callable[..., tuple[torch.Tensor, Any]]] = {
-    "SFT": _sft_loss,
-    "GRPO": _grpo_loss,
-    "REINFORCE": _reinforce_loss,
-}
 
 
 def _extend(episode: Trajectory, ids: list[int], chosen: bool, turn: int) -> None:
@@ -420,8 +320,3 @@ def _step_rewards(trajectory: Any) -> torch.Tensor:
                 placed[t] += reward
                 break
     return placed
-
-
-def _key(*numbers: int) -> int:
-    state = np.random.SeedSequence([n & 0xFFFFFFFF for n in numbers]).generate_state(1, np.uint64)
-    return int(state[0] >> 1)

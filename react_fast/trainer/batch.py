@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from ..envs import TextEnv
 from .rollout import Trajectory
 
 
@@ -105,3 +106,14 @@ def _step_rewards(trajectories: Sequence[Trajectory], width: int) -> torch.Tenso
             if len(upto):
                 placed[row, int(upto[-1])] += reward
     return placed[:, 1:]
+
+
+def group_numbers(groups: Sequence[str], env: TextEnv) -> torch.Tensor:
+    """[records] int64: number of every record's group among the tracker's."""
+    names = [record.metadata.get("group") for record in env.records]
+    for i, name in enumerate(names):
+        if name not in groups:
+            raise ValueError(
+                f"records[{i}] must have one of {list(groups)} as metadata 'group', got {name!r}"
+            )
+    return torch.tensor([groups.index(name) for name in names])

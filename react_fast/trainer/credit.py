@@ -34,7 +34,7 @@ RECHECK = 8
 
 
 class Replays:
-    """Uniform and attribution credit, which play nothing again; and what the others share.
+    """Uniform credit, which plays nothing again, and what the others share.
 
     Attributes:
         environment_steps: of training, those of rollouts and of replays.
@@ -65,6 +65,18 @@ class Replays:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.environment_steps = state.get("environment_steps", 0)
+
+
+class Attributions(Replays):
+    """The tracker's attribution of every trajectory's log-probability to its tokens; nothing is played again."""
+
+    def play(self, trajectories: Sequence[Trajectory], batch: Batch, count: Count) -> None:
+        actions = torch.nn.functional.pad(batch.mask, (1, 0))
+        parts = []
+        for rows in torch.arange(len(batch)).split(self.trainer.config.micro_batch or len(batch)):
+            inputs = batch.input_ids[rows], batch.attention_mask[rows], actions[rows]
+            parts.append(self.trainer.tracker.score_batch(*inputs)[:, 1:])
+        batch.attribution = torch.cat(parts)
 
 
 class CausalReplays(Replays):
@@ -231,7 +243,7 @@ class MonteCarloReplays(Replays):
 
 REPLAYS = {
     "uniform": Replays,
-    "attribution": Replays,
+    "attribution": Attributions,
     "causal": CausalReplays,
     "monte_carlo": MonteCarloReplays,
 }

@@ -1,10 +1,13 @@
-"""Responses of a policy to the records of an environment, greedy or sampled."""
+"""A policy on an environment's records: its responses, greedy or sampled, and held-out means while it trains."""
 
 from typing import Any
 
+import numpy as np
 import torch
 
 from ..envs import TextEnv
+from .algorithms.sft import demonstrations
+from .batch import collate
 from .results import Answers
 from .rollout import Episodes, PolicyEngine, SamplingParams, key
 
@@ -47,3 +50,26 @@ def answer(
     references = [record.reference for record in env.records]
     known = [reference for reference in references if reference is not None]
     return Answers(responses, rewards, known if len(known) == len(references) else None)
+
+
+def held_out_reward(trainer: Any, env: TextEnv, *, greedy: bool) -> float:
+    """Mean return of the trainer's policy, one episode of every record."""
+    episodes = Episodes(trainer.engine, trainer.tokenizer, env)
+    config = trainer.config
+    returns = []
+    for rows in torch.arange(len(env.records)).split(config.eval_batch):
+        part = rows.tolist()
+        params = SamplingParams(config.max_new_tokens, greedy=greedy, seed=key(config.seed, _TEST), rows=part)
+        returns += [sum(t.rewards) for t in episodes.play(part, part, params)]
+    return float(np.mean(returns))
+
+
+def held_out_loss(trainer: Any, env: TextEnv) -> float:
+    """Cross-entropy per token of the records' references."""
+    total, tokens = 0.0, 0
+    for rows in torch.arange(len(env.records)).split(trainer.config.eval_batch):
+        references = demonstrations(trainer.tokenizer, env.records, rows.tolist())
+        batch = collate(references, trainer.pad_id, trainer.accelerator.device)
+        total -= float(trainer.logprobs(trainer.model, batch).double().sum())
+        tokens += int(batch.mask.sum())
+    return total / max(tokens, 1)

@@ -12,7 +12,6 @@ from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from accelerate import Accelerator
 
@@ -20,12 +19,12 @@ from ..envs import TextEnv
 from ..ops.backend import accumulation_dtype
 from ..ops.logprob import token_logprobs
 from ..tracker.credit import attribution_credit, causal_credit
-from .algorithms.sft import demonstrations
-from .batch import Batch, collate
+from .batch import Batch, collate, group_numbers
 from .checkpoint import CheckpointError, load_checkpoint, load_weights, newest_complete, save_checkpoint
 from .config import TrainerConfig
 from .credit import REPLAYS
 from .early_stopping import EarlyStopping
+from .evaluation import held_out_loss, held_out_reward
 from .interrupt import StopRequest
 from .meters import Averages, Clock, describe, samples
 from .rollout import Episodes, PolicyEngine, RolloutEngine, SamplingParams, Trajectory, key, permutation
@@ -33,7 +32,7 @@ from .schedule import learning_rate, make_optimizer, prompts
 from .state import join, split
 
 # Streams of random numbers that must not meet: prompts, rollouts and dropout each have their own.
-_ORDER, _DROPOUT, _EVALUATION = 1, 2, 3
+_ORDER, _DROPOUT = 1, 2
 
 
 class Trainer:
@@ -80,13 +79,14 @@ class Trainer:
             torch.set_num_threads(self.config.threads)
         self.tokenizer, self.env, self.eval_env = tokenizer, env, eval_env
         self.algorithm, self.tracker, self.reporter, self.phase = algorithm, tracker, reporter, phase
-        self._groups = _group_numbers(tracker.groups, env) if tracker is not None and tracker.groups else None
+        self._groups = group_numbers(tracker.groups, env) if tracker is not None and tracker.groups else None
         self.accelerator = Accelerator(cpu=not torch.cuda.is_available())
         optimizer = make_optimizer(model.parameters(), self.config)
         self._prepared, self.optimizer = self.accelerator.prepare(model, optimizer)
         self.model = self.accelerator.unwrap_model(self._prepared)
         self.engine = engine or PolicyEngine(self.model, eos_id=self.eos_id, pad_id=self.pad_id)
-        self.reference = self._frozen_copy() if self.config.kl_coef and not algorithm.supervised else None
+        frozen = self.config.kl_coef and not algorithm.supervised
+        self.reference = copy.deepcopy(self.model).eval().requires_grad_(False) if frozen else None
         self.step = 0  # finished steps
         self.updates = 0  # finished optimiser updates
         self.stopping = EarlyStopping(self.config.early_stopping)
@@ -106,11 +106,9 @@ class Trainer:
         if self.algorithm.supervised:
             return batch
         if self.config.updates_per_step > 1:
-            batch.old_logprobs = self._logprobs(self.model, batch)
+            batch.old_logprobs = self.logprobs(self.model, batch)
         if self.reference is not None:
-            batch.ref_logprobs = self._logprobs(self.reference, batch)
-        if self.config.credit == "attribution":
-            batch.attribution = self._attribution(batch)
+            batch.ref_logprobs = self.logprobs(self.reference, batch)
         self.replays.score(trajectories, batch)
         return batch
 
@@ -215,8 +213,8 @@ class Trainer:
         env = env or self.eval_env
         if env is None:
             raise ValueError("env must be given when the trainer has no eval_env, got None")
-        metrics = {"eval/reward": self._held_out_reward(env, greedy)}
-        return metrics | ({"eval/loss": self._held_out_loss(env)} if self.algorithm.supervised else {})
+        metrics = {"eval/reward": held_out_reward(self, env, greedy=greedy)}
+        return metrics | ({"eval/loss": held_out_loss(self, env)} if self.algorithm.supervised else {})
 
     # ---- used by the algorithms ----------------------------------------------------------------------------
 
@@ -360,7 +358,7 @@ class Trainer:
         return model(batch.input_ids)
 
     @torch.no_grad()
-    def _logprobs(self, model: Any, batch: Batch) -> torch.Tensor:
+    def logprobs(self, model: Any, batch: Batch) -> torch.Tensor:
         """[B, T-1] log-probs of the actions under a model, in evaluation mode."""
         was_training = model.training
         model.eval()
@@ -375,43 +373,14 @@ class Trainer:
         model.train(was_training)
         return out
 
-    def _attribution(self, batch: Batch) -> torch.Tensor:
-        actions = torch.nn.functional.pad(batch.mask, (1, 0))
-        parts = []
-        for rows in torch.arange(len(batch)).split(self.config.micro_batch or len(batch)):
-            scores = self.tracker.score_batch(
-                batch.input_ids[rows], batch.attention_mask[rows], actions[rows]
-            )
-            parts.append(scores[:, 1:])
-        return torch.cat(parts)
-
     def _held_out(self) -> tuple[dict[str, float], float]:
         """What a training step looks at, and the number that should get smaller."""
         assert self.eval_env is not None
         if self.algorithm.supervised:
-            loss = self._held_out_loss(self.eval_env)
+            loss = held_out_loss(self, self.eval_env)
             return {"eval/loss": loss}, loss
-        reward = self._held_out_reward(self.eval_env, True)
+        reward = held_out_reward(self, self.eval_env, greedy=True)
         return {"eval/reward": reward}, -reward
-
-    def _held_out_reward(self, env: TextEnv, greedy: bool) -> float:
-        episodes = Episodes(self.engine, self.tokenizer, env)
-        returns = []
-        for rows in torch.arange(len(env.records)).split(self.config.eval_batch):
-            part = rows.tolist()
-            seed = key(self.config.seed, _EVALUATION)
-            params = SamplingParams(self.config.max_new_tokens, greedy=greedy, seed=seed, rows=part)
-            returns += [sum(t.rewards) for t in episodes.play(part, part, params)]
-        return float(np.mean(returns))
-
-    def _held_out_loss(self, env: TextEnv) -> float:
-        total, tokens = 0.0, 0
-        for rows in torch.arange(len(env.records)).split(self.config.eval_batch):
-            references = demonstrations(self.tokenizer, env.records, rows.tolist())
-            batch = collate(references, self.pad_id, self.accelerator.device)
-            total -= float(self._logprobs(self.model, batch).double().sum())
-            tokens += int(batch.mask.sum())
-        return total / max(tokens, 1)
 
     def _minibatches(self, count: int) -> Iterator[torch.Tensor]:
         """Rows of every update: in order for one update, else a keyed permutation in each epoch."""
@@ -428,19 +397,5 @@ class Trainer:
         if resume is not None:
             self.load(resume)
 
-    def _frozen_copy(self) -> Any:
-        return copy.deepcopy(self.model).eval().requires_grad_(False)
-
     def _notice(self, text: str) -> None:
         (self.reporter.line if hasattr(self.reporter, "line") else print)(text)
-
-
-def _group_numbers(groups: Sequence[str], env: TextEnv) -> torch.Tensor:
-    """[records] int64: number of every record's group among the tracker's."""
-    names = [record.metadata.get("group") for record in env.records]
-    for i, name in enumerate(names):
-        if name not in groups:
-            raise ValueError(
-                f"records[{i}] must have one of {list(groups)} as metadata 'group', got {name!r}"
-            )
-    return torch.tensor([groups.index(name) for name in names])
