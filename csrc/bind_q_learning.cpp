@@ -1,23 +1,12 @@
 // The q_learning and q_loss part of react_fast._core; conventions as in bindings.cpp.
-#include <pybind11/pybind11.h>
-#include <pybind11/stl.h>
-
 #include <array>
 
+#include "bind.h"
 #include "isa.h"
-
-namespace py = pybind11;
-using namespace pybind11::literals;
 
 namespace {
 
-using Address = std::uintptr_t;
 using Strides = std::array<int64_t, 3>;  // inner, outer_stride, stride
-
-template <class T = void>
-T* at(Address address) {
-  return reinterpret_cast<T*>(address);
-}
 
 rf::VocabRows vocab_rows(Address data, const Strides& s) { return {at(data), s[0], s[1], s[2]}; }
 
