@@ -52,7 +52,7 @@ def test_update(benchmark, demo):
     compiled = torch.compile(_grpo)
 
     def plain(loss_of: Any) -> None:
-        trainer.optimizer.zero_grad(set_to_none=True)
+        trainer.updater.optimizer.zero_grad(set_to_none=True)
         scored = trainer.score(trajectories)
         advantages = trainer.algorithm.advantages(scored)
         logits = model(
@@ -60,10 +60,10 @@ def test_update(benchmark, demo):
         ).logits
         loss_of(logits, scored.input_ids, scored.mask, advantages).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        trainer.optimizer.step()
+        trainer.updater.optimizer.step()
 
     def limit() -> None:
-        trainer.optimizer.zero_grad(set_to_none=True)
+        trainer.updater.optimizer.zero_grad(set_to_none=True)
         logits = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False).logits
         logits.backward(torch.ones_like(logits))
 

@@ -1,7 +1,8 @@
 """Trajectories as padded tensors."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 
@@ -21,6 +22,7 @@ class Batch:
         rewards: [B] float32 or float64, sum over turns.  step_rewards: [B, T-1], each turn's at its last action.
         groups: [B] int64.  records: [B] int64, index of the environment's record.
         old_logprobs, ref_logprobs: [B, T-1] or None, set by `score`.
+        heads: outputs [B, T-1, ...] of the algorithm's heads before the update, by name, set by `score`.
         attribution, effects, step_advantages: [B, T-1] or None, set by `score` when credit asks for it.
         advantages: [B] or [B, T-1] or None, set by `credit`.
     """
@@ -35,6 +37,7 @@ class Batch:
     records: torch.Tensor
     old_logprobs: torch.Tensor | None = None
     ref_logprobs: torch.Tensor | None = None
+    heads: dict[str, torch.Tensor] = field(default_factory=dict)
     attribution: torch.Tensor | None = None
     effects: torch.Tensor | None = None
     step_advantages: torch.Tensor | None = None
@@ -56,12 +59,15 @@ class Batch:
     def select(self, rows: torch.Tensor) -> "Batch":
         """Some rows, cut to the longest of them."""
         width = int(self.lengths[rows].max()) if len(rows) else 1
-        chosen = {}
-        for name, value in vars(self).items():
-            if value is not None:
-                part = value[rows]
-                columns = width if name in ("input_ids", "attention_mask") else width - 1
-                chosen[name] = part[:, :columns] if part.dim() == 2 else part
+
+        def part(name: str, value: torch.Tensor) -> torch.Tensor:
+            chosen = value[rows]
+            columns = width if name in ("input_ids", "attention_mask") else width - 1
+            return chosen[:, :columns] if chosen.dim() > 1 else chosen
+
+        tensors = {name: x for name, x in vars(self).items() if isinstance(x, torch.Tensor)}
+        chosen: dict[str, Any] = {name: part(name, x) for name, x in tensors.items()}
+        chosen["heads"] = {name: part(name, x) for name, x in self.heads.items()}
         return replace(self, **chosen)
 
 

@@ -179,7 +179,7 @@ class CausalReplays(Replays):
         part = batch.select(torch.tensor([row]))
         was_training = trainer.model.training
         trainer.model.eval()
-        logits = trainer.forward(trainer.model, part)[:, :-1].float() / trainer.config.temperature
+        logits = trainer.policy.logits(part)[:, :-1].float() / trainer.config.temperature
         trainer.model.train(was_training)
         taken = part.targets[0]
         p = torch.softmax(logits[0], -1).double().scatter(1, taken[:, None], 0.0)

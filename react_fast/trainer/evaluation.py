@@ -70,6 +70,6 @@ def held_out_loss(trainer: Any, env: TextEnv) -> float:
     for rows in torch.arange(len(env.records)).split(trainer.config.eval_batch):
         references = demonstrations(trainer.tokenizer, env.records, rows.tolist())
         batch = collate(references, trainer.pad_id, trainer.accelerator.device)
-        total -= float(trainer.logprobs(trainer.model, batch).double().sum())
+        total -= float(trainer.scores(batch).logprobs.double().sum())
         tokens += int(batch.mask.sum())
     return total / max(tokens, 1)

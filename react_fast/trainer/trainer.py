@@ -4,11 +4,7 @@ Every random number is keyed by (seed, step, row), so a run that stops between t
 with bitwise the same weights, and a checkpoint holds no random state.
 """
 
-import copy
-import math
-import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +13,6 @@ from accelerate import Accelerator
 
 from ..envs import TextEnv
 from ..ops.backend import accumulation_dtype
-from ..ops.logprob import token_logprobs
 from ..tracker.credit import attribution_credit, causal_credit
 from .batch import Batch, collate, group_numbers
 from .checkpoint import CheckpointError, load_checkpoint, load_weights, newest_complete, save_checkpoint
@@ -26,13 +21,12 @@ from .credit import REPLAYS
 from .early_stopping import EarlyStopping
 from .evaluation import held_out_loss, held_out_reward
 from .interrupt import StopRequest
-from .meters import Averages, Clock, describe, samples
-from .rollout import Episodes, PolicyEngine, RolloutEngine, SamplingParams, Trajectory, key, permutation
-from .schedule import learning_rate, make_optimizer, prompts
+from .meters import Clock, describe, samples
+from .rollout import Episodes, PolicyEngine, RolloutEngine, SamplingParams, Trajectory
+from .schedule import prompts
+from .scoring import Scorer, Scores, reference_policy
 from .state import join, split
-
-# Streams of random numbers that must not meet: prompts, rollouts and dropout each have their own.
-_ORDER, _DROPOUT = 1, 2
+from .updater import Updater, sampling_temperature
 
 
 class Trainer:
@@ -43,7 +37,7 @@ class Trainer:
         tokenizer: its tokenizer: `tokenizer(text, add_special_tokens=...)["input_ids"]`, `decode`,
             `eos_token_id`, `pad_token_id`.
         env: a TextEnv; its records are the training prompts.
-        algorithm: `GRPO()`, `REINFORCE()`, `SFT()`, or any object with their four methods.
+        algorithm: `GRPO()`, `REINFORCE()`, `SFT()`, or any `Algorithm`.
         tracker: CausalityTracker that observes the training backward; needed by credit="attribution". If it has
             groups, every record's metadata names one of them as "group".
         config: TrainerConfig.
@@ -79,16 +73,17 @@ class Trainer:
             torch.set_num_threads(self.config.threads)
         self.tokenizer, self.env, self.eval_env = tokenizer, env, eval_env
         self.algorithm, self.tracker, self.reporter, self.phase = algorithm, tracker, reporter, phase
-        self._groups = group_numbers(tracker.groups, env) if tracker is not None and tracker.groups else None
+        groups = group_numbers(tracker.groups, env) if tracker is not None and tracker.groups else None
         self.accelerator = Accelerator(cpu=not torch.cuda.is_available())
-        optimizer = make_optimizer(model.parameters(), self.config)
-        self._prepared, self.optimizer = self.accelerator.prepare(model, optimizer)
-        self.model = self.accelerator.unwrap_model(self._prepared)
-        self.engine = engine or PolicyEngine(self.model, eos_id=self.eos_id, pad_id=self.pad_id)
+        self.policy = Scorer(model, algorithm.heads(model)).to(self.accelerator.device)
+        self.model = model
         frozen = self.config.kl_coef and not algorithm.supervised
-        self.reference = copy.deepcopy(self.model).eval().requires_grad_(False) if frozen else None
+        self.reference = reference_policy(self.policy) if frozen else None
+        self.updater = Updater(self.policy, algorithm, self.config, self.accelerator, tracker, groups, phase)
+        policy_engine = PolicyEngine(self.model, eos_id=self.eos_id, pad_id=self.pad_id)
+        self.engine = engine or algorithm.engine(self) or policy_engine
+        self.memory = algorithm.memory(self)
         self.step = 0  # finished steps
-        self.updates = 0  # finished optimiser updates
         self.stopping = EarlyStopping(self.config.early_stopping)
         self.replays = REPLAYS["uniform" if algorithm.supervised else self.config.credit](self)
 
@@ -105,10 +100,12 @@ class Trainer:
         batch = collate(trajectories, self.pad_id, self.accelerator.device, self._dtype)
         if self.algorithm.supervised:
             return batch
-        if self.config.updates_per_step > 1:
-            batch.old_logprobs = self.logprobs(self.model, batch)
+        if self.config.updates_per_step > 1 or self.policy.heads:
+            before = self.scores(batch)
+            batch.old_logprobs, batch.heads = before.logprobs, before.heads
         if self.reference is not None:
-            batch.ref_logprobs = self.logprobs(self.reference, batch)
+            batch.ref_logprobs = self.scores(batch, self.reference).logprobs
+        self.algorithm.score(self, batch)
         self.replays.score(trajectories, batch)
         return batch
 
@@ -123,7 +120,7 @@ class Trainer:
         if batch.step_advantages is not None:
             batch.advantages = batch.step_advantages
             return batch
-        batch.advantages = self.algorithm.advantages(batch)
+        batch.advantages = self.algorithm.advantages(self.config, batch)
         if batch.effects is not None:
             batch.advantages = causal_credit(
                 batch.advantages, batch.effects, batch.mask, floor=self.config.credit_floor
@@ -141,11 +138,10 @@ class Trainer:
         Dropout acts in supervised training only: under reinforcement learning the ratio compares the policy
         with the one that sampled.
         """
-        self._prepared.train(self.algorithm.supervised)
-        totals = Averages()
-        for rows in self._minibatches(len(batch)):
-            self._update_once(batch.select(rows), totals)
-        return totals.result()
+        metrics = self.updater.run(batch, self.step)
+        if self.memory is not None:
+            self.memory.after_update()
+        return metrics
 
     # ---- loops ---------------------------------------------------------------------------------------------
 
@@ -218,6 +214,18 @@ class Trainer:
 
     # ---- used by the algorithms ----------------------------------------------------------------------------
 
+    @property
+    def updates(self) -> int:
+        """Finished optimiser updates."""
+        return self.updater.updates
+
+    def scores(self, batch: Batch, policy: Any = None) -> Scores:
+        """Log-probs, entropies and the heads' outputs without gradient, of the policy as it is now or of another
+        `Scorer`, in evaluation mode."""
+        return self.updater.scores(
+            batch, policy or self.updater.policy, sampling_temperature(self.algorithm, self.config)
+        )
+
     def records_of(self, step: int) -> list[int]:
         """Records of a step's prompts."""
         return prompts(step, len(self.env.records), self.config.prompts_per_step, self.config.seed)
@@ -240,8 +248,10 @@ class Trainer:
             return None
         tree = {
             "step": self.step,
-            "updates": self.updates,
-            "optimizer": self.optimizer.state_dict(),
+            "updates": self.updater.updates,
+            "optimizer": self.updater.optimizer.state_dict(),
+            "heads": self.policy.heads.state_dict(),
+            "memory": self.memory.state_dict() if self.memory is not None else None,
             "replays": self.replays.state_dict(),
             "stopping": self.stopping.state_dict(),
             "reference": self.reference.state_dict() if self.reference is not None else None,
@@ -282,96 +292,22 @@ class Trainer:
         return pad if pad is not None else (self.eos_id or 0)
 
     def _load_state(self, tree: dict[str, Any]) -> None:
-        self.step, self.updates = tree["step"], tree["updates"]
+        self.step, self.updater.updates = tree["step"], tree["updates"]
         self.replays.load_state_dict(tree.get("replays") or {})
         self.stopping.load_state_dict(tree["stopping"])
-        self.optimizer.load_state_dict(tree["optimizer"])
+        self.updater.optimizer.load_state_dict(tree["optimizer"])
+        self.policy.heads.load_state_dict(tree["heads"])
+        if self.memory is not None:
+            self.memory.load_state_dict(tree["memory"])
         if self.reference is not None and tree["reference"] is not None:
             self.reference.load_state_dict(tree["reference"])
         if self.tracker is not None and tree["tracker"] is not None:
             self.tracker.load_state_dict(tree["tracker"])
 
-    def _update_once(self, batch: Batch, totals: Averages) -> None:
-        denominator = self.algorithm.denominator(batch)
-        size = self.config.micro_batch or len(batch)
-        self.optimizer.zero_grad(set_to_none=True)
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(key(self.config.seed, _DROPOUT, self.updates))
-            for rows in torch.arange(len(batch)).split(size):
-                self._backward(batch.select(rows), denominator, totals)
-        norm = self._clip()
-        rate = learning_rate(self.updates, self.config)
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
-        if math.isfinite(norm):
-            self.optimizer.step()
-        else:
-            warnings.warn(
-                f"{self.phase} step {self.step + 1}: gradient norm is {norm}, update skipped", stacklevel=3
-            )
-            totals.add({"skipped_updates": 1.0}, 1.0)
-        self.updates += 1
-        totals.add({"grad_norm": norm, "learning_rate": rate}, 1.0)
-
-    def _backward(self, part: Batch, denominator: torch.Tensor, totals: Averages) -> None:
-        actions = torch.nn.functional.pad(part.mask, (1, 0))
-        with self._observed(part, actions):
-            logits = self.forward(self._prepared, part)
-            logprobs, entropy = token_logprobs(
-                logits[:, :-1],
-                part.targets,
-                mask=part.mask,
-                temperature=self._temperature,
-                return_entropy=True,
-            )
-            loss, metrics = self.algorithm.loss(self.config, part, logprobs, entropy, denominator)
-            self.accelerator.backward(loss)
-        totals.add(metrics, float(part.mask.sum()))
-        totals.sum("loss", float(loss.detach()))
-
-    def _observed(self, part: Batch, actions: torch.Tensor) -> AbstractContextManager[None]:
-        if self.tracker is None:
-            return nullcontext()
-        groups = None if self._groups is None else self._groups.to(part.records.device)[part.records]
-        return self.tracker.observe(part.input_ids, actions, step=self.step, group_index=groups)
-
-    def _clip(self) -> float:
-        limit = self.config.max_grad_norm
-        parameters = self._prepared.parameters()
-        return float(self.accelerator.clip_grad_norm_(parameters, limit if limit is not None else math.inf))
-
-    @property
-    def _temperature(self) -> float:
-        """Policies are scored as they sample; references are scored at temperature 1."""
-        return 1.0 if self.algorithm.supervised else self.config.temperature
-
     @property
     def _dtype(self) -> torch.dtype:
         """Of log-probabilities, and of the rewards and advantages that meet them."""
         return accumulation_dtype(next(self.model.parameters()).dtype)
-
-    def forward(self, model: Any, batch: Batch) -> torch.Tensor:
-        """[B, T, V] logits of a model."""
-        if hasattr(self.model, "generate"):
-            mask = batch.attention_mask
-            return model(input_ids=batch.input_ids, attention_mask=mask, use_cache=False).logits
-        return model(batch.input_ids)
-
-    @torch.no_grad()
-    def logprobs(self, model: Any, batch: Batch) -> torch.Tensor:
-        """[B, T-1] log-probs of the actions under a model, in evaluation mode."""
-        was_training = model.training
-        model.eval()
-        out = torch.zeros(batch.mask.shape, dtype=self._dtype, device=batch.mask.device)
-        for rows in torch.arange(len(batch)).split(self.config.micro_batch or len(batch)):
-            part = batch.select(rows)
-            logits = self.forward(model, part)
-            found = token_logprobs(
-                logits[:, :-1], part.targets, mask=part.mask, temperature=self._temperature
-            )
-            out[rows, : found.shape[1]] = found
-        model.train(was_training)
-        return out
 
     def _held_out(self) -> tuple[dict[str, float], float]:
         """What a training step looks at, and the number that should get smaller."""
@@ -381,15 +317,6 @@ class Trainer:
             return {"eval/loss": loss}, loss
         reward = held_out_reward(self, self.eval_env, greedy=True)
         return {"eval/reward": reward}, -reward
-
-    def _minibatches(self, count: int) -> Iterator[torch.Tensor]:
-        """Rows of every update: in order for one update, else a keyed permutation in each epoch."""
-        for epoch in range(self.config.epochs):
-            if self.config.updates_per_step == 1:
-                yield torch.arange(count)
-                continue
-            order = permutation(count, self.config.seed, _ORDER, self.step, epoch)
-            yield from torch.from_numpy(order).chunk(self.config.minibatches)
 
     def _resume(self, resume: str | Path | None) -> None:
         if resume == "auto":

@@ -1,22 +1,19 @@
 """Group-relative policy optimisation."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 
 from ...ops import _check
 from ...ops.group_advantages import group_advantages
-from ...ops.policy_loss import policy_loss
 from ...reference.objectives import PPOClip
 from ..batch import Batch
-from ..rollout import Trajectory
-from .loss_options import check_loss_options
+from .base import PolicyGradient
 
 
-@dataclass(frozen=True)
-class GRPO:
+@dataclass(frozen=True, kw_only=True)
+class GRPO(PolicyGradient):
     """A response's advantage is its reward relative to the other responses to the same prompt.
 
         A_i = (r_i - mean_group) / (std_group + eps),    loss: clipped ratio (PPOClip) + kl_coef KL
@@ -34,11 +31,6 @@ class GRPO:
     baseline: str = "mean"
     scale: str = "std"
     eps: float = 1e-4
-    aggregation: str = "token_mean"
-    kl_estimator: str = "k3"
-    kl_gradient: str = "ratio"
-
-    supervised: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         for name in ("ratio_min", "ratio_max"):
@@ -47,40 +39,13 @@ class GRPO:
         _check.choice("baseline", self.baseline, ("mean", "leave_one_out", "none"))
         _check.choice("scale", self.scale, ("std", "none"))
         _check.number("eps", self.eps, low=0.0, low_open=self.scale == "std")
-        check_loss_options(self)
+        super().__post_init__()
 
-    def collect(self, trainer: Any, step: int) -> list[Trajectory]:
-        return trainer.rollouts(step)
+    @property
+    def objective(self) -> Any:
+        return PPOClip(ratio_min=self.ratio_min, ratio_max=self.ratio_max)
 
-    def advantages(self, batch: Batch) -> torch.Tensor:
+    def advantages(self, config: Any, batch: Batch) -> torch.Tensor:
         return group_advantages(
             batch.rewards, batch.groups, baseline=self.baseline, scale=self.scale, eps=self.eps
-        )
-
-    def denominator(self, batch: Batch) -> torch.Tensor:
-        return batch.mask.sum() if self.aggregation == "token_mean" else batch.mask.any(1).sum()
-
-    def loss(
-        self,
-        config: Any,
-        part: Batch,
-        logprobs: torch.Tensor,
-        entropy: torch.Tensor,
-        denominator: torch.Tensor,
-    ) -> tuple[torch.Tensor, Mapping[str, torch.Tensor]]:
-        assert part.advantages is not None, "credit comes before update"
-        return policy_loss(
-            logprobs,
-            part.old_logprobs,
-            part.advantages,
-            part.mask,
-            objective=PPOClip(ratio_min=self.ratio_min, ratio_max=self.ratio_max),
-            aggregation=self.aggregation,
-            ref_logprobs=part.ref_logprobs,
-            kl_coef=config.kl_coef,
-            kl_estimator=self.kl_estimator,
-            kl_gradient=self.kl_gradient,
-            entropy=entropy,
-            entropy_coef=config.entropy_coef,
-            denominator=denominator.clamp_min(1).to(logprobs.dtype),
         )

@@ -1,26 +1,24 @@
 """REINFORCE with a baseline."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 
 from ...ops import _check
 from ...ops.advantage import discounted_returns
 from ...ops.group_advantages import group_advantages
-from ...ops.policy_loss import policy_loss
 from ...ops.whiten import whiten
 from ...reference.objectives import Reinforce
 from ..batch import Batch
-from ..rollout import Trajectory
-from .loss_options import check_loss_options, check_switch
+from .base import PolicyGradient
+from .loss_options import check_switch
 
 BASELINES = ("batch", "group", "none")
 
 
-@dataclass(frozen=True)
-class REINFORCE:
+@dataclass(frozen=True, kw_only=True)
+class REINFORCE(PolicyGradient):
     """An action's advantage is the discounted reward that follows it, less a baseline.
 
         A_t = G_t - b,    G_t = r_t + gamma G_{t+1},    loss = -1/n sum_t A_t log p(a_t)
@@ -38,22 +36,18 @@ class REINFORCE:
     gamma: float = 1.0
     baseline: str = "batch"
     whiten: bool = False
-    aggregation: str = "token_mean"
-    kl_estimator: str = "k3"
-    kl_gradient: str = "ratio"
-
-    supervised: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         _check.number("gamma", self.gamma, low=0.0, high=1.0)
         _check.choice("baseline", self.baseline, BASELINES)
         check_switch("whiten", self.whiten)
-        check_loss_options(self)
+        super().__post_init__()
 
-    def collect(self, trainer: Any, step: int) -> list[Trajectory]:
-        return trainer.rollouts(step)
+    @property
+    def objective(self) -> Any:
+        return Reinforce()
 
-    def advantages(self, batch: Batch) -> torch.Tensor:
+    def advantages(self, config: Any, batch: Batch) -> torch.Tensor:
         advantages = discounted_returns(batch.step_rewards, gamma=self.gamma, mask=batch.mask)
         if self.baseline != "none":
             groups = batch.groups if self.baseline == "group" else torch.zeros_like(batch.groups)
@@ -61,31 +55,3 @@ class REINFORCE:
             level = (batch.rewards - relative)[:, None]
             advantages = torch.where(batch.mask, advantages - level, 0.0)
         return whiten(advantages, mask=batch.mask) if self.whiten else advantages
-
-    def denominator(self, batch: Batch) -> torch.Tensor:
-        return batch.mask.sum() if self.aggregation == "token_mean" else batch.mask.any(1).sum()
-
-    def loss(
-        self,
-        config: Any,
-        part: Batch,
-        logprobs: torch.Tensor,
-        entropy: torch.Tensor,
-        denominator: torch.Tensor,
-    ) -> tuple[torch.Tensor, Mapping[str, torch.Tensor]]:
-        assert part.advantages is not None, "credit comes before update"
-        return policy_loss(
-            logprobs,
-            part.old_logprobs,
-            part.advantages,
-            part.mask,
-            objective=Reinforce(),
-            aggregation=self.aggregation,
-            ref_logprobs=part.ref_logprobs,
-            kl_coef=config.kl_coef,
-            kl_estimator=self.kl_estimator,
-            kl_gradient=self.kl_gradient,
-            entropy=entropy,
-            entropy_coef=config.entropy_coef,
-            denominator=denominator.clamp_min(1).to(logprobs.dtype),
-        )

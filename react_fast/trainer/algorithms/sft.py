@@ -9,10 +9,12 @@ import torch
 from ...envs import Record
 from ..batch import Batch
 from ..rollout import Trajectory, demonstration
+from ..scoring import Scores
+from .base import Algorithm, Loss
 
 
 @dataclass(frozen=True)
-class SFT:
+class SFT(Algorithm):
     """loss = -1/n sum_t log p(reference_t | prompt, reference_<t), over the n reference tokens of an update."""
 
     supervised: ClassVar[bool] = True
@@ -20,23 +22,13 @@ class SFT:
     def collect(self, trainer: Any, step: int) -> list[Trajectory]:
         return demonstrations(trainer.tokenizer, trainer.env.records, trainer.records_of(step))
 
-    def advantages(self, batch: Batch) -> torch.Tensor:
+    def advantages(self, config: Any, batch: Batch) -> torch.Tensor:
         return torch.ones_like(batch.rewards)
 
-    def denominator(self, batch: Batch) -> torch.Tensor:
-        return batch.mask.sum()
-
-    def loss(
-        self,
-        config: Any,
-        part: Batch,
-        logprobs: torch.Tensor,
-        entropy: torch.Tensor,
-        denominator: torch.Tensor,
-    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    def loss(self, config: Any, part: Batch, scores: Scores, denominator: torch.Tensor) -> Loss:
         tokens = part.mask.sum()
-        mean_entropy = entropy.detach().sum() / tokens.clamp_min(1)
-        return -logprobs.sum() / denominator.clamp_min(1), {"tokens": tokens, "entropy": mean_entropy}
+        entropy = scores.entropy.detach().sum() / tokens.clamp_min(1)
+        return -scores.logprobs.sum() / denominator.clamp_min(1), {"tokens": tokens, "entropy": entropy}
 
 
 def demonstrations(tokenizer: Any, records: Sequence[Record], chosen: Sequence[int]) -> list[Trajectory]:

@@ -1,0 +1,177 @@
+"""The policy as training scores it: log-probabilities, entropies and heads of a batch in one forward."""
+
+import copy
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..ops.linear_logprob import linear_token_logprobs
+from ..ops.logprob import token_logprobs
+from .batch import Batch
+
+Head = Mapping[str, nn.Module]
+
+
+@dataclass
+class Scores:
+    """What one forward says about a batch; column t of a tensor belongs to token t + 1.
+
+    Attributes:
+        logprobs, entropy: [B, T-1], 0 where the mask is false.
+        heads: outputs [B, T-1, ...] of the algorithm's heads, by name.
+    """
+
+    logprobs: torch.Tensor
+    entropy: torch.Tensor
+    heads: dict[str, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class OutputLayer:
+    """logits = softcap * tanh(y / softcap), y = logit_scale * (hidden @ weight.T + bias).
+
+    Attributes:
+        body: the model without its output layer.  linear: that layer.
+    """
+
+    body: nn.Module
+    linear: nn.Linear
+    logit_scale: float
+    softcap: float | None
+
+    def hidden(self, ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+        """[B, T, D]"""
+        out = self.body(input_ids=ids, attention_mask=attention_mask, use_cache=False)
+        return out.last_hidden_state.to(self.linear.weight.dtype)
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        y = self.linear(hidden) * self.logit_scale
+        return y if self.softcap is None else self.softcap * torch.tanh(y / self.softcap)
+
+
+class Scorer(nn.Module):
+    """A policy and an algorithm's heads as one module, so that whatever wraps modules (DDP, FSDP2, autocast) wraps
+    one forward.
+
+    Logits [B, T, V] do not exist where they follow from the last hidden states by one linear layer, which is
+    tried on a few tokens; elsewhere they are computed.
+
+    Args:
+        model: Hugging Face causal LM, or any module with `model(ids [B, T]) -> logits [B, T, V]`.
+        heads: modules from hidden states [B, T, D] to [B, T, ...], by name; they need such a linear layer.
+    Raises: ValueError for heads on a model whose hidden states are not known.
+    """
+
+    def __init__(self, model: Any, heads: Head | None = None) -> None:
+        super().__init__()
+        self.model = model
+        self.heads = nn.ModuleDict(dict(heads or {}))
+        self.hugging_face = hasattr(model, "generate")
+        self._output = (output_layer(model),)  # in a tuple: its modules are the model's and no new ones
+        if self.heads and self.output is None:
+            raise ValueError(
+                "model must be a Hugging Face causal LM with one linear output layer for an algorithm with heads "
+                f"({', '.join(self.heads)}), got {type(model).__name__}"
+            )
+
+    @property
+    def output(self) -> OutputLayer | None:
+        return self._output[0]
+
+    def forward(self, batch: Batch, temperature: float) -> dict[str, torch.Tensor]:
+        """Log-probabilities, entropies and the heads' outputs, which are named "heads.NAME"."""
+        options: dict[str, Any] = {"mask": batch.mask, "temperature": temperature, "return_entropy": True}
+        output = self.output
+        if output is None:
+            logits = self.logits(batch)[:, :-1]
+            logprobs, entropy = token_logprobs(logits, batch.targets, **options)
+            return {"logprobs": logprobs, "entropy": entropy}
+        hidden = output.hidden(batch.input_ids, batch.attention_mask)[:, :-1]
+        logprobs, entropy = linear_token_logprobs(
+            hidden,
+            output.linear.weight,
+            batch.targets,
+            bias=output.linear.bias,
+            logit_scale=output.logit_scale,
+            softcap=output.softcap,
+            **options,
+        )
+        heads = {f"heads.{name}": head(hidden) for name, head in self.heads.items()}
+        return {"logprobs": logprobs, "entropy": entropy, **heads}
+
+    def logits(self, batch: Batch) -> torch.Tensor:
+        """[B, T, V]"""
+        if self.hugging_face:
+            mask = batch.attention_mask
+            return self.model(input_ids=batch.input_ids, attention_mask=mask, use_cache=False).logits
+        return self.model(batch.input_ids)
+
+
+def scores(found: Mapping[str, torch.Tensor]) -> Scores:
+    """What a `Scorer`'s forward returned, whatever wraps it."""
+    heads = {name.removeprefix("heads."): x for name, x in found.items() if name.startswith("heads.")}
+    return Scores(found["logprobs"], found["entropy"], heads)
+
+
+@torch.no_grad()
+def output_layer(model: Any) -> OutputLayer | None:
+    """How a model's logits follow from its last hidden states, or None where that is not by one linear layer,
+    scaled and soft-capped as its configuration says: tried on a few tokens."""
+    if not hasattr(model, "generate"):
+        return None
+    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    linear, body = inner.get_output_embeddings(), getattr(inner, inner.base_model_prefix, None)
+    if type(linear) is not nn.Linear or body is None or body is inner:
+        return None
+    config = inner.config.get_text_config()
+    scale = getattr(config, "logit_scale", None) or 1 / (getattr(config, "logits_scaling", None) or 1.0)
+    found = OutputLayer(body, linear, float(scale), getattr(config, "final_logit_softcapping", None))
+    return found if _agrees(model, found) else None
+
+
+def _agrees(model: Any, output: OutputLayer) -> bool:
+    ids = torch.arange(10, device=output.linear.weight.device).view(2, 5) % output.linear.out_features
+    mask = torch.ones_like(ids)
+    mask[1, 3:] = 0
+    was_training = model.training
+    model.eval()
+    try:
+        expected = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
+        found = output.logits(output.hidden(ids, mask))
+    except (TypeError, AttributeError):  # it takes or returns something else
+        return False
+    finally:
+        model.train(was_training)
+    # The same products, summed in another order at most.
+    rtol = 16 * torch.finfo(found.dtype).eps
+    scale = float(expected.abs().max())
+    return expected.shape == found.shape and bool(
+        torch.allclose(found.float(), expected.float(), rtol=rtol, atol=rtol * scale)
+    )
+
+
+class WithoutAdapter(nn.Module):
+    """The policy that an adapter (PEFT) was put on: the same weights with the adapter off."""
+
+    def __init__(self, policy: Scorer) -> None:
+        super().__init__()
+        self._policy = (policy,)  # in a tuple: its weights are not this module's
+
+    def train(self, mode: bool = True) -> "WithoutAdapter":
+        self._policy[0].train(mode)
+        return super().train(mode)
+
+    def forward(self, batch: Batch, temperature: float) -> dict[str, torch.Tensor]:
+        (policy,) = self._policy
+        with policy.model.disable_adapter():
+            return policy(batch, temperature)
+
+
+def reference_policy(policy: Scorer) -> nn.Module:
+    """The policy as it is now, for good: a frozen copy, or the same weights with their adapter off."""
+    if hasattr(policy.model, "disable_adapter"):
+        return WithoutAdapter(policy).eval()
+    return Scorer(copy.deepcopy(policy.model)).eval().requires_grad_(False)

@@ -1,0 +1,137 @@
+"""Optimiser updates on a scored batch: epochs x minibatches, each summed over micro-batches."""
+
+import math
+import warnings
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+
+from .batch import Batch
+from .meters import Averages
+from .rollout import key, permutation
+from .schedule import learning_rate, make_optimizer
+from .scoring import Scorer, Scores, scores
+
+# Streams of random numbers that must not meet: prompts, rollouts and dropout each have their own.
+_ORDER, _DROPOUT = 1, 2
+
+
+class Updater:
+    """Changes the policy.
+
+    Args:
+        policy: what is trained.
+        algorithm, config, accelerator, tracker: the trainer's.
+        groups: [records] number of every record's group in the tracker, or None.
+        phase: name of the training in warnings.
+    Attributes:
+        updates: finished optimiser updates.
+    """
+
+    def __init__(
+        self,
+        policy: Scorer,
+        algorithm: Any,
+        config: Any,
+        accelerator: Any,
+        tracker: Any = None,
+        groups: torch.Tensor | None = None,
+        phase: str = "train",
+    ) -> None:
+        self.algorithm, self.config, self.accelerator = algorithm, config, accelerator
+        self.tracker, self.groups, self.phase = tracker, groups, phase
+        self.policy, self.optimizer = accelerator.prepare(policy, make_optimizer(policy.parameters(), config))
+        self.updates = 0
+
+    def run(self, batch: Batch, step: int) -> dict[str, float]:
+        """All updates on one batch; `step` keys their order. Returns their mean metrics."""
+        self.policy.train(self.algorithm.supervised)
+        totals = Averages()
+        for rows in self._minibatches(len(batch), step):
+            self._update(batch.select(rows), totals, step)
+        return totals.result()
+
+    def parts(self, count: int) -> Iterator[torch.Tensor]:
+        """Rows of the micro-batches of `count` trajectories."""
+        together = self.algorithm.together
+        size = self.config.micro_batch or count
+        yield from torch.arange(count).split(max(size // together, 1) * together)
+
+    @torch.no_grad()
+    def scores(self, batch: Batch, policy: Any, temperature: float) -> Scores:
+        """Scores under a policy in evaluation mode, micro-batch by micro-batch."""
+        was_training = policy.training
+        policy.eval()
+        found: dict[str, torch.Tensor] = {}
+        for rows in self.parts(len(batch)):
+            part = batch.select(rows)
+            for name, x in policy(part, temperature).items():
+                if name not in found:
+                    found[name] = x.new_zeros(len(batch), batch.mask.shape[1], *x.shape[2:])
+                found[name][rows, : x.shape[1]] = x
+        policy.train(was_training)
+        return scores(found)
+
+    def _update(self, batch: Batch, totals: Averages, step: int) -> None:
+        denominator = self.algorithm.denominator(batch)
+        self.optimizer.zero_grad(set_to_none=True)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(key(self.config.seed, _DROPOUT, self.updates))
+            for rows in self.parts(len(batch)):
+                self._backward(batch.select(rows), denominator, totals, step)
+        norm = self._clip()
+        rate = learning_rate(self.updates, self.config)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        if math.isfinite(norm):
+            self.optimizer.step()
+        else:
+            warnings.warn(
+                f"{self.phase} step {step + 1}: gradient norm is {norm}, update skipped", stacklevel=3
+            )
+            totals.add({"skipped_updates": 1.0}, 1.0)
+        self.updates += 1
+        totals.add({"grad_norm": norm, "learning_rate": rate}, 1.0)
+
+    def _backward(self, part: Batch, denominator: torch.Tensor, totals: Averages, step: int) -> None:
+        temperature = sampling_temperature(self.algorithm, self.config)
+        with self._observed(part, step):
+            found = scores(self.policy(part, temperature))
+            loss, metrics = self.algorithm.loss(self.config, part, found, denominator)
+            self.accelerator.backward(loss)
+        totals.add(metrics, float(part.mask.sum()))
+        totals.sum("loss", float(loss.detach()))
+
+    def _observed(self, part: Batch, step: int) -> AbstractContextManager[None]:
+        if self.tracker is None:
+            return nullcontext()
+        actions = torch.nn.functional.pad(part.mask, (1, 0))
+        groups = None if self.groups is None else self.groups.to(part.records.device)[part.records]
+        return self.tracker.observe(part.input_ids, actions, step=step, group_index=groups)
+
+    def _clip(self) -> float:
+        limit = self.config.max_grad_norm
+        return float(
+            self.accelerator.clip_grad_norm_(
+                self.policy.parameters(), limit if limit is not None else math.inf
+            )
+        )
+
+    def _minibatches(self, count: int, step: int) -> Iterator[torch.Tensor]:
+        """Rows of every update: in order for one update, else a keyed permutation in each epoch, of trajectories
+        or of the neighbours that stay together."""
+        config, together = self.config, self.algorithm.together
+        for epoch in range(config.epochs):
+            if config.updates_per_step == 1:
+                yield torch.arange(count)
+                continue
+            order = torch.from_numpy(permutation(count // together, config.seed, _ORDER, step, epoch))
+            for part in order.chunk(config.minibatches):
+                yield (part[:, None] * together + torch.arange(together)).flatten()
+
+
+def sampling_temperature(algorithm: Any, config: Any) -> float:
+    """Policies are scored as they sample; references are scored at temperature 1."""
+    return 1.0 if algorithm.supervised else config.temperature
