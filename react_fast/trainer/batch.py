@@ -53,6 +53,23 @@ class Batch:
         """[B] int64: tokens of every trajectory."""
         return self.attention_mask.sum(1)
 
+    @classmethod
+    def of_ids(cls, input_ids: torch.Tensor) -> "Batch":
+        """[B, T] tokens without padding, all but the first of each row actions, and nothing known about them."""
+        rows, width = input_ids.shape
+        nothing = torch.zeros(rows, width - 1, device=input_ids.device)
+        numbers = torch.arange(rows, device=input_ids.device)
+        return cls(
+            input_ids,
+            torch.ones_like(input_ids),
+            torch.ones_like(nothing, dtype=torch.bool),
+            nothing,
+            nothing.sum(1),
+            nothing,
+            numbers,
+            numbers,
+        )
+
     def __len__(self) -> int:
         return len(self.input_ids)
 

@@ -23,6 +23,8 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from .state import shard_like
+
 MANIFEST, TENSORS, STATE, WEIGHTS = "manifest.json", "tensors.safetensors", "state.json", "model.safetensors"
 _FOLDER = re.compile(r"step-(\d+)(\.old)?")
 _BLOCK = 1 << 20
@@ -55,6 +57,7 @@ def save_checkpoint(
     step: int,
     *,
     model: torch.nn.Module,
+    weights: Mapping[str, torch.Tensor] | None = None,
     tokenizer: Any = None,
     tensors: Mapping[str, torch.Tensor] | None = None,
     state: Mapping[str, Any] | None = None,
@@ -66,6 +69,7 @@ def save_checkpoint(
         folder: where the checkpoints of a run lie; made when missing.
         step: training step, 0 or more.
         model: a `transformers` model (saved by save_pretrained) or any module (its state_dict).
+        weights: the model's state_dict where it holds shards only; None: its own.
         tokenizer: saved by save_pretrained; None: none.
         tensors: any tensors by name, any dtype; scalars are kept as they are.
         state: values that JSON holds; NaN and infinity are allowed.
@@ -81,7 +85,7 @@ def save_checkpoint(
         folder.mkdir(parents=True, exist_ok=True)
         _remove_leftovers(folder)
         temporary.mkdir()
-        _write_model(temporary, model, tokenizer)
+        _write_model(temporary, model, weights, tokenizer)
         _write_tensors(temporary / TENSORS, tensors or {})
         _write_text(temporary / STATE, json.dumps(dict(state or {}), indent=1))
         _write_manifest(temporary, step)
@@ -144,7 +148,7 @@ def load_weights(model: torch.nn.Module, path: str | Path) -> None:
             if (own[key].shape, own[key].dtype) != (value.shape, value.dtype):
                 wanted, came = (f"{list(x.shape)} {x.dtype}" for x in (own[key], value))
                 raise CheckpointError(f"checkpoint {path} weight {key} must be {wanted}, got {came}")
-            own[key].copy_(value)
+            own[key].copy_(shard_like(own[key], value))
 
 
 def damage(path: Path) -> str | None:
@@ -180,10 +184,12 @@ def _checkpoints(folder: Path) -> list[Path]:
     return [path for _, _, path in sorted(found)]
 
 
-def _write_model(folder: Path, model: torch.nn.Module, tokenizer: Any) -> None:
+def _write_model(
+    folder: Path, model: torch.nn.Module, weights: Mapping[str, torch.Tensor] | None, tokenizer: Any
+) -> None:
     save_pretrained = getattr(model, "save_pretrained", None)
     if callable(save_pretrained):
-        save_pretrained(folder)
+        save_pretrained(folder, state_dict=weights)
     else:
         weights = model.state_dict()
         groups = _shared(weights)

@@ -185,6 +185,8 @@ class TrainerConfig(Section):
     """Folder of the checkpoints; none: no checkpoints."""
     sample_every: Natural = 0
     """Steps between printed samples; 0: none."""
+    sharded: bool = False
+    """Several processes split the parameters (FSDP2); false: each holds a copy (DDP)."""
     threads: Count | None = None
     """CPU threads; none: what torch chose."""
 

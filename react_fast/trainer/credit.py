@@ -25,6 +25,7 @@ from ..tracker.effect_table import EffectTable
 from ..tracker.shapley import contributions
 from ..tracker.text import Text
 from .batch import Batch
+from .ranks import gathered
 from .replay import Count, Replay, replay
 from .rollout import SamplingParams, Trajectory, key, permutation
 
@@ -73,10 +74,12 @@ class Attributions(Replays):
     def play(self, trajectories: Sequence[Trajectory], batch: Batch, count: Count) -> None:
         actions = torch.nn.functional.pad(batch.mask, (1, 0))
         parts = []
-        for rows in torch.arange(len(batch)).split(self.trainer.config.micro_batch or len(batch)):
-            inputs = batch.input_ids[rows], batch.attention_mask[rows], actions[rows]
-            parts.append(self.trainer.tracker.score_batch(*inputs)[:, 1:])
-        batch.attribution = torch.cat(parts)
+        mine = self.trainer.ranks.even_share(len(batch))
+        with gathered(self.trainer.policy):
+            for rows in mine.split(self.trainer.config.micro_batch or len(batch)):
+                inputs = batch.input_ids[rows], batch.attention_mask[rows], actions[rows]
+                parts.append(self.trainer.tracker.score_batch(*inputs)[:, 1:])
+        batch.attribution = self.trainer.ranks.rows(torch.cat(parts), len(batch))
 
 
 class CausalReplays(Replays):
@@ -179,7 +182,8 @@ class CausalReplays(Replays):
         part = batch.select(torch.tensor([row]))
         was_training = trainer.model.training
         trainer.model.eval()
-        logits = trainer.policy.logits(part)[:, :-1].float() / trainer.config.temperature
+        with gathered(trainer.policy):
+            logits = trainer.policy.logits(part)[:, :-1].float() / trainer.config.temperature
         trainer.model.train(was_training)
         taken = part.targets[0]
         p = torch.softmax(logits[0], -1).double().scatter(1, taken[:, None], 0.0)
@@ -288,7 +292,12 @@ def play_again(trainer: Any, wanted: Iterable[Replay], stream: int, count: Count
     returns: list[float] = []
     remaining = iter(wanted)
     while part := list(itertools.islice(remaining, config.eval_batch)):
-        returns += replay(trainer.engine, trainer.tokenizer, trainer.env, part, params, count)
+        mine, own = trainer.ranks.share(part), Count()
+        with gathered(trainer.policy):
+            found = replay(trainer.engine, trainer.tokenizer, trainer.env, mine, params, own)
+        returns += trainer.ranks.joined(found, len(part))
+        for other in trainer.ranks.joined([own], trainer.ranks.world):
+            count.add(other)
     return returns
 
 

@@ -5,6 +5,8 @@ from typing import Any
 
 import torch
 
+from .state import load_module_state
+
 
 class EarlyStopping:
     """Args: patience: evaluations without a better value before a stop; 0: never stop, keep nothing."""
@@ -28,7 +30,7 @@ class EarlyStopping:
 
     def restore(self, model: torch.nn.Module) -> None:
         if self.weights is not None:
-            model.load_state_dict(self.weights)
+            load_module_state(model, self.weights)
 
     def state_dict(self) -> dict[str, Any]:
         return {"best": self.best, "waited": self.waited, "weights": self.weights}

@@ -1,5 +1,6 @@
 """A policy on an environment's records: its responses, greedy or sampled, and held-out means while it trains."""
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -24,6 +25,7 @@ def answer(
     max_new_tokens: int,
     batch_size: int = 64,
     seed: int = 0,
+    share: Callable[[list[int]], list[int]] = list,
 ) -> Answers:
     """One episode of every record, in the records' order.
 
@@ -34,33 +36,34 @@ def answer(
         max_new_tokens: longest action in tokens.
         batch_size: episodes generated together; changes nothing but memory.
         seed: of the sampling; each record draws from a stream of its own.
-    Returns: the last action and the sum of rewards of every episode.
+        share: which of the records' numbers to play; all of them if not given.
+    Returns: the last action and the sum of rewards of every episode that was played.
     """
     engine = PolicyEngine(model, eos_id=tokenizer.eos_token_id, pad_id=tokenizer.pad_token_id)
     episodes = Episodes(engine, tokenizer, env)
     responses: list[str] = []
     rewards: list[float] = []
-    for rows in torch.arange(len(env.records)).split(batch_size):
-        part = rows.tolist()
+    numbers = share(list(range(len(env.records))))
+    for first in range(0, len(numbers), batch_size):
+        part = numbers[first : first + batch_size]
         params = SamplingParams(max_new_tokens, greedy=greedy, seed=key(seed, _TEST), rows=part)
         for trajectory in episodes.play(part, part, params):
             last = trajectory.action_mask & (trajectory.turn_index == len(trajectory.rewards) - 1)
             responses.append(tokenizer.decode(trajectory.token_ids[last].tolist(), skip_special_tokens=True))
             rewards.append(sum(trajectory.rewards))
-    references = [record.reference for record in env.records]
+    references = [env.records[i].reference for i in numbers]
     known = [reference for reference in references if reference is not None]
     return Answers(responses, rewards, known if len(known) == len(references) else None)
 
 
 def held_out_reward(trainer: Any, env: TextEnv, *, greedy: bool) -> float:
     """Mean return of the trainer's policy, one episode of every record."""
-    episodes = Episodes(trainer.engine, trainer.tokenizer, env)
     config = trainer.config
     returns = []
     for rows in torch.arange(len(env.records)).split(config.eval_batch):
         part = rows.tolist()
         params = SamplingParams(config.max_new_tokens, greedy=greedy, seed=key(config.seed, _TEST), rows=part)
-        returns += [sum(t.rewards) for t in episodes.play(part, part, params)]
+        returns += [sum(t.rewards) for t in trainer.play(env, part, part, params)]
     return float(np.mean(returns))
 
 

@@ -32,8 +32,9 @@ class RunFolder:
     rename, so a run killed at any moment knows which phase to go on with.
     """
 
-    def __init__(self, path: str | Path) -> None:
-        self.path = Path(path)
+    def __init__(self, path: str | Path, *, writes: bool = True) -> None:
+        """writes: false for a process that reads what another one of the same run writes."""
+        self.path, self.writes = Path(path), writes
         self._lock: int | None = None
 
     def open(self, *, resume: bool) -> None:
@@ -41,6 +42,8 @@ class RunFolder:
 
         Raises: UserError if another process uses it, or if it holds a run and `resume` is false.
         """
+        if not self.writes:
+            return
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             self._lock = os.open(self.path / ".lock", os.O_CREAT | os.O_RDWR, 0o644)
@@ -103,6 +106,8 @@ class RunFolder:
 
     def write_json(self, name: str, content: Any) -> None:
         """Replace a JSON file by one rename."""
+        if not self.writes:
+            return
         target = self.path / name
         target.parent.mkdir(parents=True, exist_ok=True)
         temporary = target.with_name(f".{target.name}.tmp")

@@ -10,6 +10,7 @@ import torch
 
 from ..envs import Record
 from .batch import Batch
+from .ranks import Ranks
 from .rollout import Trajectory
 
 
@@ -61,6 +62,19 @@ class Averages:
 
     def sum(self, name: str, value: Any) -> None:
         self._sums[name] = self._sums.get(name, 0.0) + value
+
+    def joined(self, ranks: Ranks) -> "Averages":
+        """Over all ranks: each adds what it saw."""
+        whole = Averages()
+        mine = {name: float(total) for name, total in self._sums.items()}, self._weights
+        for sums, weights in ranks.joined([mine], ranks.world):
+            for name, total in sums.items():
+                before = whole._sums.get(name)
+                largest = name.endswith("/max") and before is not None
+                whole._sums[name] = max(before, total) if largest else (before or 0.0) + total
+            for name, weight in weights.items():
+                whole._weights[name] = whole._weights.get(name, 0.0) + weight
+        return whole
 
     def result(self) -> dict[str, float]:
         return {name: float(total) / self._weights.get(name, 1.0) for name, total in self._sums.items()}

@@ -33,6 +33,10 @@ class Count:
     environment_steps: int = 0
     tokens: int = 0
 
+    def add(self, other: "Count") -> None:
+        self.environment_steps += other.environment_steps
+        self.tokens += other.tokens
+
 
 def replay(
     engine: RolloutEngine,

@@ -231,6 +231,28 @@ def _progress(console: Console) -> Progress:
     )
 
 
+class Silent:
+    """The reporter of a process whose run another one shows."""
+
+    def __init__(self) -> None:
+        self.console = Console(quiet=True)
+
+    def log(self, step: int, phase: str, metrics: Mapping[str, Any]) -> None:
+        pass
+
+    def samples(self, rows: Sequence[Mapping[str, Any]]) -> None:
+        pass
+
+    def rewind(self, phase: str, step: int) -> None:
+        pass
+
+    def line(self, text: str) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+
 def _number(name: str, value: Any) -> int | float:
     if hasattr(value, "item"):
         value = value.item()

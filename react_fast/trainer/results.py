@@ -27,6 +27,17 @@ class Answers:
     references: Sequence[str] | None
 
 
+def joined(parts: Sequence[Answers]) -> Answers:
+    """The answers of several processes as one."""
+    references = [part.references for part in parts]
+    known = [one for part in references if part is not None for one in part]
+    return Answers(
+        [one for part in parts for one in part.responses],
+        [one for part in parts for one in part.rewards],
+        known if None not in references else None,
+    )
+
+
 def measure(answers: Answers) -> dict[str, list[float]]:
     """[value, low, high] of every metric: chrF and BLEU from 0 to 100, reward times 100."""
     intervals = {"reward": _mean_interval(answers.rewards)}

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 import yaml
+from accelerate import Accelerator
 from rich.console import Console
 
 from ..envs import TextEnv
@@ -23,8 +24,9 @@ from .curves import draw_curves
 from .evaluation import answer
 from .explain import make_tracker, open_run, quiet_libraries, restore, write_report
 from .folder import CONFIG, ENVIRONMENT, PHASES, REPORT, RESULTS, RunFolder, UserError
-from .reporter import CURVES, METRICS, Reporter, print_table
-from .results import MODES, TITLES, Answers, compare, measure, table
+from .ranks import Ranks
+from .reporter import CURVES, METRICS, Reporter, Silent, print_table
+from .results import MODES, TITLES, Answers, compare, joined, measure, table
 from .section import ConfigError
 from .sources import load_environments, load_policy, make_algorithm, texts, user_input
 
@@ -55,10 +57,11 @@ def run(config: RunConfig, *, resume: str | Path = "none", console: Console | No
     Returns: test metrics by policy, by mode ("sampled", "greedy"), by metric: [value, low, high].
     Raises: UserError in one line for what the user can mend; KeyboardInterrupt after Ctrl-C, all saved.
     """
-    folder = RunFolder(config.run_dir)
+    accelerator = Accelerator(cpu=not torch.cuda.is_available())
+    folder = RunFolder(config.run_dir, writes=accelerator.is_main_process)
     folder.open(resume=str(resume) != "none")
     try:
-        return _Run(config, folder, console).go(str(resume))
+        return _Run(config, folder, console, Ranks(accelerator)).go(str(resume))
     except (CheckpointError, ConfigError) as error:
         raise UserError(str(error)) from error
     except OSError as error:
@@ -70,27 +73,33 @@ def run(config: RunConfig, *, resume: str | Path = "none", console: Console | No
         ) from error
     finally:
         folder.close()
+        accelerator.end_training()
 
 
 class _Run:
-    def __init__(self, config: RunConfig, folder: RunFolder, console: Console | None) -> None:
+    def __init__(self, config: RunConfig, folder: RunFolder, console: Console | None, ranks: Ranks) -> None:
         quiet_libraries()
-        self.config, self.folder = config, folder
+        self.config, self.folder, self.ranks = config, folder, ranks
         if config.trainer.threads is not None:
             torch.set_num_threads(config.trainer.threads)
         self.envs = load_environments(config.env)
-        train = self.envs["train"].records
-        self.model, self.tokenizer = load_policy(config.model, texts(train), config.trainer.seed)
+        self._build()
         self.algorithm = make_algorithm(config)
         self.steps = {"warm_start": config.warm_start.steps, "rl": config.trainer.steps}
-        self.reporter = Reporter(folder.path, self.steps, console=console)
-        self.tracker = make_tracker(config.tracker, self.model, self.tokenizer)
+        self.reporter: Any = Reporter(folder.path, self.steps, console=console) if ranks.first else Silent()
+
+    def _build(self) -> None:
+        train = self.envs["train"].records
+        self.model, self.tokenizer = load_policy(self.config.model, texts(train), self.config.trainer.seed)
+        self.tracker = make_tracker(self.config.tracker, self.model, self.tokenizer)
 
     def go(self, resume: str) -> dict[str, Any]:
         self._begin(resume)
         try:
             for phase in PHASES:
+                self.ranks.wait()
                 self._phase(phase, resume)
+            self.ranks.wait()
             return self._finish()
         finally:
             self.reporter.close()
@@ -102,7 +111,8 @@ class _Run:
         if (self.folder.path / CONFIG).exists():
             for change in _changes(self.folder.config(), self.config):
                 line(f"changed since the run began: {change}")
-        self.config.to_yaml(self.folder.path / CONFIG)
+        if self.ranks.first:
+            self.config.to_yaml(self.folder.path / CONFIG)
         facts = environment()
         self.folder.write_json(ENVIRONMENT, facts)
         sizes = ", ".join(f"{len(env.records)} {split}" for split, env in self.envs.items())
@@ -134,9 +144,7 @@ class _Run:
             return True
         finished = newest_complete(self.folder.checkpoints(phase))
         if finished is not None:
-            load_weights(self.model, finished)
-            if self.tracker is not None and phase == "rl":
-                restore(self.tracker, finished)
+            self._load(phase)
             return True
         later = PHASES[PHASES.index(phase) + 1 :]
         if any(newest_complete(self.folder.checkpoints(name)) for name in later):
@@ -144,6 +152,14 @@ class _Run:
         self.reporter.line(f"{TITLES[phase]}: no complete checkpoint is left, so it is done again")
         self.folder.forget_from(phase)
         return False
+
+    def _load(self, phase: str) -> None:
+        """What a phase ended with."""
+        finished = newest_complete(self.folder.checkpoints(phase))
+        assert finished is not None
+        load_weights(self.model, finished)
+        if self.tracker is not None and phase == "rl":
+            restore(self.tracker, finished)
 
     def _train(self, phase: str, resume: str) -> None:
         from .trainer import Trainer
@@ -171,6 +187,9 @@ class _Run:
             eval_env=self.envs["validation"],
         )
         trainer.train(resume=start)
+        if self.ranks.world > 1:  # training wrapped the model, and the tests want it as it was
+            self._build()
+            self._load(phase)
 
     def trainer_config(self, phase: str) -> TrainerConfig:
         """The trainer's part of the configuration for one phase."""
@@ -191,7 +210,10 @@ class _Run:
         """Test the policy, keep its answers for the paired comparison, print a few."""
         result: dict[str, Any] = {}
         for mode in MODES:
-            answers = _test_answers(self.config, self.model, self.tokenizer, self.envs["test"], mode)
+            mine = _test_answers(
+                self.config, self.model, self.tokenizer, self.envs["test"], mode, self.ranks.share
+            )
+            answers = joined(self.ranks.joined([mine], self.ranks.world))
             self.folder.write_json(_answers_file(phase, mode), asdict(answers))
             result[mode] = measure(answers)
             values = ", ".join(f"{name} {value[0]:.1f}" for name, value in result[mode].items())
@@ -205,6 +227,8 @@ class _Run:
                 mode: compare(*(self._answers(phase, mode) for phase in ("warm_start", "rl")))
                 for mode in MODES
             }
+        if not self.ranks.first:
+            return results
         self.folder.write_json(RESULTS, results)
         if self.tracker is not None:
             write_report(self.tracker, self.envs["test"], self.config, self.folder.path / REPORT)
@@ -252,7 +276,9 @@ def evaluate(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
     return result
 
 
-def _test_answers(config: RunConfig, model: Any, tokenizer: Any, env: TextEnv, mode: str) -> Answers:
+def _test_answers(
+    config: RunConfig, model: Any, tokenizer: Any, env: TextEnv, mode: str, share: Any = list
+) -> Answers:
     return answer(
         model,
         tokenizer,
@@ -261,6 +287,7 @@ def _test_answers(config: RunConfig, model: Any, tokenizer: Any, env: TextEnv, m
         max_new_tokens=config.trainer.max_new_tokens,
         batch_size=config.trainer.eval_batch,
         seed=config.trainer.seed,
+        share=share,
     )
 
 

@@ -5,6 +5,7 @@ with bitwise the same weights, and a checkpoint holds no random state.
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +23,11 @@ from .early_stopping import EarlyStopping
 from .evaluation import held_out_loss, held_out_reward
 from .interrupt import StopRequest
 from .meters import Clock, describe, samples
+from .ranks import Ranks, gathered, shard
 from .rollout import Episodes, PolicyEngine, RolloutEngine, SamplingParams, Trajectory
 from .schedule import prompts
 from .scoring import Scorer, Scores, reference_policy
-from .state import join, split
+from .state import join, load_module_state, load_optimizer_state, split, whole
 from .updater import Updater, sampling_temperature
 
 
@@ -72,14 +74,19 @@ class Trainer:
         if self.config.threads is not None:
             torch.set_num_threads(self.config.threads)
         self.tokenizer, self.env, self.eval_env = tokenizer, env, eval_env
-        self.algorithm, self.tracker, self.reporter, self.phase = algorithm, tracker, reporter, phase
+        self.algorithm, self.tracker, self.phase = algorithm, tracker, phase
         groups = group_numbers(tracker.groups, env) if tracker is not None and tracker.groups else None
         self.accelerator = Accelerator(cpu=not torch.cuda.is_available())
+        self.reporter = reporter if self.accelerator.is_main_process else None
+        self.ranks = Ranks(self.accelerator)
+        self._check_split(algorithm.together)
         self.policy = Scorer(model, algorithm.heads(model)).to(self.accelerator.device)
         self.model = model
         frozen = self.config.kl_coef and not algorithm.supervised
         self.reference = reference_policy(self.policy) if frozen else None
-        self.updater = Updater(self.policy, algorithm, self.config, self.accelerator, tracker, groups, phase)
+        if isinstance(self.reference, Scorer) and self.config.sharded:
+            shard(self.reference)
+        self.updater = Updater(self.policy, algorithm, self.config, self.ranks, tracker, groups, phase)
         policy_engine = PolicyEngine(self.model, eos_id=self.eos_id, pad_id=self.pad_id)
         self.engine = engine or algorithm.engine(self) or policy_engine
         self.memory = algorithm.memory(self)
@@ -161,14 +168,18 @@ class Trainer:
             while self.step < self.config.steps and not self.stopping.over:
                 metrics = self.train_step()
                 finished = self.step >= self.config.steps or self.stopping.over
-                asked = stop()  # looked at once: a signal from here on waits for the next step's save
+                asked = self.ranks.any(
+                    stop()
+                )  # looked at once: a signal from here on waits for the next step's save
                 if finished or asked or (self.config.save_every and self.step % self.config.save_every == 0):
                     if finished:
                         self.stopping.restore(self.model)
                     self.save()
                 if asked:
                     raise KeyboardInterrupt
-            if stop():  # while the last step was saved: what would follow the training must not begin
+            if self.ranks.any(
+                stop()
+            ):  # while the last step was saved: what would follow the training must not begin
                 raise KeyboardInterrupt
         return metrics
 
@@ -238,7 +249,20 @@ class Trainer:
         params = SamplingParams(
             self.config.max_new_tokens, temperature=self.config.temperature, seed=self.config.seed, step=step
         )
-        return Episodes(self.engine, self.tokenizer, self.env).play(records, groups, params)
+        return self.play(self.env, records, groups, params)
+
+    def play(
+        self, env: TextEnv, records: Sequence[int], groups: Sequence[int], params: SamplingParams
+    ) -> list[Trajectory]:
+        """Episodes of the policy, each rank its share of the rows, numbered 0, 1, 2, ... if params has no rows."""
+        numbers = list(params.rows) if params.rows is not None else list(range(len(records)))
+        mine = self.ranks.share(list(range(len(records))))
+        params = replace(params, rows=[numbers[i] for i in mine])
+        with gathered(self.policy):
+            played = Episodes(self.engine, self.tokenizer, env).play(
+                [records[i] for i in mine], [groups[i] for i in mine], params
+            )
+        return self.ranks.joined(played, len(records))
 
     # ---- checkpoints ---------------------------------------------------------------------------------------
 
@@ -246,6 +270,9 @@ class Trainer:
         """Write a checkpoint of the finished steps into config.checkpoint_dir; None without such a folder."""
         if self.config.checkpoint_dir is None:
             return None
+        tracker = self.tracker
+        if tracker is not None and self.ranks.world > 1:
+            tracker = tracker.gather()
         tree = {
             "step": self.step,
             "updates": self.updater.updates,
@@ -255,13 +282,20 @@ class Trainer:
             "replays": self.replays.state_dict(),
             "stopping": self.stopping.state_dict(),
             "reference": self.reference.state_dict() if self.reference is not None else None,
-            "tracker": self.tracker.state_dict() if self.tracker is not None else None,
+            "tracker": tracker.state_dict() if tracker is not None else None,
         }
+        tree = whole(tree, keep=self.ranks.first)
+        weights = whole(self.model.state_dict(), keep=self.ranks.first) if self.config.sharded else None
+        return self.ranks.once(lambda: self._write(tree, weights), CheckpointError)
+
+    def _write(self, tree: dict[str, Any], weights: Any) -> Path:
+        assert self.config.checkpoint_dir is not None
         rest, tensors = split(tree, "trainer")
         return save_checkpoint(
             self.config.checkpoint_dir,
             self.step,
             model=self.model,
+            weights=weights,
             tokenizer=self.tokenizer if hasattr(self.tokenizer, "save_pretrained") else None,
             tensors=tensors,
             state={"trainer": rest, "phase": self.phase},
@@ -295,13 +329,13 @@ class Trainer:
         self.step, self.updater.updates = tree["step"], tree["updates"]
         self.replays.load_state_dict(tree.get("replays") or {})
         self.stopping.load_state_dict(tree["stopping"])
-        self.updater.optimizer.load_state_dict(tree["optimizer"])
-        self.policy.heads.load_state_dict(tree["heads"])
+        load_optimizer_state(self.updater.optimizer, tree["optimizer"])
+        load_module_state(self.policy.heads, tree["heads"])
         if self.memory is not None:
             self.memory.load_state_dict(tree["memory"])
         if self.reference is not None and tree["reference"] is not None:
-            self.reference.load_state_dict(tree["reference"])
-        if self.tracker is not None and tree["tracker"] is not None:
+            load_module_state(self.reference, tree["reference"])
+        if self.tracker is not None and tree["tracker"] is not None and self.ranks.first:
             self.tracker.load_state_dict(tree["tracker"])
 
     @property
@@ -317,6 +351,15 @@ class Trainer:
             return {"eval/loss": loss}, loss
         reward = held_out_reward(self, self.eval_env, greedy=True)
         return {"eval/reward": reward}, -reward
+
+    def _check_split(self, together: int) -> None:
+        size, world = self.config.sequences_per_update, self.ranks.world
+        if size % (world * together):
+            raise ValueError(
+                f"the {size} sequences of an update (prompts_per_step x group_size / minibatches) must be"
+                f" divisible by {world} processes"
+                + (f" x {together} that stay together" if together > 1 else "")
+            )
 
     def _resume(self, resume: str | Path | None) -> None:
         if resume == "auto":

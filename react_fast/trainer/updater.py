@@ -10,6 +10,7 @@ import torch
 
 from .batch import Batch
 from .meters import Averages
+from .ranks import Ranks, clip_gradients, spread
 from .rollout import key, permutation
 from .schedule import learning_rate, make_optimizer
 from .scoring import Scorer, Scores, scores
@@ -23,7 +24,7 @@ class Updater:
 
     Args:
         policy: what is trained.
-        algorithm, config, accelerator, tracker: the trainer's.
+        algorithm, config, ranks, tracker: the trainer's.
         groups: [records] number of every record's group in the tracker, or None.
         phase: name of the training in warnings.
     Attributes:
@@ -35,14 +36,16 @@ class Updater:
         policy: Scorer,
         algorithm: Any,
         config: Any,
-        accelerator: Any,
+        ranks: Ranks,
         tracker: Any = None,
         groups: torch.Tensor | None = None,
         phase: str = "train",
     ) -> None:
-        self.algorithm, self.config, self.accelerator = algorithm, config, accelerator
+        self.algorithm, self.config, self.ranks = algorithm, config, ranks
         self.tracker, self.groups, self.phase = tracker, groups, phase
-        self.policy, self.optimizer = accelerator.prepare(policy, make_optimizer(policy.parameters(), config))
+        self.policy, self.optimizer = spread(
+            policy, lambda trained: make_optimizer(trained, config), ranks.accelerator, sharded=config.sharded
+        )
         self.updates = 0
 
     def run(self, batch: Batch, step: int) -> dict[str, float]:
@@ -51,7 +54,7 @@ class Updater:
         totals = Averages()
         for rows in self._minibatches(len(batch), step):
             self._update(batch.select(rows), totals, step)
-        return totals.result()
+        return totals.joined(self.ranks).result()
 
     def parts(self, count: int) -> Iterator[torch.Tensor]:
         """Rows of the micro-batches of `count` trajectories."""
@@ -61,27 +64,31 @@ class Updater:
 
     @torch.no_grad()
     def scores(self, batch: Batch, policy: Any, temperature: float) -> Scores:
-        """Scores under a policy in evaluation mode, micro-batch by micro-batch."""
+        """Scores under a policy in evaluation mode: each rank those of its share, micro-batch by micro-batch."""
         was_training = policy.training
         policy.eval()
+        mine = self.ranks.even_share(len(batch))
         found: dict[str, torch.Tensor] = {}
-        for rows in self.parts(len(batch)):
-            part = batch.select(rows)
-            for name, x in policy(part, temperature).items():
+        for places in self.parts(len(mine)):
+            for name, x in policy(batch.select(mine[places]), temperature).items():
                 if name not in found:
-                    found[name] = x.new_zeros(len(batch), batch.mask.shape[1], *x.shape[2:])
-                found[name][rows, : x.shape[1]] = x
+                    found[name] = x.new_zeros(len(mine), batch.mask.shape[1], *x.shape[2:])
+                found[name][places, : x.shape[1]] = x
         policy.train(was_training)
-        return scores(found)
+        return scores({name: self.ranks.rows(x, len(batch)) for name, x in found.items()})
 
     def _update(self, batch: Batch, totals: Averages, step: int) -> None:
         denominator = self.algorithm.denominator(batch)
         self.optimizer.zero_grad(set_to_none=True)
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(key(self.config.seed, _DROPOUT, self.updates))
-            for rows in self.parts(len(batch)):
-                self._backward(batch.select(rows), denominator, totals, step)
-        norm = self._clip()
+            stream = (self.ranks.rank,) if self.ranks.rank else ()
+            torch.manual_seed(key(self.config.seed, _DROPOUT, self.updates, *stream))
+            mine = self.ranks.even_share(len(batch))
+            parts = list(self.parts(len(mine)))
+            for i, places in enumerate(parts):
+                with self._synchronised(i == len(parts) - 1):
+                    self._backward(batch.select(mine[places]), denominator, totals, step)
+        norm = clip_gradients(self.policy.parameters(), self.config.max_grad_norm)
         rate = learning_rate(self.updates, self.config)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
@@ -91,7 +98,7 @@ class Updater:
             warnings.warn(
                 f"{self.phase} step {step + 1}: gradient norm is {norm}, update skipped", stacklevel=3
             )
-            totals.add({"skipped_updates": 1.0}, 1.0)
+            totals.add({"skipped_updates": float(self.ranks.first)}, 1.0)
         self.updates += 1
         totals.add({"grad_norm": norm, "learning_rate": rate}, 1.0)
 
@@ -100,7 +107,8 @@ class Updater:
         with self._observed(part, step):
             found = scores(self.policy(part, temperature))
             loss, metrics = self.algorithm.loss(self.config, part, found, denominator)
-            self.accelerator.backward(loss)
+            # Gradients are averaged over the ranks, and the loss is divided by what all of them hold.
+            self.ranks.accelerator.backward(loss * self.ranks.world)
         totals.add(metrics, float(part.mask.sum()))
         totals.sum("loss", float(loss.detach()))
 
@@ -111,13 +119,11 @@ class Updater:
         groups = None if self.groups is None else self.groups.to(part.records.device)[part.records]
         return self.tracker.observe(part.input_ids, actions, step=step, group_index=groups)
 
-    def _clip(self) -> float:
-        limit = self.config.max_grad_norm
-        return float(
-            self.accelerator.clip_grad_norm_(
-                self.policy.parameters(), limit if limit is not None else math.inf
-            )
-        )
+    def _synchronised(self, last: bool) -> AbstractContextManager[None]:
+        """Copies exchange their gradients once an update, with the last micro-batch; shards with every one."""
+        if last or self.config.sharded:
+            return nullcontext()
+        return self.ranks.accelerator.no_sync(self.policy)
 
     def _minibatches(self, count: int, step: int) -> Iterator[torch.Tensor]:
         """Rows of every update: in order for one update, else a keyed permutation in each epoch, of trajectories
