@@ -135,7 +135,7 @@ def load_weights(model: torch.nn.Module, path: str | Path) -> None:
     """
     stored = _read_weights(Path(path))
     own = model.state_dict()
-    groups = _shared(own)
+    groups = tied(own)
     missing = [key for key in own if not groups[key] & stored.keys()]
     unknown = [key for key in stored if key not in own]
     if missing or unknown:
@@ -192,13 +192,13 @@ def _write_model(
         save_pretrained(folder, state_dict=weights)
     else:
         weights = model.state_dict()
-        groups = _shared(weights)
+        groups = tied(weights)
         _write_tensors(folder / WEIGHTS, {key: weights[key] for key in weights if key == min(groups[key])})
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
 
 
-def _shared(weights: Mapping[str, torch.Tensor]) -> dict[str, set[str]]:
+def tied(weights: Mapping[str, torch.Tensor]) -> dict[str, set[str]]:
     """For every weight the names of all that are the same memory, itself included (tied weights)."""
     by_memory: dict[tuple, set[str]] = {}
     for key, value in weights.items():

@@ -1,6 +1,7 @@
 """What a training step reports: averages of the update's metrics, seconds of the phases, rewards, samples."""
 
 import math
+import operator
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -69,9 +70,8 @@ class Averages:
         mine = {name: float(total) for name, total in self._sums.items()}, self._weights
         for sums, weights in ranks.joined([mine], ranks.world):
             for name, total in sums.items():
-                before = whole._sums.get(name)
-                largest = name.endswith("/max") and before is not None
-                whole._sums[name] = max(before, total) if largest else (before or 0.0) + total
+                add = max if name.endswith("/max") else operator.add
+                whole._sums[name] = add(whole._sums[name], total) if name in whole._sums else total
             for name, weight in weights.items():
                 whole._weights[name] = whole._weights.get(name, 0.0) + weight
         return whole

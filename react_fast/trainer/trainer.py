@@ -16,7 +16,7 @@ from ..envs import TextEnv
 from ..ops.backend import accumulation_dtype
 from ..tracker.credit import attribution_credit, causal_credit
 from .batch import Batch, collate, group_numbers
-from .checkpoint import CheckpointError, load_checkpoint, load_weights, newest_complete, save_checkpoint
+from .checkpoint import CheckpointError, load_checkpoint, load_weights, newest_complete, save_checkpoint, tied
 from .config import TrainerConfig
 from .credit import REPLAYS
 from .early_stopping import EarlyStopping
@@ -82,6 +82,7 @@ class Trainer:
         self._check_split(algorithm.together)
         self.policy = Scorer(model, algorithm.heads(model)).to(self.accelerator.device)
         self.model = model
+        self._tied = tied(model.state_dict()) if self.config.sharded else {}
         frozen = self.config.kl_coef and not algorithm.supervised
         self.reference = reference_policy(self.policy) if frozen else None
         if isinstance(self.reference, Scorer) and self.config.sharded:
@@ -285,7 +286,10 @@ class Trainer:
             "tracker": tracker.state_dict() if tracker is not None else None,
         }
         tree = whole(tree, keep=self.ranks.first)
-        weights = whole(self.model.state_dict(), keep=self.ranks.first) if self.config.sharded else None
+        weights = None
+        if self.config.sharded:
+            weights = whole(self.model.state_dict(), keep=self.ranks.first)
+            weights = {name: weights[min(self._tied[name])] for name in weights}
         return self.ranks.once(lambda: self._write(tree, weights), CheckpointError)
 
     def _write(self, tree: dict[str, Any], weights: Any) -> Path:
@@ -368,4 +372,5 @@ class Trainer:
             self.load(resume)
 
     def _notice(self, text: str) -> None:
-        (self.reporter.line if hasattr(self.reporter, "line") else print)(text)
+        if self.ranks.first:
+            getattr(self.reporter, "line", print)(text)
