@@ -4,7 +4,7 @@ import dataclasses
 import importlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -50,9 +50,8 @@ def load_policy(config: ModelConfig, texts: Sequence[str], seed: int) -> tuple[A
     with user_input():
         if config.path is not None:
             return load_model(config.path, dtype)
-        sizes = {
-            name: getattr(config, name) for name in ModelConfig.model_fields if name not in ("path", "dtype")
-        }
+        others = ("path", "dtype", "lora")
+        sizes = {name: getattr(config, name) for name in ModelConfig.model_fields if name not in others}
         model, tokenizer = fresh_model(texts, seed=seed, **sizes)
         return model.to(dtype), tokenizer
 
@@ -101,13 +100,16 @@ def make_algorithm(config: RunConfig) -> Any:
     from .algorithms import ALGORITHMS
 
     chosen = ALGORITHMS[config.algorithm.name]
-    known = [field.name for field in dataclasses.fields(chosen)]
+    known = [field.name for field in dataclasses.fields(cast(Any, chosen))]
     unknown = sorted(set(config.algorithm.options) - set(known))
     if unknown:
         raise UserError(
             f"algorithm.options.{unknown[0]} is not a key; {chosen.__name__} has {', '.join(known)}"
         )
     try:
-        return chosen(**config.algorithm.options)
+        algorithm = chosen(**config.algorithm.options)
     except (TypeError, ValueError) as error:  # its message begins with the option's name
         raise UserError(f"algorithm.options.{error}") from error
+    with user_input():
+        algorithm.check(config.trainer)
+    return algorithm

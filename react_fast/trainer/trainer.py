@@ -28,6 +28,9 @@ from .scoring import Scorer, Scores, reference_policy
 from .state import join, split
 from .updater import Updater, sampling_temperature
 
+# Of the configuration, as accelerate calls them.
+MIXED_PRECISION = {"float32": "no", "bfloat16": "bf16"}
+
 
 class Trainer:
     """Improves a policy on an environment.
@@ -37,7 +40,7 @@ class Trainer:
         tokenizer: its tokenizer: `tokenizer(text, add_special_tokens=...)["input_ids"]`, `decode`,
             `eos_token_id`, `pad_token_id`.
         env: a TextEnv; its records are the training prompts.
-        algorithm: `GRPO()`, `REINFORCE()`, `SFT()`, or any `Algorithm`.
+        algorithm: `GRPO()`, `PPO()`, `DPO()`, `SFT()`, or any `Algorithm`.
         tracker: CausalityTracker that observes the training backward; needed by credit="attribution". If it has
             groups, every record's metadata names one of them as "group".
         config: TrainerConfig.
@@ -74,11 +77,13 @@ class Trainer:
         self.tokenizer, self.env, self.eval_env = tokenizer, env, eval_env
         self.algorithm, self.tracker, self.reporter, self.phase = algorithm, tracker, reporter, phase
         groups = group_numbers(tracker.groups, env) if tracker is not None and tracker.groups else None
-        self.accelerator = Accelerator(cpu=not torch.cuda.is_available())
+        algorithm.check(self.config)
+        self.accelerator = Accelerator(
+            cpu=not torch.cuda.is_available(), mixed_precision=MIXED_PRECISION[self.config.precision]
+        )
         self.policy = Scorer(model, algorithm.heads(model)).to(self.accelerator.device)
         self.model = model
-        frozen = self.config.kl_coef and not algorithm.supervised
-        self.reference = reference_policy(self.policy) if frozen else None
+        self.reference = reference_policy(self.policy) if algorithm.compares(self.config) else None
         self.updater = Updater(self.policy, algorithm, self.config, self.accelerator, tracker, groups, phase)
         policy_engine = PolicyEngine(self.model, eos_id=self.eos_id, pad_id=self.pad_id)
         self.engine = engine or algorithm.engine(self) or policy_engine
@@ -90,7 +95,7 @@ class Trainer:
     # ---- the four phases -----------------------------------------------------------------------------------
 
     def collect(self, step: int | None = None) -> list[Trajectory]:
-        """Trajectories of one step (counted from 0): rollouts of the policy, or the references for SFT."""
+        """Trajectories of one step (counted from 0): rollouts of the policy, or what is written in the records."""
         return self.algorithm.collect(self, self.step if step is None else step)
 
     def score(self, trajectories: Sequence[Trajectory]) -> Batch:
@@ -98,15 +103,15 @@ class Trainer:
         now (if it will change before the last update on them) and under the reference, and attributions, measured
         effects or step advantages."""
         batch = collate(trajectories, self.pad_id, self.accelerator.device, self._dtype)
-        if self.algorithm.supervised:
-            return batch
-        if self.config.updates_per_step > 1 or self.policy.heads:
+        on_policy = self.config.updates_per_step == 1 and not self.policy.heads
+        if not (on_policy or self.algorithm.supervised):
             before = self.scores(batch)
             batch.old_logprobs, batch.heads = before.logprobs, before.heads
         if self.reference is not None:
             batch.ref_logprobs = self.scores(batch, self.reference).logprobs
         self.algorithm.score(self, batch)
-        self.replays.score(trajectories, batch)
+        if not self.algorithm.supervised:
+            self.replays.score(trajectories, batch)
         return batch
 
     def credit(self, batch: Batch) -> Batch:
@@ -177,18 +182,18 @@ class Trainer:
         clock = Clock()
         trajectories = self.collect()
         clock.lap("rollout")
-        batch = self.score(trajectories)
+        batch = self.score(self.algorithm.select(trajectories))
         clock.lap("score")
         batch = self.credit(batch)
         clock.lap("credit")
         metrics = self.update(batch)
         clock.lap("update")
         self.step += 1
-        metrics |= describe(trajectories, batch, self.algorithm.supervised) | clock.metrics()
+        metrics |= describe(trajectories, self.algorithm.supervised) | clock.metrics()
         if not self.algorithm.supervised:
             metrics |= self.replays.metrics
         if self.config.eval_every and self.eval_env is not None and self.step % self.config.eval_every == 0:
-            held_out, value = self._held_out()
+            held_out, value = self.algorithm.held_out(self, self.eval_env)
             metrics |= held_out
             self.stopping.see(value, self.model)
         if self.reporter is not None:
@@ -198,8 +203,7 @@ class Trainer:
         return metrics
 
     def evaluate(self, env: TextEnv | None = None, *, greedy: bool = True) -> dict[str, float]:
-        """Held-out quality: "eval/reward", the mean return; in supervised training "eval/loss" too, the
-        cross-entropy per reference token.
+        """Held-out quality: "eval/reward", the mean return; in supervised training "eval/loss" too.
 
         Args:
             env: environment of the records to test, each played once; None: eval_env.
@@ -308,15 +312,6 @@ class Trainer:
     def _dtype(self) -> torch.dtype:
         """Of log-probabilities, and of the rewards and advantages that meet them."""
         return accumulation_dtype(next(self.model.parameters()).dtype)
-
-    def _held_out(self) -> tuple[dict[str, float], float]:
-        """What a training step looks at, and the number that should get smaller."""
-        assert self.eval_env is not None
-        if self.algorithm.supervised:
-            loss = held_out_loss(self, self.eval_env)
-            return {"eval/loss": loss}, loss
-        reward = held_out_reward(self, self.eval_env, greedy=True)
-        return {"eval/reward": reward}, -reward
 
     def _resume(self, resume: str | Path | None) -> None:
         if resume == "auto":

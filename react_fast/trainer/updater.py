@@ -10,6 +10,7 @@ import torch
 
 from .batch import Batch
 from .meters import Averages
+from .recompute import recomputed
 from .rollout import key, permutation
 from .schedule import learning_rate, make_optimizer
 from .scoring import Scorer, Scores, scores
@@ -49,8 +50,9 @@ class Updater:
         """All updates on one batch; `step` keys their order. Returns their mean metrics."""
         self.policy.train(self.algorithm.supervised)
         totals = Averages()
-        for rows in self._minibatches(len(batch), step):
-            self._update(batch.select(rows), totals, step)
+        with recomputed(self.policy) if self.config.gradient_checkpointing else nullcontext():
+            for rows in self._minibatches(len(batch), step):
+                self._update(batch.select(rows), totals, step)
         return totals.result()
 
     def parts(self, count: int) -> Iterator[torch.Tensor]:
@@ -67,7 +69,9 @@ class Updater:
         found: dict[str, torch.Tensor] = {}
         for rows in self.parts(len(batch)):
             part = batch.select(rows)
-            for name, x in policy(part, temperature).items():
+            with self.accelerator.autocast():
+                outputs = policy(part, temperature)
+            for name, x in outputs.items():
                 if name not in found:
                     found[name] = x.new_zeros(len(batch), batch.mask.shape[1], *x.shape[2:])
                 found[name][rows, : x.shape[1]] = x
@@ -75,7 +79,7 @@ class Updater:
         return scores(found)
 
     def _update(self, batch: Batch, totals: Averages, step: int) -> None:
-        denominator = self.algorithm.denominator(batch)
+        denominator = self.algorithm.denominator(self.config, batch)
         self.optimizer.zero_grad(set_to_none=True)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(key(self.config.seed, _DROPOUT, self.updates))
@@ -101,7 +105,7 @@ class Updater:
             found = scores(self.policy(part, temperature))
             loss, metrics = self.algorithm.loss(self.config, part, found, denominator)
             self.accelerator.backward(loss)
-        totals.add(metrics, float(part.mask.sum()))
+        totals.add(metrics, float(self.algorithm.weight(part)))
         totals.sum("loss", float(loss.detach()))
 
     def _observed(self, part: Batch, step: int) -> AbstractContextManager[None]:
