@@ -64,7 +64,9 @@ def assign(root: type[Section], tree: dict[str, Any], key: str, text: str) -> No
         tree = tree[section]
         if not isinstance(tree, dict):
             raise ConfigError(section, f"must be a section of keys, got {tree!r}")
-    tree[name] = text if _is_text(root, sections, name) and text not in ("null", "none") else _scalar(key, text)
+    tree[name] = (
+        text if _is_text(root, sections, name) and text not in ("null", "none") else _scalar(key, text)
+    )
 
 
 def _scalar(key: str, text: str) -> Any:

@@ -30,8 +30,8 @@ def sigmoid(h: torch.Tensor, beta: float, smoothing: float) -> torch.Tensor:
 def ipo(h: torch.Tensor, beta: float, smoothing: float) -> torch.Tensor:
     """(h - 1 / (2 beta))^2: pulls the margin to a number instead of to infinity.
 
-    Source: Azar et al. 2023 (arXiv:2310.12036), eq. 17, h over whole answers; TRL divides each answer's part by its
-        length.
+    Source: Azar et al. 2023 (arXiv:2310.12036), eq. 17, h over whole answers; TRL divides each answer's part by
+        its length.
     """
     return (h - 1 / (2 * beta)) ** 2
 
@@ -53,8 +53,8 @@ PREFERENCE_LOSSES: dict[str, Callable[[torch.Tensor, float, float], torch.Tensor
 class Preferences(Algorithm):
     """Neighbouring trajectories are pairs, the better answer first; a pair of equal rewards does not count.
 
-        h = sum_t (log p - log p_ref)(chosen) - sum_t (log p - log p_ref)(rejected),
-        loss = mean over pairs of the preference loss of h
+    h = sum_t (log p - log p_ref)(chosen) - sum_t (log p - log p_ref)(rejected),
+    loss = mean over pairs of the preference loss of h
     """
 
     together: ClassVar[int] = 2
@@ -97,7 +97,8 @@ class Preferences(Algorithm):
         h = moved[0::2] - moved[1::2]
         losses = PREFERENCE_LOSSES[self.loss_type](h, self.beta, self.label_smoothing)
         loss = torch.where(counting, losses, 0.0).sum() / denominator.clamp_min(1)
-        tokens = part.mask.sum()
+        tokens = part.mask.sum(1)
+        entropy = scores.entropy.detach().sum(1)
         return loss, {
             "rewards/chosen": mean(self.beta * moved[0::2]),
             "rewards/rejected": mean(self.beta * moved[1::2]),
@@ -105,8 +106,8 @@ class Preferences(Algorithm):
             "rewards/accuracies": mean((h > 0).to(h.dtype)),
             "logps/chosen": mean(logps[0::2]),
             "logps/rejected": mean(logps[1::2]),
-            "entropy": scores.entropy.detach().sum() / tokens.clamp_min(1),
-            "tokens": tokens,
+            "entropy": mean(_pairwise_sum(entropy) / _pairwise_sum(tokens).clamp_min(1)),
+            "tokens": tokens.sum(),
         }
 
 
@@ -115,6 +116,10 @@ def _counting(part: Batch) -> torch.Tensor:
     assert part.advantages is not None, "credit comes before update"
     acted = part.mask.any(1)
     return (part.advantages[0::2] != 0) & acted[0::2] & acted[1::2]
+
+
+def _pairwise_sum(x: torch.Tensor) -> torch.Tensor:
+    return x[0::2] + x[1::2]
 
 
 @dataclass(frozen=True, kw_only=True)

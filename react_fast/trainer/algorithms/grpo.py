@@ -37,9 +37,7 @@ class GroupRelative(PolicyGradient):
 
     def advantages(self, config: Any, batch: Batch) -> torch.Tensor:
         rewards = self.rewards(config, batch)
-        return group_advantages(
-            rewards, batch.groups, baseline=self.baseline, scale=self.scale, eps=self.eps
-        )
+        return group_advantages(rewards, batch.groups, baseline=self.baseline, scale=self.scale, eps=self.eps)
 
 
 @dataclass(frozen=True, kw_only=True)
