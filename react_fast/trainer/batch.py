@@ -21,7 +21,7 @@ class Batch:
         sampler_logprobs: [B, T-1] float32.
         rewards: [B] float32 or float64, sum over turns.  step_rewards: [B, T-1], each turn's at its last action.
         groups: [B] int64.  records: [B] int64, index of the environment's record.
-        truncated: [B] bool, the episode was cut and not over.
+        truncated: [B] bool, the episode was cut and not over; None: none was.
         old_logprobs, ref_logprobs: [B, T-1] or None, set by `score`.
         heads: outputs [B, T-1, ...] of the algorithm's heads before the update, by name, set by `score`.
         attribution, effects, step_advantages: [B, T-1] or None, set by `score` when credit asks for it.
@@ -37,7 +37,7 @@ class Batch:
     step_rewards: torch.Tensor
     groups: torch.Tensor
     records: torch.Tensor
-    truncated: torch.Tensor
+    truncated: torch.Tensor | None = None
     old_logprobs: torch.Tensor | None = None
     ref_logprobs: torch.Tensor | None = None
     heads: dict[str, torch.Tensor] = field(default_factory=dict)

@@ -23,7 +23,10 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from .adapters import adapter_weights, has_adapters
+
 MANIFEST, TENSORS, STATE, WEIGHTS = "manifest.json", "tensors.safetensors", "state.json", "model.safetensors"
+ADAPTERS = "adapter_model.safetensors"
 _FOLDER = re.compile(r"step-(\d+)(\.old)?")
 _BLOCK = 1 << 20
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
@@ -65,7 +68,8 @@ def save_checkpoint(
     Args:
         folder: where the checkpoints of a run lie; made when missing.
         step: training step, 0 or more.
-        model: a `transformers` model (saved by save_pretrained) or any module (its state_dict).
+        model: a `transformers` model (saved by save_pretrained; with PEFT adapters, those alone) or any module
+            (its state_dict).
         tokenizer: saved by save_pretrained; None: none.
         tensors: any tensors by name, any dtype; scalars are kept as they are.
         state: values that JSON holds; NaN and infinity are allowed.
@@ -125,12 +129,13 @@ def load_checkpoint(path: str | Path) -> Checkpoint:
 
 
 def load_weights(model: torch.nn.Module, path: str | Path) -> None:
-    """Put a checkpoint's weights into a module of the same architecture, in place.
+    """Put a checkpoint's weights, or adapters, into a module of the same architecture, in place.
 
     Raises: CheckpointError when a weight is missing, unknown or of another shape.
     """
-    stored = _read_weights(Path(path))
-    own = model.state_dict()
+    adapted = has_adapters(model)
+    stored = _read_weights(Path(path), ADAPTERS if adapted else "model*.safetensors")
+    own = adapter_weights(model) if adapted else model.state_dict()
     groups = _shared(own)
     missing = [key for key in own if not groups[key] & stored.keys()]
     unknown = [key for key in stored if key not in own]
@@ -182,7 +187,9 @@ def _checkpoints(folder: Path) -> list[Path]:
 
 def _write_model(folder: Path, model: torch.nn.Module, tokenizer: Any) -> None:
     save_pretrained = getattr(model, "save_pretrained", None)
-    if callable(save_pretrained):
+    if has_adapters(model):
+        model.save_pretrained(folder, save_embedding_layers=False)  # type: ignore[operator]
+    elif callable(save_pretrained):
         save_pretrained(folder)
     else:
         weights = model.state_dict()
@@ -201,10 +208,10 @@ def _shared(weights: Mapping[str, torch.Tensor]) -> dict[str, set[str]]:
     return {key: group for group in by_memory.values() for key in group}
 
 
-def _read_weights(path: Path) -> dict[str, torch.Tensor]:
-    files = sorted(path.glob("model*.safetensors"))
+def _read_weights(path: Path, names: str) -> dict[str, torch.Tensor]:
+    files = sorted(path.glob(names))
     if not files:
-        raise CheckpointError(f"checkpoint {path} has no {WEIGHTS}")
+        raise CheckpointError(f"checkpoint {path} has no {names}")
     return {key: value for file in files for key, value in load_file(file).items()}
 
 

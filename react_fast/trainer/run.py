@@ -26,7 +26,7 @@ from .folder import CONFIG, ENVIRONMENT, PHASES, REPORT, RESULTS, RunFolder, Use
 from .reporter import CURVES, METRICS, Reporter, print_table
 from .results import MODES, TITLES, Answers, compare, measure, table
 from .section import ConfigError
-from .sources import load_environments, load_policy, make_algorithm, texts, user_input
+from .sources import adapt, load_environments, load_policy, make_algorithm, texts, user_input
 
 
 def read_config(path: str | None, overrides: Sequence[str] = ()) -> RunConfig:
@@ -80,7 +80,8 @@ class _Run:
             torch.set_num_threads(config.trainer.threads)
         self.envs = load_environments(config.env)
         train = self.envs["train"].records
-        self.model, self.tokenizer = load_policy(config.model, texts(train), config.trainer.seed)
+        model, self.tokenizer = load_policy(config.model, texts(train), config.trainer.seed)
+        self.model = adapt(model, self.tokenizer, config.model, folder, config.trainer.seed)
         self.algorithm = make_algorithm(config)
         self.steps = {"warm_start": config.warm_start.steps, "rl": config.trainer.steps}
         self.reporter = Reporter(folder.path, self.steps, console=console)

@@ -11,7 +11,7 @@ import torch
 from ..envs import Record, TextEnv, load_jsonl
 from ..envs.rewards import REWARDS
 from .config import EnvConfig, ModelConfig, RunConfig
-from .folder import UserError
+from .folder import RunFolder, UserError
 from .section import ConfigError
 
 
@@ -54,6 +54,21 @@ def load_policy(config: ModelConfig, texts: Sequence[str], seed: int) -> tuple[A
         sizes = {name: getattr(config, name) for name in ModelConfig.model_fields if name not in others}
         model, tokenizer = fresh_model(texts, seed=seed, **sizes)
         return model.to(dtype), tokenizer
+
+
+def adapt(model: Any, tokenizer: Any, config: ModelConfig, folder: RunFolder, seed: int) -> Any:
+    """The model with the adapters of `config.lora`, if any; a fresh model is kept in the run folder beneath them.
+
+    Raises: UserError for layers that the model does not have.
+    """
+    from .adapters import add_adapters
+    from .model import model_folder
+
+    if not config.lora.r:
+        return model
+    with user_input():
+        base = model_folder(config.path) if config.path is not None else folder.keep_base(model, tokenizer)
+        return add_adapters(model, config.lora, base=base, seed=seed)
 
 
 def texts(records: Sequence[Record]) -> list[str]:

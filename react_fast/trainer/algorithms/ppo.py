@@ -143,9 +143,9 @@ class A2C(ActorCritic):
 def last_values(trainer: Any, batch: Batch) -> torch.Tensor:
     """[B] value of the state behind every truncated row's last token; 0 for the other rows."""
     found = torch.zeros_like(batch.rewards)
-    rows = batch.truncated.nonzero()[:, 0]
-    if len(rows) == 0:
+    if batch.truncated is None or not bool(batch.truncated.any()):
         return found
+    rows = batch.truncated.nonzero()[:, 0]
     # The state behind a row's last token is what the policy would have chosen one more token in.
     longer = batch.select(rows).with_one_more_token()
     values = trainer.scores(longer).heads["value"]
