@@ -33,8 +33,8 @@ class Trajectory:
     rewards: list[float] = field(default_factory=list)
     group: int = 0
     record: int = 0
-    truncated: bool = False
     seed: int = 0  # of the environment's reset
+    truncated: bool = False
 
 
 @dataclass
