@@ -35,7 +35,7 @@ CASES: dict[str, tuple[Any, dict[str, Any]]] = {
     "grpo of a batch's spread, KL in the reward": (GRPO(scale="batch_std", kl_in_reward=True), KL),
     "reinforce with KL in the reward": (REINFORCE(gamma=0.9, kl_in_reward=True), KL),
     "a2c": (algorithms.A2C(gamma=0.95, value_clip=0.1), {"minibatches": 2, **KL}),
-    "ppo": (algorithms.PPO(), {**OFF_POLICY, **KL}),
+    "ppo": (algorithms.PPO(), {**OFF_POLICY, **KL, "micro_batch": 2}),
     "ppo once, KL in the loss, not whitened": (
         algorithms.PPO(gamma=0.9, lam=0.8, whiten=False, kl_in_reward=False, value_coef=0.1),
         {**KL, "entropy_coef": 0.01},

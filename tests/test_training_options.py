@@ -1,10 +1,13 @@
 """Options of the update act as they say: precision, gradient checkpointing, adapters; all resume to the bit."""
 
+import json
+import math
 from typing import Any
 
 import pytest
 import torch
 
+from react_fast.cli import main
 from react_fast.trainer.adapters import BASE, add_adapters, has_adapters
 from react_fast.trainer.algorithms import DPO, GRPO, PPO, SFT, OnlineDPO
 from react_fast.trainer.checkpoint import CheckpointError, load_weights
@@ -13,6 +16,7 @@ from react_fast.trainer.model import load_model
 from react_fast.trainer.recompute import recomputed
 from react_fast.trainer.trainer import Trainer
 
+from .tiny import train_words
 from .training import Log, make_env, make_policy, weights
 from .training import make_config as config
 
@@ -185,3 +189,45 @@ def test_resume_gives_bitwise_the_same_weights(tmp_path, options):
     assert resumed.step == whole.step
     assert torch.equal(weights(whole.policy), weights(resumed.policy))
     assert not torch.equal(weights(cut.policy), weights(resumed.policy))
+
+
+# ---- whole runs --------------------------------------------------------------------------------------------
+
+
+def test_a_run_with_adapters_goes_on_and_is_loaded_by_its_folder(tmp_path, capsys):
+    words = train_words(tmp_path, model={"lora": {"r": 2}}, trainer={"kl_coef": 0.1, "steps": 2})
+    assert main(words) == 0
+    run = tmp_path / "run"
+    loaded, _ = load_model(run)
+    assert has_adapters(loaded)
+    assert main([*words, "--resume", "auto"]) == 0
+    (tmp_path / "run").rename(tmp_path / "moved")  # its base goes with it
+    assert torch.equal(weights(load_model(tmp_path / "moved")[0]), weights(loaded))
+    assert main(["evaluate", str(tmp_path / "moved")]) == 0
+    capsys.readouterr()
+    again = [*words, "--model.path", str(tmp_path / "moved"), "--run_dir", str(tmp_path / "next")]
+    assert main(again) == 2
+    assert "model.lora.r must be 0 for a model.path that holds adapters" in capsys.readouterr().err
+    assert main([*again, "--model.lora.r", "0", "--warm_start.steps", "0"]) == 0
+    assert has_adapters(load_model(tmp_path / "next")[0])
+
+
+@pytest.mark.parametrize("name", ["dpo", "ppo"])
+def test_a_run_of_another_algorithm(tmp_path, name, capsys):
+    """From preferences on disk; with a critic."""
+    words = train_words(tmp_path, algorithm={"name": name}, tracker={"enabled": name == "ppo"})
+    pairs = [{"prompt": f"say {i}:", "chosen": f"word{i}", "rejected": f"wird{i}"} for i in range(6)]
+    for split in ("train", "validation", "test"):
+        (tmp_path / f"{split}.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+    assert main([*words, "--trainer.eval_every", "2", "--warm_start.steps", "1"]) == 0
+    logged = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    last = logged[-1]
+    assert {"dpo": "rewards/margins", "ppo": "value/mean"}[name] in last
+    assert any("eval/loss" in row for row in logged) == (name == "dpo")
+
+
+def test_parameters_of_less_precision_train_all_kinds():
+    for algorithm in (GRPO(), PPO(), DPO(), OnlineDPO()):
+        model, tokenizer = make_policy(torch.bfloat16)
+        trainer = _trainer(algorithm, model, tokenizer, steps=2, kl_coef=0.1, epochs=2)
+        assert all(math.isfinite(value) for value in trainer.train().values())

@@ -44,7 +44,7 @@ def add_adapters(model: Any, config: Any, *, base: str | Path, seed: int = 0) ->
         except ValueError as error:
             reason = str(error).splitlines()[0]
             raise ValueError(f"model.lora.target_modules cannot be used: {reason}") from error
-    found.peft_config["default"].base_model_name_or_path = str(Path(base).resolve())
+    _set_base(found, base)
     return found.eval()
 
 
@@ -77,8 +77,8 @@ def base_folder(folder: Path) -> Path:
     raise FileNotFoundError(f"model folder {folder} holds adapters of {recorded}, which does not exist")
 
 
-def load_adapters(model: Any, folder: Path) -> Any:
-    """The base model with the adapters of a folder.
+def load_adapters(model: Any, folder: Path, *, base: Path) -> Any:
+    """The model that was read from `base`, with the adapters of a folder.
 
     Raises: ValueError in one line if they do not belong to it.
     """
@@ -86,10 +86,17 @@ def load_adapters(model: Any, folder: Path) -> Any:
 
     try:
         with _quietly():
-            return PeftModel.from_pretrained(model, str(folder), is_trainable=True)
+            found: Any = PeftModel.from_pretrained(model, str(folder), is_trainable=True)
     except Exception as error:  # of peft, safetensors or torch
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ValueError(f"model folder {folder}: the adapters cannot be loaded: {reason}") from error
+    _set_base(found, base)
+    return found
+
+
+def _set_base(model: Any, base: str | Path) -> None:
+    """Where whoever loads the saved adapters finds what is below them."""
+    model.peft_config["default"].base_model_name_or_path = str(Path(base).resolve())
 
 
 @contextmanager

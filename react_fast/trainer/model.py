@@ -46,7 +46,7 @@ def load_model(path: str | PathLike[str], dtype: torch.dtype = torch.float32) ->
     tokenizer = _load_tokenizer(folder)
     model = _load_weights(base).to(dtype)
     if adapted:
-        model = adapters.load_adapters(model, folder)
+        model = adapters.load_adapters(model, folder, base=base)
     embeddings = model.get_input_embeddings().num_embeddings
     if len(tokenizer) > embeddings:
         raise ValueError(

@@ -103,8 +103,7 @@ class Trainer:
         now (if it will change before the last update on them) and under the reference, and attributions, measured
         effects or step advantages."""
         batch = collate(trajectories, self.pad_id, self.accelerator.device, self._dtype)
-        on_policy = self.config.updates_per_step == 1 and not self.policy.heads
-        if not (on_policy or self.algorithm.supervised):
+        if self.algorithm.remembers(self.config):
             before = self.scores(batch)
             batch.old_logprobs, batch.heads = before.logprobs, before.heads
         if self.reference is not None:

@@ -52,6 +52,10 @@ class Algorithm:
         """Whether it needs log-probabilities under the policy as it was at the start."""
         return bool(config.kl_coef) and not self.supervised
 
+    def remembers(self, config: Any) -> bool:
+        """Whether it needs log-probabilities and heads of the policy as it was before a step's updates."""
+        return config.updates_per_step > 1 and not self.supervised
+
     def collect(self, trainer: Any, step: int) -> list[Trajectory]:
         if self.supervised:
             return self.demonstrate(trainer.tokenizer, trainer.env.records, trainer.records_of(step))

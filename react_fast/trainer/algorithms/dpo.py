@@ -72,6 +72,9 @@ class Preferences(Algorithm):
     def compares(self, config: Any) -> bool:
         return True
 
+    def remembers(self, config: Any) -> bool:
+        return False
+
     def advantages(self, config: Any, batch: Batch) -> torch.Tensor:
         """1 for the better answer of a pair, -1 for the worse, 0 for equals."""
         better, worse = batch.rewards[0::2], batch.rewards[1::2]

@@ -73,6 +73,9 @@ class ActorCritic(PolicyGradient):
                 f"trainer.credit must not be 'monte_carlo' for {type(self).__name__}: its critic values states"
             )
 
+    def remembers(self, config: Any) -> bool:
+        return True
+
     def heads(self, model: Any) -> dict[str, nn.Module]:
         weight = model.get_output_embeddings().weight if hasattr(model, "get_output_embeddings") else None
         if weight is None:
