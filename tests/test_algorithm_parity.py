@@ -41,7 +41,7 @@ CASES: dict[str, tuple[Any, dict[str, Any]]] = {
         {**KL, "entropy_coef": 0.01},
     ),
     "dapo": (algorithms.DAPO(overlong_buffer=3), OFF_POLICY),
-    "dr_grpo": (algorithms.DrGRPO(), {"minibatches": 2}),
+    "dr_grpo": (algorithms.DrGRPO(), {"minibatches": 2, "micro_batch": 1}),
     "gspo": (algorithms.GSPO(), OFF_POLICY),
     "cispo": (algorithms.CISPO(ratio_max=1.1), OFF_POLICY),
     "gmpo": (algorithms.GMPO(ratio_max=1.1), OFF_POLICY),
@@ -53,7 +53,7 @@ CASES: dict[str, tuple[Any, dict[str, Any]]] = {
     "dpo smoothed": (algorithms.DPO(beta=0.5, label_smoothing=0.2), {"group_size": 1, "minibatches": 2}),
     "dpo ipo": (algorithms.DPO(loss_type="ipo"), {"group_size": 1}),
     "dpo hinge": (algorithms.DPO(loss_type="hinge", beta=2.0), {"group_size": 1}),
-    "online_dpo": (algorithms.OnlineDPO(), {"epochs": 2, "temperature": 0.7}),
+    "online_dpo": (algorithms.OnlineDPO(), {"epochs": 2, "temperature": 0.7, "micro_batch": 1}),
 }
 
 

@@ -63,15 +63,21 @@ def test_bfloat16_learns_what_float32_does(fresh_accelerate):
     assert results[1] == pytest.approx(results[0], rel=0.02)  # bfloat16 has 8 bits: 0.4% a product
 
 
-@pytest.mark.parametrize("algorithm", [SFT(), PPO()], ids=["sft with dropout", "ppo"])
-def test_gradient_checkpointing_runs_the_layers_twice_and_changes_nothing(algorithm):
+@pytest.mark.parametrize(
+    ("algorithm", "adapted"),
+    [(SFT(), False), (PPO(), False), (SFT(), True)],
+    ids=["sft with dropout", "ppo", "adapters"],
+)
+def test_gradient_checkpointing_runs_the_layers_twice_and_changes_nothing(algorithm, adapted, tmp_path):
     results, calls = [], []
     for on in (False, True):
         model, tokenizer = make_policy(torch.float32, dropout=0.2)
+        layer = model.model.layers[1]
+        if adapted:
+            model = add_adapters(model, LoraConfig(r=2, dropout=0.1), base=tmp_path)
         trainer = _trainer(algorithm, model, tokenizer, steps=2, gradient_checkpointing=on, minibatches=2)
         batch = trainer.credit(trainer.score(trainer.collect()))
         count: list[int] = []
-        layer = model.model.layers[1]
         layer.self_attn.register_forward_pre_hook(lambda *_, count=count: count.append(1))
         trainer.update(batch)
         results.append(weights(model))

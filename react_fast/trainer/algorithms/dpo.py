@@ -66,8 +66,11 @@ class Preferences(Algorithm):
     def __post_init__(self) -> None:
         check_numbers(self, "beta", low=0.0, low_open=True)
         _check.choice("loss_type", self.loss_type, tuple(PREFERENCE_LOSSES))
-        highest = 0.5 if self.loss_type == "sigmoid" else 0.0
-        check_numbers(self, "label_smoothing", low=0.0, high=highest)
+        check_numbers(self, "label_smoothing", low=0.0, high=0.5)
+        if self.label_smoothing and self.loss_type != "sigmoid":
+            raise ValueError(
+                f"label_smoothing must be 0 with loss_type {self.loss_type!r}, got {self.label_smoothing:g}"
+            )
 
     def compares(self, config: Any) -> bool:
         return True
