@@ -28,11 +28,15 @@ lint: $(RUN)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# torch comes first and pinned: a range would fetch gigabytes of CUDA libraries.
-$(RUN): pyproject.toml CMakeLists.txt $(wildcard csrc/*) $(wildcard kernels/*.py)
+$(VENV)/tools:
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet "torch==$(TORCH)" numpy
+	$(BIN)/python -m pip install --quiet cmake ninja numpy pybind11
+	@touch $@
+
+# torch comes first and pinned: a range would fetch gigabytes of CUDA libraries.
+$(RUN): $(VENV)/tools pyproject.toml CMakeLists.txt $(wildcard csrc/*) $(wildcard kernels/*.py)
+	$(BIN)/python -m pip install --quiet "torch==$(TORCH)"
 	$(BIN)/python -m pip install --quiet -e ".[train,tasks,triton,bench,dev]"
 	@touch $@
 

@@ -42,11 +42,11 @@ def _text(vocab: int = 8192) -> tuple[Any, Any, str, torch.Tensor]:
     return model, tokenizer, text, torch.randint(3, 8000, (response,))
 
 
-def _checked(expected: torch.Tensor) -> Callable[[str, object], None]:
+def _checked(expected: torch.Tensor, **tolerance: float) -> Callable[[str, object], None]:
     """A peer with other numbers is told so instead of timed."""
 
     def check(name: str, found: Any) -> None:
-        if not torch.allclose(found, expected, **CLOSE):
+        if not torch.allclose(found, expected, **{**CLOSE, **tolerance}):
             raise AbsentError(f"other numbers, by up to {float((found - expected).abs().max()):.2g}")
 
     return check
@@ -161,19 +161,19 @@ def test_token_ablation(benchmark):
         ablation = FeatureAblation(total)
         return lambda: ablation.attribute(torch.tensor([ids]), perturbations_per_eval=size)[0].float()
 
-    def one_by_one(**options: Any) -> Scores:
-        return lambda: method.attribute(text, target=response, **options).seq_attr.float()
-
     race(
         benchmark,
         {
             "react_fast": ours,
             "captum x8": batched(8),
             "captum x16": batched(16),
-            "captum sequence": one_by_one(forward_in_tokens=False),
-            "captum default": one_by_one(),
+            "captum sequence": lambda: method.attribute(
+                text, target=response, forward_in_tokens=False
+            ).seq_attr.float(),
         },
+        # Differences of two float32 log-probabilities of about -300, whose last bit is 3e-5.
         case=f"ablation of {len(ids)} tokens [{len(ids)} + {len(response)}]",
-        check=_checked(ours()),
+        check=_checked(ours(), atol=1.2e-4),
+        absent={"captum default": "other numbers, by up to 0.05: token by token behind its cache"},
         rounds=3,
     )

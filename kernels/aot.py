@@ -3,9 +3,15 @@
 Compiles for sm_80, sm_90 and sm_100, prints registers, shared memory, spills, global loads of 16 bytes and an
 occupancy estimate, and exits with 1 if a kernel spills. Needs triton alone: the kernels are loaded as source,
 never launched.
+
+`resources.json` holds what the compiler made of every variant, by a hash of all it reads: source, types,
+constants, options, target and triton's version. A variant whose hash is there is not compiled again, but for the
+first one of every kernel, which must give the same once more. `--all` compiles everything, `--write` renews the
+file.
 """
 
 import argparse
+import hashlib
 import importlib
 import json
 import multiprocessing
@@ -14,9 +20,9 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +30,7 @@ PATHS = sorted(
     p.stem for p in Path(__file__).parent.glob("*.py") if p.stem not in ("__init__", "aot", "tuned")
 )
 TARGETS = (80, 90, 100)
+TABLE = Path(__file__).with_name("resources.json")
 
 # Per multiprocessor, from the CUDA C++ programming guide, table "Technical specifications per compute
 # capability": 65,536 registers, and resident warps and shared memory as below.
@@ -64,9 +71,10 @@ class Variant:
 class Resources:
     """What the compiler made of one variant on one target.
 
-    Registers and spilled bytes count a thread, shared bytes a block.
+    Registers and spilled bytes count a thread, shared bytes a block; `key` is the hash of what was compiled.
     """
 
+    key: str
     path: str
     variant: str
     target: str
@@ -86,6 +94,14 @@ def variants() -> Iterable[tuple[str, Variant]]:
     for path in PATHS:
         for variant in variants_of(path):
             yield path, variant
+
+
+def _key(variant: Variant, capability: int) -> str:
+    import triton
+
+    read = [triton.__version__, variant.kernel.cache_key, dict(variant.signature), dict(variant.constants)]
+    read += [variant.num_warps, variant.divisible, capability]
+    return hashlib.sha256(json.dumps(read, default=str).encode()).hexdigest()[:16]
 
 
 def _compile(variant: Variant, capability: int) -> Any:
@@ -146,6 +162,7 @@ def inspect(path: str, variant: Variant, capability: int) -> Resources:
     ptx = compiled.asm["ptx"]
     registers, spilled = _resource_usage(compiled.asm["cubin"])
     return Resources(
+        key=_key(variant, capability),
         path=path,
         variant=variant.name,
         target=f"sm_{capability}",
@@ -158,17 +175,52 @@ def inspect(path: str, variant: Variant, capability: int) -> Resources:
     )
 
 
-def _inspect_numbered(path: str, number: int) -> list[Resources]:
+def _inspect_numbered(path: str, number: int, known: Mapping[str, Resources]) -> list[Resources]:
     """One variant on all its targets, named so that another process can find it."""
     variant = variants_of(path)[number]
-    return [inspect(path, variant, capability) for capability in variant.targets]
+    found = [known.get(_key(variant, capability)) for capability in variant.targets]
+    return [
+        old or inspect(path, variant, capability)
+        for old, capability in zip(found, variant.targets, strict=True)
+    ]
+
+
+def _jobs(
+    paths: Iterable[str], known: Mapping[str, Resources]
+) -> list[tuple[str, int, Mapping[str, Resources]]]:
+    """(path, number of the variant, what need not be compiled): of every kernel the first one is."""
+    jobs, seen = [], set()
+    for path in paths:
+        for number, variant in enumerate(variants_of(path)):
+            first = variant.kernel.__name__ not in seen
+            seen.add(variant.kernel.__name__)
+            own = {key: known[key] for c in variant.targets if (key := _key(variant, c)) in known}
+            jobs.append((path, number, {} if first else own))
+    return jobs
+
+
+def _print(table: Iterable[Iterable[Resources]]) -> Iterator[Resources]:
+    row = "{:<12} {:<78} {:>6} {:>5} {:>7} {:>7} {:>9} {:>10}"
+    print(row.format("path", "variant", "target", "regs", "shared", "spills", "16B loads", "occupancy"))
+    for found in table:
+        for r in found:
+            wide = f"{r.wide_loads}/{r.loads}"
+            cells = (r.path, r.variant[:78], r.target, r.registers, r.shared, r.spilled, wide)
+            print(row.format(*cells, f"{r.occupancy:.0%}"), flush=True)
+            yield r
+
+
+def _known() -> dict[str, Resources]:
+    rows = json.loads(TABLE.read_text()) if TABLE.is_file() else []
+    return {row["key"]: Resources(**row) for row in rows}
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--json", type=Path, help="also write the table to this file")
+    parser.add_argument("--all", action="store_true", help="compile what resources.json knows, too")
+    parser.add_argument("--write", action="store_true", help="renew resources.json")
     parser.add_argument("--only", choices=PATHS, help="one hot path")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes (default: one a core)")
     arguments = parser.parse_args()
@@ -177,24 +229,22 @@ def main() -> int:
     if os.environ.get("TRITON_INTERPRET") == "1":
         print("kernels.aot: unset TRITON_INTERPRET, the interpreter compiles nothing", file=sys.stderr)
         return 2
-    row = "{:<12} {:<78} {:>6} {:>5} {:>7} {:>7} {:>9} {:>10}"
-    print(row.format("path", "variant", "target", "regs", "shared", "spills", "16B loads", "occupancy"))
-    table = []
-    paths = PATHS if arguments.only is None else [arguments.only]
-    jobs = [(path, number) for path in paths for number in range(len(variants_of(path)))]
-    processes = ProcessPoolExecutor(arguments.jobs, mp_context=multiprocessing.get_context("spawn"))
-    with processes:
-        for found in processes.map(_inspect_numbered, *zip(*jobs, strict=True)):
-            table += found
-            for r in found:
-                wide = f"{r.wide_loads}/{r.loads}"
-                cells = (r.path, r.variant[:78], r.target, r.registers, r.shared, r.spilled, wide)
-                print(row.format(*cells, f"{r.occupancy:.0%}"), flush=True)
-    if arguments.json:
-        arguments.json.write_text(json.dumps([vars(r) for r in table], indent=1) + "\n")
+    known = _known()
+    jobs = _jobs(PATHS if arguments.only is None else [arguments.only], {} if arguments.all else known)
+    with ProcessPoolExecutor(arguments.jobs, mp_context=multiprocessing.get_context("spawn")) as processes:
+        table = list(_print(processes.map(_inspect_numbered, *zip(*jobs, strict=True))))
+    if arguments.write:
+        rows = sorted(
+            (asdict(r) for r in table), key=lambda row: (row["path"], row["variant"], row["target"])
+        )
+        TABLE.write_text("[\n" + ",\n".join(map(json.dumps, rows)) + "\n]\n")
     spilling = [r for r in table if r.spilled]
-    print(f"{len(table)} kernels compiled, {len(spilling)} spill")
-    return 1 if spilling else 0
+    other = [r for r in table if known.get(r.key, r) != r]
+    for r in () if arguments.write else other:
+        print(f"{r.variant} on {r.target} is not what {TABLE.name} says: renew it with --all --write")
+    compiled = sum(len(variants_of(path)[number].targets) - len(old) for path, number, old in jobs)
+    print(f"{len(table)} kernels, {compiled} of them compiled now, {len(spilling)} spill")
+    return 1 if spilling or (other and not arguments.write) else 0
 
 
 if __name__ == "__main__":

@@ -53,8 +53,13 @@ __version__ = "0.1.0"
 # numpy only.
 _LAZY: dict[str, str] = {
     "CausalityTracker": ".tracker",
+    "A2C": ".trainer.algorithms",
+    "DAPO": ".trainer.algorithms",
+    "DPO": ".trainer.algorithms",
     "GRPO": ".trainer.algorithms",
+    "PPO": ".trainer.algorithms",
     "REINFORCE": ".trainer.algorithms",
+    "RLOO": ".trainer.algorithms",
     "RunConfig": ".trainer.config",
     "SFT": ".trainer.algorithms",
     "Trainer": ".trainer.trainer",

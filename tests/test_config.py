@@ -8,7 +8,8 @@ from react_fast.trainer.section import Section, valid_keys
 
 
 def _sections(tree: type[Section]) -> list[type[Section]]:
-    return [tree, *(type(value) for value in vars(tree()).values() if isinstance(value, Section))]
+    inner = [type(value) for value in vars(tree()).values() if isinstance(value, Section)]
+    return [tree, *(section for one in inner for section in _sections(one))]
 
 
 def test_every_field_has_a_default_and_is_documented():
@@ -60,6 +61,8 @@ def test_a_first_run_needs_no_key():
 def test_text_stays_text():
     config = RunConfig.from_yaml(None, ["--run_dir", "2024", "--model.path", "1e3"])
     assert (config.run_dir, config.model.path) == ("2024", "1e3")
+    config = RunConfig.from_yaml(None, ["--model.lora.r", "4", "--model.lora.target_modules", "[q_proj]"])
+    assert (config.model.lora.r, config.model.lora.target_modules) == (4, ["q_proj"])
 
 
 @pytest.mark.parametrize(
@@ -104,6 +107,8 @@ def test_wrong_key_or_value_is_one_line(make, message):
         ),
         ("--learning_rat 3e-4", "learning_rat is not a key; did you mean trainer.learning_rate?"),
         ("--trainr.steps 3", "trainr.steps is not a key; did you mean trainer.steps?"),
+        ("--model.lora.rank 3", "model.lora.rank is not a key"),
+        ("--lora.alpha 3", "lora.alpha is not a key; did you mean model.lora.alpha?"),
         ("--trainer.steps", "trainer.steps needs a value; write --key value"),
         ("steps 3", "steps is not an option; write --key value"),
         ("--steps 3.5", "trainer.steps must be a valid integer, got 3.5"),

@@ -324,6 +324,12 @@ def test_jsonl_round_trip(tmp_path):
     assert load_jsonl(str(path)) == load_jsonl(path)
 
 
+def test_jsonl_takes_preferences(tmp_path):
+    path = tmp_path / "pairs.jsonl"
+    path.write_text('{"prompt": "a", "chosen": "b", "rejected": "c", "metadata": {"by": "x"}}\n')
+    assert load_jsonl(path) == [Record("a", "b", {"by": "x", "rejected": "c"})]
+
+
 @pytest.mark.parametrize(
     ("error", "line", "message"),
     [
@@ -336,6 +342,10 @@ def test_jsonl_round_trip(tmp_path):
         (TypeError, b'{"prompt": 3}', "2: field 'prompt' must be a string, got int"),
         (TypeError, b'{"prompt": "x", "reference": ["y"]}', "2: field 'reference' must be a string or null"),
         (TypeError, b'{"prompt": "x", "metadata": "y"}', "2: field 'metadata' must be an object, got str"),
+        (ValueError, b'{"prompt": "x", "chosen": "y"}', "2: field 'rejected' is missing"),
+        (ValueError, b'{"prompt": "x", "rejected": "y"}', "2: field 'chosen' is missing"),
+        (ValueError, b'{"prompt": "x", "chosen": "y", "rejected": "z", "reference": "y"}', "2: field 'refer"),
+        (TypeError, b'{"prompt": "x", "chosen": null, "rejected": "z"}', "2: field 'chosen' must be a string"),
         (ValueError, b'{"prompt": "caf\xe9"}', "2: not UTF-8, byte 16 is 0xe9"),
         (ValueError, b'{"prompt": "\\ud800"}', "2: field 'prompt' is no Unicode text: it holds half"),
     ],

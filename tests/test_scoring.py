@@ -111,19 +111,23 @@ def test_heads_see_the_hidden_states_of_every_position():
 def test_the_reference_stays_when_the_policy_moves():
     from peft import LoraConfig, get_peft_model
 
-    plain, batch = _model("llama"), _batch()
-    before = _expected(plain, batch, 1.0)[0].detach()
-    adapted = get_peft_model(
-        _model("llama"), LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)
-    )
-    for model in (plain, adapted):
+    batch, options = _batch(), {"r": 2, "target_modules": ["q_proj"]}
+    plain, fresh = _model("llama"), get_peft_model(_model("llama"), LoraConfig(**options))
+    adapted = get_peft_model(_model("llama"), LoraConfig(**options, init_lora_weights=False))
+    for model in (plain, adapted, fresh):
+        before = _expected(model, batch, 1.0)[0].detach()
         policy = Scorer(model)
         assert policy.output is not None
         reference = reference_policy(policy)
         with torch.no_grad():
             for name, parameter in model.named_parameters():
-                if (parameter.requires_grad and "lora_B" in name) or model is plain:
+                if "lora" in name or model is plain:
                     parameter.add_(0.1)
         assert not torch.allclose(scores(policy(batch, 1.0)).logprobs, before, atol=1e-3)
         torch.testing.assert_close(scores(reference(batch, 1.0)).logprobs, before)
-    assert reference.state_dict() == {}  # an adapter's reference costs no weights
+        moved = scores(policy(batch, 1.0)).logprobs
+        torch.testing.assert_close(moved, _expected(model, batch, 1.0)[0])
+        again = reference_policy(policy)
+        again.load_state_dict(reference.state_dict())
+        torch.testing.assert_close(scores(again(batch, 1.0)).logprobs, before)
+    assert reference.state_dict() == {}  # that of a fresh adapter costs no weights

@@ -1,4 +1,4 @@
-"""Trainer: equal to the reference loop, independent of micro-batches, resumable to the bit, and it learns."""
+"""Trainer: equal to the reference loop with trackers on, independent of micro-batches, resumable to the bit."""
 
 import math
 import os
@@ -15,101 +15,19 @@ from react_fast.reference.trainer import Trainer as ReferenceTrainer
 from react_fast.tracker.policy import cache_argument
 from react_fast.trainer.algorithms import GRPO, REINFORCE, SFT
 from react_fast.trainer.checkpoint import newest_complete
-from react_fast.trainer.config import TrackerConfig, TrainerConfig
+from react_fast.trainer.config import TrackerConfig
 from react_fast.trainer.explain import make_tracker
-from react_fast.trainer.model import fresh_model
 from react_fast.trainer.rollout import Episodes, SamplingParams
 from react_fast.trainer.trainer import Trainer
 
 from . import policies
-
-RECORDS = [
-    Record("es>pt:Alemania=", "Alemanha"),
-    Record("es>pt:Francia=", "França"),
-    Record("es>it:España=", "Spagna"),
-    Record("es>it:Suiza=", "Svizzera"),
-    Record("es>pt:Japón=", "Japão"),
-]
-
-
-def _vowels(state: str, action: str, record: Record) -> float:
-    """Rewards from 0 to 1 that a policy without any training already gets now and then."""
-    return sum(letter in "aeiou" for letter in action) / 8
-
-
-def _env() -> TextEnv:
-    return TextEnv(RECORDS, reward=_vowels)
-
-
-def _policy(dtype: torch.dtype = torch.float64, dropout: float = 0.0) -> tuple[Any, Any]:
-    texts = [text for record in RECORDS for text in (record.prompt, record.reference)]
-    sizes = {"vocab_size": 300, "hidden_size": 16, "layers": 2, "heads": 2, "max_length": 64}
-    model, tokenizer = fresh_model(texts, seed=3, dropout=dropout, **sizes)
-    return model.to(dtype), tokenizer
-
-
-def _config(**changes: Any) -> TrainerConfig:
-    few = {"seed": 11, "steps": 5, "prompts_per_step": 2, "group_size": 3, "max_new_tokens": 6}
-    return TrainerConfig(**{**few, "learning_rate": 1e-2, **changes})
-
-
-def _weights(model: Any) -> torch.Tensor:
-    return torch.cat([p.detach().double().reshape(-1) for p in model.parameters()])
-
-
-class _Log:
-    """A reporter that remembers."""
-
-    def __init__(self) -> None:
-        self.metrics: list[dict[str, float]] = []
-
-    def log(self, step: int, phase: str, metrics: dict[str, float]) -> None:
-        self.metrics.append(metrics)
-
-    def samples(self, rows: list[dict[str, Any]]) -> None:
-        self.rows = rows
-
-
-# Every algorithm, and each part of the update that changes the numbers, at least once.
-CASES = {
-    "sft": (SFT(), {}),
-    "sft warm-up and cosine": (SFT(), {"lr_warmup_steps": 2, "lr_schedule": "cosine", "weight_decay": 0.1}),
-    "reinforce": (REINFORCE(), {}),
-    "reinforce discounted, group baseline, whitened": (
-        REINFORCE(gamma=0.9, baseline="group", whiten=True, aggregation="seq_mean_token_mean"),
-        {"entropy_coef": 0.01},
-    ),
-    "grpo": (GRPO(), {}),
-    "grpo off policy": (GRPO(ratio_max=1.28), {"minibatches": 2, "epochs": 2, "lr_schedule": "linear"}),
-    "grpo with KL": (GRPO(), {"kl_coef": 0.1, "temperature": 0.7, "optimizer": "adam"}),
-    "grpo k2, sequences": (
-        GRPO(kl_estimator="k2", kl_gradient="value", aggregation="seq_mean_token_sum", scale="none"),
-        {"kl_coef": 0.1, "minibatches": 2, "optimizer": "sgd"},
-    ),
-}
-
-
-@pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("shared", [True, False], ids=["same rollouts", "own rollouts"])
-def test_parity_with_the_reference(case, shared):
-    """Parameters equal to 1e-9 after 5 updates in float64. With rollouts of its own the reference draws the same
-    tokens, since the random numbers are keyed."""
-    algorithm, changes = CASES[case]
-    config = _config(**changes)
-    (fast, tokenizer), (slow, _) = _policy(), _policy()
-    log = _Log()
-    trainer = Trainer(fast, tokenizer, _env(), algorithm=algorithm, config=config, reporter=log)
-    reference = ReferenceTrainer(slow, tokenizer, _env(), algorithm=algorithm, config=config)
-    before = _weights(fast)
-    for _ in range(config.steps):
-        trajectories = trainer.collect()
-        trainer.train_step()
-        expected = reference.train_step(trajectories if shared else reference.collect())
-        for name, value in expected.items():
-            assert log.metrics[-1][name] == pytest.approx(value, rel=1e-6, abs=1e-9), name
-    assert trainer.updates == reference.updates == 5 * config.updates_per_step
-    torch.testing.assert_close(_weights(fast), _weights(slow), rtol=0, atol=1e-9)
-    assert float((_weights(fast) - before).abs().max()) > 1e-3, "the updates must have moved the parameters"
+from .training import RECORDS
+from .training import Log as _Log
+from .training import make_config as _config
+from .training import make_env as _env
+from .training import make_policy as _policy
+from .training import vowels as _vowels
+from .training import weights as _weights
 
 
 @pytest.mark.parametrize("every", [1, 2])
@@ -423,9 +341,9 @@ def test_bad_input_is_refused_in_one_line():
         (GRPO, {"ratio_max": "wide"}, TypeError, "ratio_max must be a number, got str"),
         (GRPO, {"ratio_max": 0.5}, ValueError, "ratio_min and ratio_max must satisfy"),
         (GRPO, {"baseline": "batch"}, ValueError, "baseline must be one of 'mean', .* got 'batch'"),
-        (GRPO, {"scale": "iqr"}, ValueError, "scale must be one of 'std', 'none', got 'iqr'"),
+        (GRPO, {"scale": "iqr"}, ValueError, "scale must be one of 'std', .* got 'iqr'"),
         (GRPO, {"eps": 0.0}, ValueError, r"eps must be in \(0, inf\], got 0"),
-        (GRPO, {"aggregation": "token_sum_norm"}, ValueError, "aggregation must be one of"),
+        (GRPO, {"aggregation": "mean"}, ValueError, "aggregation must be one of"),
         (GRPO, {"kl_estimator": "k4"}, ValueError, "kl_estimator must be one of"),
         (SamplingParams, {"max_new_tokens": 4, "temperature": 0}, ValueError, "temperature must be above 0"),
         (SamplingParams, {"max_new_tokens": 4, "temperature": math.nan}, ValueError, "temperature must be above"),

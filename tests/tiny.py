@@ -33,7 +33,7 @@ def train_words(folder: Path, **changes: Any) -> list[str]:
     files = {split: records(folder / f"{split}.jsonl") for split in ("train", "validation", "test")}
     tree: dict[str, Any] = {"run_dir": str(folder / "run"), "env": files, **TINY}
     for key, value in changes.items():
-        tree[key] = {**tree[key], **value} if isinstance(value, dict) else value
+        tree[key] = {**tree.get(key, {}), **value} if isinstance(value, dict) else value
     path = folder / "tiny.yaml"
     path.write_text(yaml.safe_dump(tree))
     return ["train", "--config", str(path)]

@@ -1,4 +1,6 @@
-"""Records from a JSON Lines file: one object a line with `prompt`, and perhaps `reference` and `metadata`."""
+"""Records from a JSON Lines file, one object a line: `prompt`, and perhaps `reference` and `metadata`; or the two
+answers of a preference, `chosen` and `rejected`.
+"""
 
 import json
 from os import PathLike
@@ -11,6 +13,8 @@ from .text_env import Record
 _FIELDS: dict[str, tuple[tuple[type, ...], str]] = {
     "prompt": ((str,), "a string"),
     "reference": ((str, type(None)), "a string or null"),
+    "chosen": ((str,), "a string"),
+    "rejected": ((str,), "a string"),
     "metadata": ((dict,), "an object"),
 }
 
@@ -20,11 +24,12 @@ def load_jsonl(path: str | PathLike[str]) -> list[Record]:
 
     Args:
         path: UTF-8 text, one JSON object a line:
-            {"prompt": str, "reference": str or null, "metadata": object}.
+            {"prompt": str, "reference": str or null, "metadata": object}, or with {"chosen": str, "rejected": str}
+            for a preference: a record with the chosen answer as reference and metadata["rejected"].
     Raises: FileNotFoundError or IsADirectoryError if there is no such file; ValueError naming file and line
-        for a line that is no UTF-8, no JSON, no object, lacks `prompt`, or holds an unknown field or an empty
-        prompt; TypeError naming file and line for a field of the wrong type; ValueError for a file without
-        records.
+        for a line that is no UTF-8, no JSON, no object, lacks `prompt`, or holds an unknown field, an empty
+        prompt, one of `chosen` and `rejected` alone, or `reference` beside them; TypeError naming file and line
+        for a field of the wrong type; ValueError for a file without records.
     """
     path = Path(path)
     if path.is_dir():
@@ -54,7 +59,17 @@ def _record(line: bytes, where: str) -> Record:
             raise ValueError(f"{where}: field {name!r} is no Unicode text: it holds half a surrogate pair")
     if not fields["prompt"]:
         raise ValueError(f"{where}: field 'prompt' is empty")
-    return Record(**fields)
+    return Record(**(fields if {"chosen", "rejected"}.isdisjoint(fields) else _preference(fields, where)))
+
+
+def _preference(fields: dict[str, Any], where: str) -> dict[str, Any]:
+    for name in ("chosen", "rejected"):
+        if name not in fields:
+            raise ValueError(f"{where}: field {name!r} is missing")
+    if "reference" in fields:
+        raise ValueError(f"{where}: field 'reference' must not stand beside 'chosen', which takes its place")
+    metadata = {**fields.get("metadata", {}), "rejected": fields["rejected"]}
+    return {"prompt": fields["prompt"], "reference": fields["chosen"], "metadata": metadata}
 
 
 def _object(line: bytes, where: str) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from .algorithms import ADVANTAGES, LOSSES
+from .algorithms import RULES
 from .credit import CREDITS, philox_key
 from .logprob import token_logprobs
 
@@ -34,6 +34,16 @@ class Trajectory:
     group: int = 0
     record: int = 0
     seed: int = 0  # of the environment's reset
+    truncated: bool = False
+
+
+@dataclass
+class Now:
+    """What the policy says of one sequence of L tokens, [L - 1] each; values are a critic's."""
+
+    logprobs: torch.Tensor
+    entropy: torch.Tensor
+    values: torch.Tensor | None = None
 
 
 @dataclass
@@ -51,6 +61,15 @@ class Scored:
     effects: torch.Tensor | None = None
     step_advantages: torch.Tensor | None = None
     advantages: torch.Tensor | None = None
+    values: torch.Tensor | None = None
+    last_value: float = 0.0  # of the state behind the last token, if the episode was truncated
+    returns: torch.Tensor | None = None
+
+    @property
+    def preference(self) -> float:
+        """Above 0 for the better one of a pair, 0 where neither is."""
+        assert self.advantages is not None
+        return float(self.advantages.sum())
 
 
 class Trainer:
@@ -67,12 +86,14 @@ class Trainer:
     ) -> None:
         self.model, self.tokenizer, self.env = model, tokenizer, env
         self.algorithm, self.tracker, self.config = algorithm, tracker, config
-        trained = [p for p in model.parameters() if p.requires_grad]
+        self.rule = RULES[type(algorithm).__name__]
+        self.value = self._value_head() if self.rule.critic else None
+        trained = [p for p in self._parameters() if p.requires_grad]
         make = {"adamw": torch.optim.AdamW, "adam": torch.optim.Adam, "sgd": torch.optim.SGD}[
             config.optimizer
         ]
         self.optimizer = make(trained, lr=config.learning_rate, weight_decay=config.weight_decay)
-        frozen = config.kl_coef and not algorithm.supervised
+        frozen = self.rule.compares or (config.kl_coef and not algorithm.supervised)
         self.reference = copy.deepcopy(model).eval().requires_grad_(False) if frozen else None
         self.replays: Any = None
         if config.credit in CREDITS and not algorithm.supervised:
@@ -89,7 +110,7 @@ class Trainer:
 
     def train_step(self, trajectories: Sequence[Any]) -> dict[str, float]:
         """score, credit and update on one step's trajectories (`collect()`, or another trainer's)."""
-        metrics = self.update(self.credit(self.score(trajectories)))
+        metrics = self.update(self.credit(self.score(self.rule.select(trajectories))))
         self.step += 1
         if not self.algorithm.supervised:
             metrics["environment_steps"] = self.environment_steps
@@ -100,7 +121,7 @@ class Trainer:
 
     def collect(self) -> list[Trajectory]:
         if self.algorithm.supervised:
-            return [self._demonstration(record) for record in self._records()]
+            return [one for record in self._records() for one in self._demonstrations(record)]
         size = self.config.group_size
         records = [record for record in self._records() for _ in range(size)]
         return [self._episode(record, row, row // size) for row, record in enumerate(records)]
@@ -114,13 +135,15 @@ class Trainer:
             chosen.append(int(order.permutation(count)[position % count]))
         return chosen
 
-    def _demonstration(self, record: int) -> Trajectory:
-        prompt = self.encode(self.env.records[record].prompt, True)
-        answer = self.encode(self.env.records[record].reference, False)
-        if self.tokenizer.eos_token_id is not None:
-            answer = [*answer, self.tokenizer.eos_token_id]
-        actions = [False] * len(prompt) + [True] * len(answer)
-        return Trajectory(prompt + answer, actions, [0] * len(actions), [0.0], record)
+    def _demonstrations(self, record: int) -> list[Trajectory]:
+        prompt, found = self.encode(self.env.records[record].prompt, True), []
+        for text, reward in self.rule.answers(self.env.records[record]):
+            answer = self.encode(text, False)
+            if self.tokenizer.eos_token_id is not None:
+                answer = [*answer, self.tokenizer.eos_token_id]
+            actions = [False] * len(prompt) + [True] * len(answer)
+            found.append(Trajectory(prompt + answer, actions, [0] * len(actions), [reward], record))
+        return found
 
     def _episode(self, record: int, row: int, group: int) -> Trajectory:
         env = self.env.clone()
@@ -137,6 +160,7 @@ class Trainer:
             state, reward, terminated, truncated, _ = env.step(action)
             episode.rewards.append(float(reward))
             over, turn = terminated or truncated, turn + 1
+            episode.truncated = truncated and not terminated
             answer = state[len(before) + len(action) :]
             if not over and answer:
                 _extend(episode, self.encode(answer, False), False, turn)
@@ -174,32 +198,61 @@ class Trainer:
             mask = torch.as_tensor(trajectory.action_mask)[1:]
             rewards = _step_rewards(trajectory)[1:].to(self._dtype)
             one = Scored(ids, mask, float(sum(trajectory.rewards)), rewards, trajectory.group)
-            if not self.algorithm.supervised:
-                if self.config.minibatches * self.config.epochs > 1:
-                    one.old_logprobs = self._frozen_logprobs(self.model, one)
-                if self.reference is not None:
-                    one.ref_logprobs = self._frozen_logprobs(self.reference, one)
-                if self.config.credit == "attribution":
-                    one.attribution = self.tracker.score(ids, torch.as_tensor(trajectory.action_mask))[1:]
+            if self._keeps_old:
+                before = self._frozen(self.model, one)
+                one.old_logprobs, one.values = before.logprobs, before.values
+            if self.reference is not None:
+                one.ref_logprobs = self._frozen(self.reference, one).logprobs
+            if self.value is not None and trajectory.truncated:
+                one.last_value = float(self._values(ids)[-1].detach())
+            if self.config.credit == "attribution" and not self.algorithm.supervised:
+                one.attribution = self.tracker.score(ids, torch.as_tensor(trajectory.action_mask))[1:]
             batch.append(one)
+        self.rule.score(self, batch)
         if self.replays is not None:
             self.environment_steps += self.replays.score(trajectories, batch)
         self.environment_steps += sum(len(t.rewards) for t in trajectories)
         return batch
 
-    @torch.no_grad()
-    def _frozen_logprobs(self, model: Any, one: Scored) -> torch.Tensor:
-        model.eval()
-        return self._logprobs(model, one)[0]
+    @property
+    def _keeps_old(self) -> bool:
+        """Whether the policy as it was before the update is asked for."""
+        if self.algorithm.supervised:
+            return False
+        several = self.config.minibatches * self.config.epochs > 1
+        in_reward = self.reference is not None and getattr(self.algorithm, "kl_in_reward", False)
+        return several or in_reward or self.rule.critic
 
-    def _logprobs(self, model: Any, one: Scored) -> tuple[torch.Tensor, torch.Tensor]:
-        """log p of every action and the entropy there, [L - 1] each."""
+    @torch.no_grad()
+    def _frozen(self, model: Any, one: Scored) -> Now:
+        model.eval()
+        return self._now(model, one)
+
+    def _now(self, model: Any, one: Scored) -> Now:
+        """log p of every action, the entropy there, and what its state is worth."""
         temperature = 1.0 if self.algorithm.supervised else self.config.temperature
         logits = self.logits(one.ids, model)[:-1]
         logp, entropy = token_logprobs(
             logits, one.ids[1:], mask=one.mask, temperature=temperature, return_entropy=True
         )
-        return logp, entropy
+        worth = self._values(one.ids)[:-1] if self.value is not None and model is self.model else None
+        return Now(logp, entropy, worth)
+
+    def _values(self, ids: torch.Tensor) -> torch.Tensor:
+        """[L]: value of the state behind every token."""
+        assert self.value is not None
+        hidden = self.model(ids[None], output_hidden_states=True).hidden_states[-1]
+        return self.value(hidden[0])[:, 0]
+
+    def _value_head(self) -> torch.nn.Linear:
+        weight = self.model.get_output_embeddings().weight
+        head = torch.nn.Linear(weight.shape[1], 1, dtype=weight.dtype)
+        torch.nn.init.zeros_(head.weight)
+        torch.nn.init.zeros_(head.bias)
+        return head
+
+    def _parameters(self) -> list[torch.nn.Parameter]:
+        return [*self.model.parameters(), *(self.value.parameters() if self.value is not None else ())]
 
     @property
     def _dtype(self) -> torch.dtype:
@@ -213,9 +266,7 @@ class Trainer:
     # ---- credit --------------------------------------------------------------------------------------------
 
     def credit(self, batch: list[Scored]) -> list[Scored]:
-        for one, advantages in zip(
-            batch, ADVANTAGES[type(self.algorithm).__name__](self.algorithm, batch), strict=True
-        ):
+        for one, advantages in zip(batch, self.rule.advantages(self, batch), strict=True):
             advantages = torch.as_tensor(advantages).expand(one.mask.shape)
             if one.attribution is not None:
                 advantages = self._spread(one, advantages, one.attribution.abs())
@@ -244,39 +295,34 @@ class Trainer:
     def update(self, batch: list[Scored]) -> dict[str, float]:
         self.model.train(self.algorithm.supervised)
         sums: dict[str, float] = {}
-        tokens = 0
+        weight = 0
         for rows in self._minibatches(len(batch)):
-            tokens += self._update_once([batch[row] for row in rows], sums)
+            weight += self._update_once([batch[row] for row in rows], sums)
         count = self.config.minibatches * self.config.epochs
         parts = dict.fromkeys(("grad_norm", "learning_rate"), count) | dict.fromkeys(_TOTALS, 1)
         return {
-            name: total if name.endswith("/max") else total / parts.get(name, max(tokens, 1))
+            name: total if name.endswith("/max") else total / parts.get(name, max(weight, 1))
             for name, total in sums.items()
         }
 
     def _update_once(self, batch: list[Scored], sums: dict[str, float]) -> int:
-        loss_of = LOSSES[type(self.algorithm).__name__]
-        per_token = getattr(self.algorithm, "aggregation", "token_mean") == "token_mean"
-        denominator = sum(int(one.mask.sum()) if per_token else int(one.mask.any()) for one in batch)
+        denominator, together = max(self.rule.denominator(self, batch), 1), self.rule.together
         self.optimizer.zero_grad(set_to_none=True)
         torch.manual_seed(philox_key(self.config.seed, _DROPOUT, self.updates))
-        tracker = self.tracker
-        for one in batch:
-            actions = torch.nn.functional.pad(one.mask, (1, 0))
-            with nullcontext() if tracker is None else tracker.observe(one.ids, actions, step=self.step):
-                logp, entropy = self._logprobs(self.model, one)
-                loss, metrics = loss_of(self, one, logp, entropy, max(denominator, 1))
+        for start in range(0, len(batch), together):
+            part = batch[start : start + together]
+            with self._observed(part):
+                now = [self._now(self.model, one) for one in part]
+                loss, metrics = self.rule.loss(self, part, now, denominator)
                 loss.backward()
             for name, value in {"loss": loss.detach(), **metrics}.items():
                 if name.endswith("/max"):
                     sums[name] = max(float(value), sums.get(name, -math.inf))
                 else:
-                    weight = 1 if name in _TOTALS else int(one.mask.sum())
+                    weight = 1 if name in _TOTALS else self.rule.weight(part)
                     sums[name] = sums.get(name, 0.0) + float(value) * weight
         limit = self.config.max_grad_norm
-        norm = float(
-            torch.nn.utils.clip_grad_norm_(self.model.parameters(), math.inf if limit is None else limit)
-        )
+        norm = float(torch.nn.utils.clip_grad_norm_(self._parameters(), math.inf if limit is None else limit))
         for group in self.optimizer.param_groups:
             group["lr"] = self._learning_rate()
         sums["learning_rate"] = sums.get("learning_rate", 0.0) + self._learning_rate()
@@ -284,7 +330,13 @@ class Trainer:
         if math.isfinite(norm):
             self.optimizer.step()
         self.updates += 1
-        return sum(int(one.mask.sum()) for one in batch)
+        return self.rule.weight(batch)
+
+    def _observed(self, part: list[Scored]) -> Any:
+        if self.tracker is None:
+            return nullcontext()
+        (one,) = part
+        return self.tracker.observe(one.ids, torch.nn.functional.pad(one.mask, (1, 0)), step=self.step)
 
     def _learning_rate(self) -> float:
         config = self.config
@@ -297,13 +349,15 @@ class Trainer:
 
     def _minibatches(self, count: int) -> Iterator[list[int]]:
         for epoch in range(self.config.epochs):
-            order = np.arange(count)
+            together = self.rule.together
+            order = np.arange(count // together)
             if self.config.minibatches * self.config.epochs > 1:
                 key = philox_key(self.config.seed, _ORDER, self.step, epoch)
-                order = np.random.Generator(np.random.Philox(key)).permutation(count)
-            size = -(-count // self.config.minibatches)
-            for start in range(0, count, size):
-                yield order[start : start + size].tolist()
+                order = np.random.Generator(np.random.Philox(key)).permutation(len(order))
+            size = -(-len(order) // self.config.minibatches)
+            for start in range(0, len(order), size):
+                units = order[start : start + size].tolist()
+                yield [unit * together + i for unit in units for i in range(together)]
 
 
 def _extend(episode: Trajectory, ids: list[int], chosen: bool, turn: int) -> None:

@@ -21,10 +21,12 @@ class Batch:
         sampler_logprobs: [B, T-1] float32.
         rewards: [B] float32 or float64, sum over turns.  step_rewards: [B, T-1], each turn's at its last action.
         groups: [B] int64.  records: [B] int64, index of the environment's record.
+        truncated: [B] bool, the episode was cut and not over; None: none was.
         old_logprobs, ref_logprobs: [B, T-1] or None, set by `score`.
         heads: outputs [B, T-1, ...] of the algorithm's heads before the update, by name, set by `score`.
         attribution, effects, step_advantages: [B, T-1] or None, set by `score` when credit asks for it.
         advantages: [B] or [B, T-1] or None, set by `credit`.
+        last_values: [B] value of the state behind every row, returns: [B, T-1], or None, set for a critic.
     """
 
     input_ids: torch.Tensor
@@ -35,6 +37,7 @@ class Batch:
     step_rewards: torch.Tensor
     groups: torch.Tensor
     records: torch.Tensor
+    truncated: torch.Tensor | None = None
     old_logprobs: torch.Tensor | None = None
     ref_logprobs: torch.Tensor | None = None
     heads: dict[str, torch.Tensor] = field(default_factory=dict)
@@ -42,6 +45,8 @@ class Batch:
     effects: torch.Tensor | None = None
     step_advantages: torch.Tensor | None = None
     advantages: torch.Tensor | None = None
+    last_values: torch.Tensor | None = None
+    returns: torch.Tensor | None = None
 
     @property
     def targets(self) -> torch.Tensor:
@@ -87,6 +92,20 @@ class Batch:
         chosen["heads"] = {name: part(name, x) for name, x in self.heads.items()}
         return replace(self, **chosen)
 
+    def with_one_more_token(self) -> "Batch":
+        """The rows' tokens with one behind each, whatever it is: a policy's outputs there say what it makes of
+        the whole row."""
+
+        def longer(x: torch.Tensor) -> torch.Tensor:
+            return torch.nn.functional.pad(x, (0, 1))
+
+        seen = torch.arange(self.input_ids.shape[1] + 1, device=self.mask.device) <= self.lengths[:, None]
+        zeros = longer(torch.zeros_like(self.sampler_logprobs))
+        return Batch(
+            longer(self.input_ids), seen.to(self.attention_mask.dtype), longer(self.mask), zeros,
+            self.rewards, longer(self.step_rewards), self.groups, self.records, self.truncated,
+        )  # fmt: skip
+
 
 def collate(
     trajectories: Sequence[Trajectory], pad_id: int, device: torch.device, dtype: torch.dtype = torch.float32
@@ -116,6 +135,7 @@ def collate(
         step_rewards=_step_rewards(trajectories, ids.shape[1]).to(device, dtype),
         groups=torch.tensor([t.group for t in trajectories], device=device),
         records=torch.tensor([t.record for t in trajectories], device=device),
+        truncated=torch.tensor([t.truncated for t in trajectories], device=device),
     )
 
 

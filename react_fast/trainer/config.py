@@ -4,21 +4,35 @@ Every field has a default and its unit in its description; values are never sile
 refused with the nearest valid one.
 """
 
-import re
-from collections.abc import Iterator, Sequence
+import difflib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
-from .section import ConfigError, Section, nearest_key
+from .overrides import assign, override_pairs, read_yaml
+from .section import ConfigError, Section
 
 Count = Annotated[int, Field(ge=1)]
 Natural = Annotated[int, Field(ge=0)]
 Positive = Annotated[float, Field(gt=0)]
 NonNegative = Annotated[float, Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
+
+
+class LoraConfig(Section):
+    """Low-rank adapters (PEFT): the model's own weights stay, and are the reference policy too."""
+
+    r: Natural = 0
+    """Rank; 0: no adapters, all weights are trained."""
+    alpha: Count = 16
+    """The adapters' output is scaled by alpha / r."""
+    dropout: Fraction = 0.0
+    """Dropout probability before the adapters, in supervised training."""
+    target_modules: list[str] = Field(default=[])
+    """Names of the linear layers that get one; none: all but the output layer."""
 
 
 class ModelConfig(Section):
@@ -40,6 +54,7 @@ class ModelConfig(Section):
     """Fresh model: dropout probability."""
     dtype: Literal["float32", "bfloat16", "float16", "float64"] = "float32"
     """Type of the parameters."""
+    lora: LoraConfig = LoraConfig()
 
     @model_validator(mode="after")
     def _heads_divide(self) -> "ModelConfig":
@@ -95,12 +110,23 @@ class WarmStartConfig(Section):
 
 
 class AlgorithmConfig(Section):
-    """The policy-gradient algorithm; its options are checked against its fields."""
+    """The algorithm; its options are checked against its fields."""
 
-    name: Literal["grpo", "reinforce"] = "grpo"
-    """Algorithm."""
+    name: str = "grpo"
+    """Algorithm: grpo, ppo, dpo, ...; react_fast.trainer.algorithms has the table."""
     options: dict[str, Any] = Field(default={})
     """Fields of the algorithm's class."""
+
+    @field_validator("name")
+    @classmethod
+    def _is_known(cls, name: str) -> str:
+        from .algorithms import ALGORITHMS  # which needs much more than a configuration does
+
+        if name not in ALGORITHMS:
+            close = difflib.get_close_matches(name, ALGORITHMS, n=1)
+            hint = f"; did you mean {close[0]}?" if close else ""
+            raise ConfigError("", f"must be one of {', '.join(ALGORITHMS)}, got {name!r}{hint}")
+        return name
 
 
 class TrackerConfig(Section):
@@ -153,6 +179,10 @@ class TrainerConfig(Section):
     """Decoupled weight decay."""
     max_grad_norm: Positive | None = 1.0
     """Gradient norm is clipped to this; none: never."""
+    precision: Literal["float32", "bfloat16"] = "float32"
+    """Of the model's products in updates and scores; bfloat16: autocast, parameters stay as they are."""
+    gradient_checkpointing: bool = False
+    """Run every layer again in the backward instead of keeping its activations."""
     kl_coef: NonNegative = 0.0
     """Weight of the KL divergence to the policy at the start."""
     entropy_coef: float = 0.0
@@ -256,110 +286,12 @@ class RunConfig(Section):
                 is a top-level key, else one of `trainer`, else the only section's that has it.
         Raises: ConfigError in one line.
         """
-        tree = _read_yaml(Path(path)) if path is not None else {}
-        for key, text in _override_pairs(overrides):
-            _assign(tree, key, text)
+        tree = read_yaml(Path(path)) if path is not None else {}
+        for key, text in override_pairs(overrides):
+            assign(cls, tree, key, text)
         return cls(**tree)
 
     def to_yaml(self, path: str | Path) -> None:
         """Write the resolved tree, every key included."""
         text = yaml.safe_dump(self.model_dump(), sort_keys=False, allow_unicode=True)
         Path(path).write_text(text, encoding="utf-8")
-
-
-class _Loader(yaml.SafeLoader):
-    """YAML in which 3e-4 is a number (YAML 1.1 wants 3.0e-4)."""
-
-
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
-)
-
-
-def _read_yaml(path: Path) -> dict[str, Any]:
-    try:
-        tree = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
-    except OSError as error:
-        raise ConfigError(f"config {path}", f"cannot be read: {error.strerror}") from None
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"config {path}", f"is not UTF-8 at byte {error.start + 1}") from None
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        where = f" line {mark.line + 1}" if mark else ""
-        raise ConfigError(
-            f"{path}{where}", f"is not YAML: {getattr(error, 'problem', None) or error}"
-        ) from None
-    if tree is None:
-        return {}
-    if not isinstance(tree, dict) or not all(isinstance(key, str) for key in tree):
-        raise ConfigError(str(path), "must be a mapping of keys to values")
-    return tree
-
-
-def _override_pairs(words: Sequence[str]) -> Iterator[tuple[str, str]]:
-    remaining = iter(words)
-    for word in remaining:
-        if not word.startswith("--"):
-            raise ConfigError(word, "is not an option; write --key value")
-        key, equals, text = word[2:].partition("=")
-        value = text if equals else next(remaining, None)
-        if value is None:
-            raise ConfigError(key, "needs a value; write --key value")
-        yield key, value
-
-
-def _assign(tree: dict[str, Any], key: str, text: str) -> None:
-    """Put the text of one override at its place, typed as YAML types it unless the field is a string."""
-    *sections, name = _resolve(key)
-    for section in sections:
-        if tree.get(section) is None:
-            tree[section] = {}
-        tree = tree[section]
-        if not isinstance(tree, dict):
-            raise ConfigError(section, f"must be a section of keys, got {tree!r}")
-    tree[name] = text if _is_text(sections, name) and text not in ("null", "none") else _scalar(key, text)
-
-
-def _scalar(key: str, text: str) -> Any:
-    if text == "none":
-        return None
-    try:
-        return yaml.load(text, Loader=_Loader)
-    except yaml.YAMLError:
-        raise ConfigError(key, f"has a value that is not YAML, got {text!r}") from None
-
-
-def _resolve(key: str) -> list[str]:
-    """Path of a key; a bare name is looked up at the top, in `trainer`, then in the other sections."""
-    path = key.split(".")
-    sections = _sections()
-    if len(path) > 1 or key in RunConfig.model_fields:
-        if path[0] in sections and len(path) == 2 and path[1] not in sections[path[0]].model_fields:
-            raise ConfigError(key, "is not a key", nearest_key(key, RunConfig))
-        if path[0] not in RunConfig.model_fields:
-            raise ConfigError(key, "is not a key", nearest_key(key, RunConfig))
-        return path
-    if key in TrainerConfig.model_fields:
-        return ["trainer", key]
-    owners = [section for section, fields in sections.items() if key in fields.model_fields]
-    if len(owners) == 1:
-        return [owners[0], key]
-    if owners:
-        raise ConfigError(
-            key, f"is ambiguous; write one of {', '.join(f'{owner}.{key}' for owner in owners)}"
-        )
-    raise ConfigError(key, "is not a key", nearest_key(key, RunConfig))
-
-
-def _is_text(sections: Sequence[str], name: str) -> bool:
-    owner = _sections()[sections[0]] if sections and sections[0] in _sections() else RunConfig
-    field = owner.model_fields.get(name)
-    return field is not None and (field.annotation is str or str | None == field.annotation)
-
-
-def _sections() -> dict[str, type[Section]]:
-    return {
-        name: field.annotation
-        for name, field in RunConfig.model_fields.items()
-        if isinstance(field.annotation, type) and issubclass(field.annotation, Section)
-    }

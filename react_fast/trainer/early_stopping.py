@@ -22,7 +22,7 @@ class EarlyStopping:
         self.waited += 1
         if value < self.best:
             self.best, self.waited = value, 0
-            self.weights = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
+            self.weights = {name: p.detach().clone() for name, p in _trained(model)}
 
     @property
     def over(self) -> bool:
@@ -30,10 +30,20 @@ class EarlyStopping:
 
     def restore(self, model: torch.nn.Module) -> None:
         if self.weights is not None:
+<<<<<<< HEAD
             load_module_state(model, self.weights)
+=======
+            with torch.no_grad():
+                for name, p in _trained(model):
+                    p.copy_(self.weights[name])
+>>>>>>> algos
 
     def state_dict(self) -> dict[str, Any]:
         return {"best": self.best, "waited": self.waited, "weights": self.weights}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.best, self.waited, self.weights = state["best"], state["waited"], state["weights"]
+
+
+def _trained(model: torch.nn.Module) -> list[tuple[str, torch.nn.Parameter]]:
+    return [(name, p) for name, p in model.named_parameters() if p.requires_grad]

@@ -7,8 +7,6 @@ import numpy as np
 import torch
 
 from ..envs import TextEnv
-from .algorithms.sft import demonstrations
-from .batch import collate
 from .results import Answers
 from .rollout import Episodes, PolicyEngine, SamplingParams, key
 
@@ -68,11 +66,13 @@ def held_out_reward(trainer: Any, env: TextEnv, *, greedy: bool) -> float:
 
 
 def held_out_loss(trainer: Any, env: TextEnv) -> float:
-    """Cross-entropy per token of the records' references."""
-    total, tokens = 0.0, 0
-    for rows in torch.arange(len(env.records)).split(trainer.config.eval_batch):
-        references = demonstrations(trainer.tokenizer, env.records, rows.tolist())
-        batch = collate(references, trainer.pad_id, trainer.accelerator.device)
-        total -= float(trainer.scores(batch).logprobs.double().sum())
-        tokens += int(batch.mask.sum())
-    return total / max(tokens, 1)
+    """The algorithm's loss on what it would learn from the records, such as cross-entropy per token."""
+    algorithm, config = trainer.algorithm, trainer.config
+    total, count = 0.0, 0
+    for rows in torch.arange(len(env.records)).split(config.eval_batch):
+        written = algorithm.demonstrate(trainer.tokenizer, env.records, rows.tolist())
+        batch = trainer.credit(trainer.score(written))
+        number = algorithm.denominator(config, batch)
+        loss, _ = algorithm.loss(config, batch, trainer.scores(batch), torch.ones_like(number))
+        total, count = total + float(loss), count + int(number)
+    return total / max(count, 1)

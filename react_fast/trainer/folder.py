@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+from .adapters import BASE
 from .checkpoint import newest_complete
 from .config import RunConfig
 from .reporter import METRICS
@@ -94,6 +95,16 @@ class RunFolder:
             if found is not None:
                 return found
         raise UserError(f"run {self.path} has no complete checkpoint")
+
+    def keep_base(self, model: Any, tokenizer: Any) -> Path:
+        """Folder of a model that adapters are trained on, written once."""
+        base = self.path / BASE
+        if not base.is_dir():
+            temporary = base.with_name(f".{BASE}.tmp")
+            model.save_pretrained(temporary)
+            tokenizer.save_pretrained(temporary)
+            temporary.rename(base)
+        return base
 
     def config(self) -> RunConfig:
         """The resolved configuration of the run that is here.

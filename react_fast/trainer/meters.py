@@ -10,18 +10,22 @@ import numpy as np
 import torch
 
 from ..envs import Record
+<<<<<<< HEAD
 from .batch import Batch
 from .ranks import Ranks
+=======
+>>>>>>> algos
 from .rollout import Trajectory
 
 
-def describe(trajectories: Sequence[Trajectory], batch: Batch, supervised: bool) -> dict[str, float]:
+def describe(trajectories: Sequence[Trajectory], supervised: bool) -> dict[str, float]:
     """Lengths of the responses and, unless `supervised`, their rewards, by TRL's names."""
-    metrics = {"completions/mean_length": float(batch.mask.sum(1).double().mean())}
+    metrics = {"completions/mean_length": float(np.mean([int(t.action_mask.sum()) for t in trajectories]))}
     if supervised:
         return metrics
-    rewards, groups = batch.rewards.double(), batch.groups
-    spreads = np.array([float(rewards[groups == g].std(unbiased=False)) for g in groups.unique()])
+    rewards = np.array([float(sum(t.rewards)) for t in trajectories])
+    groups = np.array([t.group for t in trajectories])
+    spreads = np.array([rewards[groups == g].std() for g in np.unique(groups)])
     return metrics | {
         "reward": float(rewards.mean()),
         "reward_std": float(spreads.mean()),

@@ -16,6 +16,7 @@ from transformers import (
     Starcoder2ForCausalLM,
 )
 
+from . import adapters
 from .folder import RunFolder
 
 PAD, BOS, EOS = "<pad>", "<bos>", "<eos>"
@@ -29,31 +30,42 @@ def load_model(path: str | PathLike[str], dtype: torch.dtype = torch.float32) ->
     The tokenizer pads on the left, as generation needs; without a padding token the end token serves.
 
     Args:
-        path: folder as `save_pretrained` writes it, or a run folder of `react-fast train`: its newest complete
-            checkpoint.
+        path: folder as `save_pretrained` writes it, with PEFT adapters or without, or a run folder of `react-fast
+            train`: its newest complete checkpoint.
         dtype: of the parameters.
     Returns: (model in evaluation mode, tokenizer).
     Raises: FileNotFoundError without folder, config.json, weights or tokenizer; ValueError if the folder
         holds something else than a causal language model, its weights are damaged or incomplete, or the
         tokenizer has more tokens than the model. Each is one line.
     """
-    folder = Path(path)
-    if not folder.is_dir():
-        raise FileNotFoundError(
-            f"model path must be a local folder, got {folder}, which does not exist or is a file"
-        )
-    if (folder / "checkpoints").is_dir():
-        folder = RunFolder(folder).newest_checkpoint()
-    if not (folder / "config.json").is_file():
-        raise FileNotFoundError(f"model folder {folder} has no config.json")
+    folder = model_folder(path)
+    adapted = (folder / adapters.CONFIG).is_file()
+    base = adapters.base_folder(folder) if adapted else folder
+    if not (base / "config.json").is_file():
+        raise FileNotFoundError(f"model folder {base} has no config.json")
     tokenizer = _load_tokenizer(folder)
-    model = _load_weights(folder).to(dtype)
+    model = _load_weights(base).to(dtype)
+    if adapted:
+        model = adapters.load_adapters(model, folder, base=base)
     embeddings = model.get_input_embeddings().num_embeddings
     if len(tokenizer) > embeddings:
         raise ValueError(
             f"model folder {folder}: the tokenizer has {len(tokenizer)} tokens, the model only {embeddings}"
         )
     return model.eval(), tokenizer
+
+
+def model_folder(path: str | PathLike[str]) -> Path:
+    """The folder itself, or the newest complete checkpoint of a run folder.
+
+    Raises: FileNotFoundError if there is no such folder.
+    """
+    folder = Path(path)
+    if not folder.is_dir():
+        raise FileNotFoundError(
+            f"model path must be a local folder, got {folder}, which does not exist or is a file"
+        )
+    return RunFolder(folder).newest_checkpoint() if (folder / "checkpoints").is_dir() else folder
 
 
 def _load_tokenizer(folder: Path) -> Any:

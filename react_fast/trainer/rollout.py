@@ -29,6 +29,7 @@ class Trajectory:
         record: index of the environment's record.
         group: trajectories of one prompt that are compared with each other share it.
         finished: false if the last action hit the token limit.
+        truncated: the environment cut the episode, which was not over.
         seed: of the environment's reset.
     """
 
@@ -41,6 +42,7 @@ class Trajectory:
     record: int = 0
     group: int = 0
     finished: bool = True
+    truncated: bool = False
     seed: int = 0
 
 
@@ -308,6 +310,7 @@ class Episodes:
                 state, reward, terminated, truncated, _ = envs[i].step(action)
                 over = terminated or truncated
                 rows[i].act(self.tokenizer, sample, action, state, float(reward), over)
+                rows[i].truncated = truncated and not terminated
                 if not over:
                     still.append(i)
             running, turn = still, turn + 1
@@ -327,6 +330,7 @@ class _Row:
         self.rewards: list[float] = []
         self.states = [state_id(state)]
         self.record, self.group, self.seed, self.finished = record, group, seed, True
+        self.truncated = False
 
     def act(self, tokenizer: Any, sample: Sample, action: str, state: str, reward: float, over: bool) -> None:
         turn = len(self.rewards)
@@ -356,6 +360,7 @@ class _Row:
             record=self.record,
             group=self.group,
             finished=self.finished,
+            truncated=self.truncated,
             seed=self.seed,
         )
 

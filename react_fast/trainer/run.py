@@ -28,7 +28,7 @@ from .ranks import Ranks
 from .reporter import CURVES, METRICS, Reporter, Silent, print_table
 from .results import MODES, TITLES, Answers, compare, joined, measure, table
 from .section import ConfigError
-from .sources import load_environments, load_policy, make_algorithm, texts, user_input
+from .sources import adapt, load_environments, load_policy, make_algorithm, texts, user_input
 
 
 def read_config(path: str | None, overrides: Sequence[str] = ()) -> RunConfig:
@@ -83,7 +83,13 @@ class _Run:
         if config.trainer.threads is not None:
             torch.set_num_threads(config.trainer.threads)
         self.envs = load_environments(config.env)
+<<<<<<< HEAD
         self._build()
+=======
+        train = self.envs["train"].records
+        model, self.tokenizer = load_policy(config.model, texts(train), config.trainer.seed)
+        self.model = adapt(model, self.tokenizer, config.model, folder, config.trainer.seed)
+>>>>>>> algos
         self.algorithm = make_algorithm(config)
         self.steps = {"warm_start": config.warm_start.steps, "rl": config.trainer.steps}
         self.reporter: Any = Reporter(folder.path, self.steps, console=console) if ranks.first else Silent()

@@ -1,7 +1,7 @@
 """The policy as training scores it: log-probabilities, entropies and heads of a batch in one forward."""
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -153,25 +153,64 @@ def _agrees(model: Any, output: OutputLayer) -> bool:
     )
 
 
-class WithoutAdapter(nn.Module):
-    """The policy that an adapter (PEFT) was put on: the same weights with the adapter off."""
+class StartingAdapters(nn.Module):
+    """A policy with adapters (PEFT) as it is now, for good: its weights below them do not move, so that a copy of
+    the adapters is enough, and none is needed while they do nothing.
+
+    Attributes:
+        values: the adapters' parameters; empty: adapters off.
+    """
 
     def __init__(self, policy: Scorer) -> None:
         super().__init__()
         self._policy = (policy,)  # in a tuple: its weights are not this module's
+        self.values = nn.ParameterList()
+        if not _does_nothing(policy.model):
+            self._keep(_trained(policy.model))
 
-    def train(self, mode: bool = True) -> "WithoutAdapter":
+    def train(self, mode: bool = True) -> "StartingAdapters":
         self._policy[0].train(mode)
         return super().train(mode)
 
+    def load_state_dict(self, state_dict: Mapping[str, Any], *args: Any, **options: Any) -> Any:
+        self._keep(_trained(self._policy[0].model) if state_dict else [])
+        return super().load_state_dict(state_dict, *args, **options)
+
     def forward(self, batch: Batch, temperature: float) -> dict[str, torch.Tensor]:
         (policy,) = self._policy
-        with policy.model.disable_adapter():
+        if not len(self.values):
+            with policy.model.disable_adapter():
+                return policy(batch, temperature)
+        trained = _trained(policy.model)
+        now = [p.detach().clone() for p in trained]
+        _copy(trained, self.values)
+        try:
             return policy(batch, temperature)
+        finally:
+            _copy(trained, now)
+
+    def _keep(self, values: Sequence[torch.Tensor]) -> None:
+        self.values = nn.ParameterList(nn.Parameter(p.detach().clone(), requires_grad=False) for p in values)
+
+
+def _trained(model: nn.Module) -> list[nn.Parameter]:
+    return [p for p in model.parameters() if p.requires_grad]
+
+
+def _does_nothing(model: nn.Module) -> bool:
+    """Whether all that is trained is the matrices A and B of adapters with B = 0."""
+    trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    return all("lora_A" in name or ("lora_B" in name and not bool(p.any())) for name, p in trained)
+
+
+@torch.no_grad()
+def _copy(into: Iterable[torch.Tensor], values: Iterable[torch.Tensor]) -> None:
+    for p, value in zip(into, values, strict=True):
+        p.copy_(value)
 
 
 def reference_policy(policy: Scorer) -> nn.Module:
-    """The policy as it is now, for good: a frozen copy, or the same weights with their adapter off."""
+    """The policy as it is now, for good: a frozen copy, of its adapters alone where it has some."""
     if hasattr(policy.model, "disable_adapter"):
-        return WithoutAdapter(policy).eval()
+        return StartingAdapters(policy).eval()
     return Scorer(copy.deepcopy(policy.model)).eval().requires_grad_(False)

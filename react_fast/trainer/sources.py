@@ -4,14 +4,14 @@ import dataclasses
 import importlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import torch
 
 from ..envs import Record, TextEnv, load_jsonl
 from ..envs.rewards import REWARDS
 from .config import EnvConfig, ModelConfig, RunConfig
-from .folder import UserError
+from .folder import RunFolder, UserError
 from .section import ConfigError
 
 
@@ -50,11 +50,25 @@ def load_policy(config: ModelConfig, texts: Sequence[str], seed: int) -> tuple[A
     with user_input():
         if config.path is not None:
             return load_model(config.path, dtype)
-        sizes = {
-            name: getattr(config, name) for name in ModelConfig.model_fields if name not in ("path", "dtype")
-        }
+        others = ("path", "dtype", "lora")
+        sizes = {name: getattr(config, name) for name in ModelConfig.model_fields if name not in others}
         model, tokenizer = fresh_model(texts, seed=seed, **sizes)
         return model.to(dtype), tokenizer
+
+
+def adapt(model: Any, tokenizer: Any, config: ModelConfig, folder: RunFolder, seed: int) -> Any:
+    """The model with the adapters of `config.lora`, if any; a fresh model is kept in the run folder beneath them.
+
+    Raises: UserError for layers that the model does not have.
+    """
+    from .adapters import add_adapters
+    from .model import model_folder
+
+    if not config.lora.r:
+        return model
+    with user_input():
+        base = model_folder(config.path) if config.path is not None else folder.keep_base(model, tokenizer)
+        return add_adapters(model, config.lora, base=base, seed=seed)
 
 
 def texts(records: Sequence[Record]) -> list[str]:
@@ -101,13 +115,16 @@ def make_algorithm(config: RunConfig) -> Any:
     from .algorithms import ALGORITHMS
 
     chosen = ALGORITHMS[config.algorithm.name]
-    known = [field.name for field in dataclasses.fields(chosen)]
+    known = [field.name for field in dataclasses.fields(cast(Any, chosen))]
     unknown = sorted(set(config.algorithm.options) - set(known))
     if unknown:
         raise UserError(
             f"algorithm.options.{unknown[0]} is not a key; {chosen.__name__} has {', '.join(known)}"
         )
     try:
-        return chosen(**config.algorithm.options)
+        algorithm = chosen(**config.algorithm.options)
     except (TypeError, ValueError) as error:  # its message begins with the option's name
         raise UserError(f"algorithm.options.{error}") from error
+    with user_input():
+        algorithm.check(config.trainer)
+    return algorithm

@@ -30,6 +30,9 @@ from .scoring import Scorer, Scores, reference_policy
 from .state import join, load_module_state, load_optimizer_state, split, whole
 from .updater import Updater, sampling_temperature
 
+# Of the configuration, as accelerate calls them.
+MIXED_PRECISION = {"float32": "no", "bfloat16": "bf16"}
+
 
 class Trainer:
     """Improves a policy on an environment.
@@ -39,7 +42,7 @@ class Trainer:
         tokenizer: its tokenizer: `tokenizer(text, add_special_tokens=...)["input_ids"]`, `decode`,
             `eos_token_id`, `pad_token_id`.
         env: a TextEnv; its records are the training prompts.
-        algorithm: `GRPO()`, `REINFORCE()`, `SFT()`, or any `Algorithm`.
+        algorithm: `GRPO()`, `PPO()`, `DPO()`, `SFT()`, or any `Algorithm`.
         tracker: CausalityTracker that observes the training backward; needed by credit="attribution". If it has
             groups, every record's metadata names one of them as "group".
         config: TrainerConfig.
@@ -76,6 +79,7 @@ class Trainer:
         self.tokenizer, self.env, self.eval_env = tokenizer, env, eval_env
         self.algorithm, self.tracker, self.phase = algorithm, tracker, phase
         groups = group_numbers(tracker.groups, env) if tracker is not None and tracker.groups else None
+<<<<<<< HEAD
         self.accelerator = Accelerator(cpu=not torch.cuda.is_available())
         self.reporter = reporter if self.accelerator.is_main_process else None
         self.ranks = Ranks(self.accelerator)
@@ -88,6 +92,16 @@ class Trainer:
         if isinstance(self.reference, Scorer) and self.config.sharded:
             shard(self.reference)
         self.updater = Updater(self.policy, algorithm, self.config, self.ranks, tracker, groups, phase)
+=======
+        algorithm.check(self.config)
+        self.accelerator = Accelerator(
+            cpu=not torch.cuda.is_available(), mixed_precision=MIXED_PRECISION[self.config.precision]
+        )
+        self.policy = Scorer(model, algorithm.heads(model)).to(self.accelerator.device)
+        self.model = model
+        self.reference = reference_policy(self.policy) if algorithm.compares(self.config) else None
+        self.updater = Updater(self.policy, algorithm, self.config, self.accelerator, tracker, groups, phase)
+>>>>>>> algos
         policy_engine = PolicyEngine(self.model, eos_id=self.eos_id, pad_id=self.pad_id)
         self.engine = engine or algorithm.engine(self) or policy_engine
         self.memory = algorithm.memory(self)
@@ -98,7 +112,7 @@ class Trainer:
     # ---- the four phases -----------------------------------------------------------------------------------
 
     def collect(self, step: int | None = None) -> list[Trajectory]:
-        """Trajectories of one step (counted from 0): rollouts of the policy, or the references for SFT."""
+        """Trajectories of one step (counted from 0): rollouts of the policy, or what is written in the records."""
         return self.algorithm.collect(self, self.step if step is None else step)
 
     def score(self, trajectories: Sequence[Trajectory]) -> Batch:
@@ -106,15 +120,14 @@ class Trainer:
         now (if it will change before the last update on them) and under the reference, and attributions, measured
         effects or step advantages."""
         batch = collate(trajectories, self.pad_id, self.accelerator.device, self._dtype)
-        if self.algorithm.supervised:
-            return batch
-        if self.config.updates_per_step > 1 or self.policy.heads:
+        if self.algorithm.remembers(self.config):
             before = self.scores(batch)
             batch.old_logprobs, batch.heads = before.logprobs, before.heads
         if self.reference is not None:
             batch.ref_logprobs = self.scores(batch, self.reference).logprobs
         self.algorithm.score(self, batch)
-        self.replays.score(trajectories, batch)
+        if not self.algorithm.supervised:
+            self.replays.score(trajectories, batch)
         return batch
 
     def credit(self, batch: Batch) -> Batch:
@@ -189,18 +202,18 @@ class Trainer:
         clock = Clock()
         trajectories = self.collect()
         clock.lap("rollout")
-        batch = self.score(trajectories)
+        batch = self.score(self.algorithm.select(trajectories))
         clock.lap("score")
         batch = self.credit(batch)
         clock.lap("credit")
         metrics = self.update(batch)
         clock.lap("update")
         self.step += 1
-        metrics |= describe(trajectories, batch, self.algorithm.supervised) | clock.metrics()
+        metrics |= describe(trajectories, self.algorithm.supervised) | clock.metrics()
         if not self.algorithm.supervised:
             metrics |= self.replays.metrics
         if self.config.eval_every and self.eval_env is not None and self.step % self.config.eval_every == 0:
-            held_out, value = self._held_out()
+            held_out, value = self.algorithm.held_out(self, self.eval_env)
             metrics |= held_out
             self.stopping.see(value, self.model)
         if self.reporter is not None:
@@ -210,8 +223,7 @@ class Trainer:
         return metrics
 
     def evaluate(self, env: TextEnv | None = None, *, greedy: bool = True) -> dict[str, float]:
-        """Held-out quality: "eval/reward", the mean return; in supervised training "eval/loss" too, the
-        cross-entropy per reference token.
+        """Held-out quality: "eval/reward", the mean return; in supervised training "eval/loss" too.
 
         Args:
             env: environment of the records to test, each played once; None: eval_env.
@@ -347,6 +359,7 @@ class Trainer:
         """Of log-probabilities, and of the rewards and advantages that meet them."""
         return accumulation_dtype(next(self.model.parameters()).dtype)
 
+<<<<<<< HEAD
     def _held_out(self) -> tuple[dict[str, float], float]:
         """What a training step looks at, and the number that should get smaller."""
         assert self.eval_env is not None
@@ -365,6 +378,8 @@ class Trainer:
                 + (f" x {together} that stay together" if together > 1 else "")
             )
 
+=======
+>>>>>>> algos
     def _resume(self, resume: str | Path | None) -> None:
         if resume == "auto":
             resume = newest_complete(self.config.checkpoint_dir) if self.config.checkpoint_dir else None

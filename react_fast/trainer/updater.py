@@ -10,7 +10,11 @@ import torch
 
 from .batch import Batch
 from .meters import Averages
+<<<<<<< HEAD
 from .ranks import Ranks, clip_gradients, spread
+=======
+from .recompute import recomputed
+>>>>>>> algos
 from .rollout import key, permutation
 from .schedule import learning_rate, make_optimizer
 from .scoring import Scorer, Scores, scores
@@ -52,9 +56,16 @@ class Updater:
         """All updates on one batch; `step` keys their order. Returns their mean metrics."""
         self.policy.train(self.algorithm.supervised)
         totals = Averages()
+<<<<<<< HEAD
         for rows in self._minibatches(len(batch), step):
             self._update(batch.select(rows), totals, step)
         return totals.joined(self.ranks).result()
+=======
+        with recomputed(self.policy) if self.config.gradient_checkpointing else nullcontext():
+            for rows in self._minibatches(len(batch), step):
+                self._update(batch.select(rows), totals, step)
+        return totals.result()
+>>>>>>> algos
 
     def parts(self, count: int) -> Iterator[torch.Tensor]:
         """Rows of the micro-batches of `count` trajectories."""
@@ -69,8 +80,16 @@ class Updater:
         policy.eval()
         mine = self.ranks.even_share(len(batch))
         found: dict[str, torch.Tensor] = {}
+<<<<<<< HEAD
         for places in self.parts(len(mine)):
             for name, x in policy(batch.select(mine[places]), temperature).items():
+=======
+        for rows in self.parts(len(batch)):
+            part = batch.select(rows)
+            with self.accelerator.autocast():
+                outputs = policy(part, temperature)
+            for name, x in outputs.items():
+>>>>>>> algos
                 if name not in found:
                     found[name] = x.new_zeros(len(mine), batch.mask.shape[1], *x.shape[2:])
                 found[name][places, : x.shape[1]] = x
@@ -78,7 +97,7 @@ class Updater:
         return scores({name: self.ranks.rows(x, len(batch)) for name, x in found.items()})
 
     def _update(self, batch: Batch, totals: Averages, step: int) -> None:
-        denominator = self.algorithm.denominator(batch)
+        denominator = self.algorithm.denominator(self.config, batch)
         self.optimizer.zero_grad(set_to_none=True)
         with torch.random.fork_rng(devices=[]):
             stream = (self.ranks.rank,) if self.ranks.rank else ()
@@ -107,9 +126,14 @@ class Updater:
         with self._observed(part, step):
             found = scores(self.policy(part, temperature))
             loss, metrics = self.algorithm.loss(self.config, part, found, denominator)
+<<<<<<< HEAD
             # Gradients are averaged over the ranks, and the loss is divided by what all of them hold.
             self.ranks.accelerator.backward(loss * self.ranks.world)
         totals.add(metrics, float(part.mask.sum()))
+=======
+            self.accelerator.backward(loss)
+        totals.add(metrics, float(self.algorithm.weight(part)))
+>>>>>>> algos
         totals.sum("loss", float(loss.detach()))
 
     def _observed(self, part: Batch, step: int) -> AbstractContextManager[None]:

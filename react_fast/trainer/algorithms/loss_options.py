@@ -3,15 +3,16 @@
 from typing import Any
 
 from ...ops import _check
+from ...ops._objectives import OBJECTIVES
 from ...ops._policy_loss import AGGREGATIONS, KL_ESTIMATORS, KL_GRADIENTS
-
-# An update divides by its own count of tokens or sequences; "token_sum_norm" has none.
-_COUNTED = tuple(name for name in AGGREGATIONS if name != "token_sum_norm")
 
 
 def check_loss_options(algorithm: Any) -> None:
-    """Raises: ValueError for an aggregation, kl_estimator or kl_gradient that `policy_loss` does not know."""
-    _check.choice("aggregation", algorithm.aggregation, _COUNTED)
+    """Raises: TypeError or ValueError for an objective (bounds that cross), aggregation, kl_estimator or
+    kl_gradient that `policy_loss` does not take."""
+    if type(algorithm.objective) not in OBJECTIVES:
+        raise TypeError(f"objective must be one of policy_loss's, got {algorithm.objective!r}")
+    _check.choice("aggregation", algorithm.aggregation, AGGREGATIONS)
     _check.choice("kl_estimator", algorithm.kl_estimator, KL_ESTIMATORS)
     _check.choice("kl_gradient", algorithm.kl_gradient, KL_GRADIENTS)
 
@@ -20,3 +21,18 @@ def check_switch(name: str, value: Any) -> None:
     """Raises: TypeError for anything but true and false."""
     if not isinstance(value, bool):
         raise TypeError(f"{name} must be true or false, got {value!r}")
+
+
+def check_numbers(algorithm: Any, *names: str, **bounds: Any) -> None:
+    """Raises: TypeError or ValueError, naming the option; `bounds` as in `_check.number`."""
+    for name in names:
+        _check.number(name, getattr(algorithm, name), **bounds)
+
+
+def check_on_policy(algorithm: Any, config: Any) -> None:
+    """Raises: ValueError where samples would be used more than once without a probability ratio."""
+    if config.epochs > 1:
+        raise ValueError(
+            f"trainer.epochs must be 1 for {type(algorithm).__name__}, whose loss has no probability ratio, "
+            f"got {config.epochs}"
+        )

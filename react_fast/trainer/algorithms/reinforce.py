@@ -28,7 +28,7 @@ class REINFORCE(PolicyGradient):
         baseline: mean total reward of the other trajectories (leave-one-out, so it adds no bias) of the
             "batch" or of the prompt's "group"; "none".
         whiten: scale the advantages of a rollout batch to mean 0 and standard deviation 1.
-        aggregation, kl_estimator, kl_gradient: see `policy_loss`; "token_sum_norm" is not among them.
+        aggregation, kl_estimator, kl_gradient, kl_in_reward: see `PolicyGradient`.
     Raises: ValueError or TypeError for an option out of range, when it is made.
     Source: Williams 1992; leave-one-out: Kool et al. 2019, Ahmadian et al. 2024 (arXiv:2402.14740).
     """
@@ -48,10 +48,11 @@ class REINFORCE(PolicyGradient):
         return Reinforce()
 
     def advantages(self, config: Any, batch: Batch) -> torch.Tensor:
-        advantages = discounted_returns(batch.step_rewards, gamma=self.gamma, mask=batch.mask)
+        steps, rewards = self.step_rewards(config, batch), self.rewards(config, batch)
+        advantages = discounted_returns(steps, gamma=self.gamma, mask=batch.mask)
         if self.baseline != "none":
             groups = batch.groups if self.baseline == "group" else torch.zeros_like(batch.groups)
-            relative = group_advantages(batch.rewards, groups, baseline="leave_one_out", scale="none")
-            level = (batch.rewards - relative)[:, None]
+            relative = group_advantages(rewards, groups, baseline="leave_one_out", scale="none")
+            level = (rewards - relative)[:, None]
             advantages = torch.where(batch.mask, advantages - level, 0.0)
         return whiten(advantages, mask=batch.mask) if self.whiten else advantages

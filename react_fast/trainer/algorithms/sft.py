@@ -19,8 +19,12 @@ class SFT(Algorithm):
 
     supervised: ClassVar[bool] = True
 
-    def collect(self, trainer: Any, step: int) -> list[Trajectory]:
-        return demonstrations(trainer.tokenizer, trainer.env.records, trainer.records_of(step))
+    def demonstrate(
+        self, tokenizer: Any, records: Sequence[Record], chosen: Sequence[int]
+    ) -> list[Trajectory]:
+        answers = [written(i, records[i].reference, "reference") for i in chosen]
+        pairs = zip(chosen, answers, strict=True)
+        return [demonstration(tokenizer, records[i].prompt, answer, i) for i, answer in pairs]
 
     def advantages(self, config: Any, batch: Batch) -> torch.Tensor:
         return torch.ones_like(batch.rewards)
@@ -31,15 +35,11 @@ class SFT(Algorithm):
         return -scores.logprobs.sum() / denominator.clamp_min(1), {"tokens": tokens, "entropy": entropy}
 
 
-def demonstrations(tokenizer: Any, records: Sequence[Record], chosen: Sequence[int]) -> list[Trajectory]:
-    """The references of some records as trajectories.
+def written(i: int, answer: Any, name: str) -> str:
+    """The answer that supervised training needs.
 
-    Raises: ValueError for a record without a reference.
+    Raises: ValueError for a record without it.
     """
-    found = []
-    for i in chosen:
-        reference = records[i].reference
-        if reference is None:
-            raise ValueError(f"records[{i}].reference must be a text for supervised training, got None")
-        found.append(demonstration(tokenizer, records[i].prompt, reference, i))
-    return found
+    if not isinstance(answer, str):
+        raise ValueError(f"records[{i}].{name} must be a text for supervised training, got {answer!r}")
+    return answer
