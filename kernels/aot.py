@@ -189,7 +189,8 @@ def _jobs(
     paths: Iterable[str], known: Mapping[str, Resources]
 ) -> list[tuple[str, int, Mapping[str, Resources]]]:
     """(path, number of the variant, what need not be compiled): of every kernel the first one is."""
-    jobs, seen = [], set()
+    jobs: list[tuple[str, int, Mapping[str, Resources]]] = []
+    seen = set()
     for path in paths:
         for number, variant in enumerate(variants_of(path)):
             first = variant.kernel.__name__ not in seen

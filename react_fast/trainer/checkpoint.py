@@ -23,11 +23,8 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-<<<<<<< HEAD
-from .state import shard_like
-=======
 from .adapters import adapter_weights, has_adapters
->>>>>>> algos
+from .state import shard_like
 
 MANIFEST, TENSORS, STATE, WEIGHTS = "manifest.json", "tensors.safetensors", "state.json", "model.safetensors"
 ADAPTERS = "adapter_model.safetensors"
@@ -73,13 +70,9 @@ def save_checkpoint(
     Args:
         folder: where the checkpoints of a run lie; made when missing.
         step: training step, 0 or more.
-<<<<<<< HEAD
-        model: a `transformers` model (saved by save_pretrained) or any module (its state_dict).
-        weights: the model's state_dict where it holds shards only; None: its own.
-=======
         model: a `transformers` model (saved by save_pretrained; with PEFT adapters, those alone) or any module
             (its state_dict).
->>>>>>> algos
+        weights: the model's state_dict where it holds shards only; None: its own.
         tokenizer: saved by save_pretrained; None: none.
         tensors: any tensors by name, any dtype; scalars are kept as they are.
         state: values that JSON holds; NaN and infinity are allowed.
@@ -143,16 +136,10 @@ def load_weights(model: torch.nn.Module, path: str | Path) -> None:
 
     Raises: CheckpointError when a weight is missing, unknown or of another shape.
     """
-<<<<<<< HEAD
-    stored = _read_weights(Path(path))
-    own = model.state_dict()
-    groups = tied(own)
-=======
     adapted = has_adapters(model)
     stored = _read_weights(Path(path), ADAPTERS if adapted else "model*.safetensors")
     own = adapter_weights(model) if adapted else model.state_dict()
-    groups = _shared(own)
->>>>>>> algos
+    groups = tied(own)
     missing = [key for key in own if not groups[key] & stored.keys()]
     unknown = [key for key in stored if key not in own]
     if missing or unknown:
@@ -205,15 +192,10 @@ def _write_model(
     folder: Path, model: torch.nn.Module, weights: Mapping[str, torch.Tensor] | None, tokenizer: Any
 ) -> None:
     save_pretrained = getattr(model, "save_pretrained", None)
-<<<<<<< HEAD
-    if callable(save_pretrained):
-        save_pretrained(folder, state_dict=weights)
-=======
     if has_adapters(model):
         model.save_pretrained(folder, save_embedding_layers=False)  # type: ignore[operator]
     elif callable(save_pretrained):
-        save_pretrained(folder)
->>>>>>> algos
+        save_pretrained(folder, state_dict=weights)
     else:
         weights = model.state_dict()
         groups = tied(weights)

@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from .state import load_module_state
+from .state import shard_like
 
 
 class EarlyStopping:
@@ -30,13 +30,9 @@ class EarlyStopping:
 
     def restore(self, model: torch.nn.Module) -> None:
         if self.weights is not None:
-<<<<<<< HEAD
-            load_module_state(model, self.weights)
-=======
             with torch.no_grad():
                 for name, p in _trained(model):
-                    p.copy_(self.weights[name])
->>>>>>> algos
+                    p.copy_(shard_like(p, self.weights[name]))
 
     def state_dict(self) -> dict[str, Any]:
         return {"best": self.best, "waited": self.waited, "weights": self.weights}

@@ -10,11 +10,7 @@ import numpy as np
 import torch
 
 from ..envs import Record
-<<<<<<< HEAD
-from .batch import Batch
 from .ranks import Ranks
-=======
->>>>>>> algos
 from .rollout import Trajectory
 
 

@@ -45,6 +45,11 @@ class Ranks:
         size = -(-count // self.world)
         return torch.arange(self.rank * size, (self.rank + 1) * size).clamp_max(count - 1)
 
+    def own(self, count: int) -> torch.Tensor:
+        """Which rows of the even share of `count` do not stand in for others, [share] bool."""
+        size = -(-count // self.world)
+        return torch.arange(self.rank * size, (self.rank + 1) * size) < count
+
     def joined(self, mine: Sequence[T], count: int) -> list[T]:
         """The results of all ranks' shares of `count` rows, in the rows' order."""
         if self.world == 1:

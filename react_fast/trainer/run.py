@@ -83,20 +83,17 @@ class _Run:
         if config.trainer.threads is not None:
             torch.set_num_threads(config.trainer.threads)
         self.envs = load_environments(config.env)
-<<<<<<< HEAD
         self._build()
-=======
-        train = self.envs["train"].records
-        model, self.tokenizer = load_policy(config.model, texts(train), config.trainer.seed)
-        self.model = adapt(model, self.tokenizer, config.model, folder, config.trainer.seed)
->>>>>>> algos
         self.algorithm = make_algorithm(config)
         self.steps = {"warm_start": config.warm_start.steps, "rl": config.trainer.steps}
         self.reporter: Any = Reporter(folder.path, self.steps, console=console) if ranks.first else Silent()
 
     def _build(self) -> None:
         train = self.envs["train"].records
-        self.model, self.tokenizer = load_policy(self.config.model, texts(train), self.config.trainer.seed)
+        seed = self.config.trainer.seed
+        model, self.tokenizer = load_policy(self.config.model, texts(train), seed)
+        with self.ranks.accelerator.main_process_first():  # it writes what the others read
+            self.model = adapt(model, self.tokenizer, self.config.model, self.folder, seed)
         self.tracker = make_tracker(self.config.tracker, self.model, self.tokenizer)
 
     def go(self, resume: str) -> dict[str, Any]:

@@ -59,7 +59,9 @@ def shard_like(own: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
 def load_module_state(module: torch.nn.Module, state: Mapping[str, torch.Tensor]) -> None:
     """Load what `state_dict` and `whole` returned."""
     own = module.state_dict()
-    module.load_state_dict({name: shard_like(own[name], x) for name, x in state.items()})
+    module.load_state_dict(
+        {name: shard_like(own[name], x) if name in own else x for name, x in state.items()}
+    )
 
 
 def load_optimizer_state(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:

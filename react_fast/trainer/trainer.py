@@ -15,6 +15,7 @@ from accelerate import Accelerator
 from ..envs import TextEnv
 from ..ops.backend import accumulation_dtype
 from ..tracker.credit import attribution_credit, causal_credit
+from .adapters import has_adapters
 from .batch import Batch, collate, group_numbers
 from .checkpoint import CheckpointError, load_checkpoint, load_weights, newest_complete, save_checkpoint, tied
 from .config import TrainerConfig
@@ -79,29 +80,20 @@ class Trainer:
         self.tokenizer, self.env, self.eval_env = tokenizer, env, eval_env
         self.algorithm, self.tracker, self.phase = algorithm, tracker, phase
         groups = group_numbers(tracker.groups, env) if tracker is not None and tracker.groups else None
-<<<<<<< HEAD
-        self.accelerator = Accelerator(cpu=not torch.cuda.is_available())
-        self.reporter = reporter if self.accelerator.is_main_process else None
-        self.ranks = Ranks(self.accelerator)
-        self._check_split(algorithm.together)
-        self.policy = Scorer(model, algorithm.heads(model)).to(self.accelerator.device)
-        self.model = model
-        self._tied = tied(model.state_dict()) if self.config.sharded else {}
-        frozen = self.config.kl_coef and not algorithm.supervised
-        self.reference = reference_policy(self.policy) if frozen else None
-        if isinstance(self.reference, Scorer) and self.config.sharded:
-            shard(self.reference)
-        self.updater = Updater(self.policy, algorithm, self.config, self.ranks, tracker, groups, phase)
-=======
         algorithm.check(self.config)
         self.accelerator = Accelerator(
             cpu=not torch.cuda.is_available(), mixed_precision=MIXED_PRECISION[self.config.precision]
         )
+        self.reporter = reporter if self.accelerator.is_main_process else None
+        self.ranks = Ranks(self.accelerator)
+        self._check_split(model)
         self.policy = Scorer(model, algorithm.heads(model)).to(self.accelerator.device)
         self.model = model
+        self._tied = tied(model.state_dict()) if self.config.sharded else {}
         self.reference = reference_policy(self.policy) if algorithm.compares(self.config) else None
-        self.updater = Updater(self.policy, algorithm, self.config, self.accelerator, tracker, groups, phase)
->>>>>>> algos
+        if isinstance(self.reference, Scorer) and self.config.sharded:
+            shard(self.reference)
+        self.updater = Updater(self.policy, algorithm, self.config, self.ranks, tracker, groups, phase)
         policy_engine = PolicyEngine(self.model, eos_id=self.eos_id, pad_id=self.pad_id)
         self.engine = engine or algorithm.engine(self) or policy_engine
         self.memory = algorithm.memory(self)
@@ -182,18 +174,14 @@ class Trainer:
             while self.step < self.config.steps and not self.stopping.over:
                 metrics = self.train_step()
                 finished = self.step >= self.config.steps or self.stopping.over
-                asked = self.ranks.any(
-                    stop()
-                )  # looked at once: a signal from here on waits for the next step's save
+                asked = self.ranks.any(stop())  # once: a signal from here on waits for the next step's save
                 if finished or asked or (self.config.save_every and self.step % self.config.save_every == 0):
                     if finished:
                         self.stopping.restore(self.model)
                     self.save()
                 if asked:
                     raise KeyboardInterrupt
-            if self.ranks.any(
-                stop()
-            ):  # while the last step was saved: what would follow the training must not begin
+            if self.ranks.any(stop()):  # while the last step was saved: what would follow must not begin
                 raise KeyboardInterrupt
         return metrics
 
@@ -359,27 +347,18 @@ class Trainer:
         """Of log-probabilities, and of the rewards and advantages that meet them."""
         return accumulation_dtype(next(self.model.parameters()).dtype)
 
-<<<<<<< HEAD
-    def _held_out(self) -> tuple[dict[str, float], float]:
-        """What a training step looks at, and the number that should get smaller."""
-        assert self.eval_env is not None
-        if self.algorithm.supervised:
-            loss = held_out_loss(self, self.eval_env)
-            return {"eval/loss": loss}, loss
-        reward = held_out_reward(self, self.eval_env, greedy=True)
-        return {"eval/reward": reward}, -reward
-
-    def _check_split(self, together: int) -> None:
+    def _check_split(self, model: Any) -> None:
         size, world = self.config.sequences_per_update, self.ranks.world
-        if size % (world * together):
+        if size % world:
             raise ValueError(
                 f"the {size} sequences of an update (prompts_per_step x group_size / minibatches) must be"
                 f" divisible by {world} processes"
-                + (f" x {together} that stay together" if together > 1 else "")
+            )
+        if self.config.sharded and has_adapters(model):
+            raise ValueError(
+                "trainer.sharded must be false for a model with adapters: copies of them are small"
             )
 
-=======
->>>>>>> algos
     def _resume(self, resume: str | Path | None) -> None:
         if resume == "auto":
             resume = newest_complete(self.config.checkpoint_dir) if self.config.checkpoint_dir else None

@@ -10,11 +10,8 @@ import torch
 
 from .batch import Batch
 from .meters import Averages
-<<<<<<< HEAD
 from .ranks import Ranks, clip_gradients, spread
-=======
 from .recompute import recomputed
->>>>>>> algos
 from .rollout import key, permutation
 from .schedule import learning_rate, make_optimizer
 from .scoring import Scorer, Scores, scores
@@ -56,16 +53,10 @@ class Updater:
         """All updates on one batch; `step` keys their order. Returns their mean metrics."""
         self.policy.train(self.algorithm.supervised)
         totals = Averages()
-<<<<<<< HEAD
-        for rows in self._minibatches(len(batch), step):
-            self._update(batch.select(rows), totals, step)
-        return totals.joined(self.ranks).result()
-=======
         with recomputed(self.policy) if self.config.gradient_checkpointing else nullcontext():
             for rows in self._minibatches(len(batch), step):
                 self._update(batch.select(rows), totals, step)
-        return totals.result()
->>>>>>> algos
+        return totals.joined(self.ranks).result()
 
     def parts(self, count: int) -> Iterator[torch.Tensor]:
         """Rows of the micro-batches of `count` trajectories."""
@@ -80,16 +71,10 @@ class Updater:
         policy.eval()
         mine = self.ranks.even_share(len(batch))
         found: dict[str, torch.Tensor] = {}
-<<<<<<< HEAD
         for places in self.parts(len(mine)):
-            for name, x in policy(batch.select(mine[places]), temperature).items():
-=======
-        for rows in self.parts(len(batch)):
-            part = batch.select(rows)
-            with self.accelerator.autocast():
-                outputs = policy(part, temperature)
+            with self.ranks.accelerator.autocast():
+                outputs = policy(batch.select(mine[places]), temperature)
             for name, x in outputs.items():
->>>>>>> algos
                 if name not in found:
                     found[name] = x.new_zeros(len(mine), batch.mask.shape[1], *x.shape[2:])
                 found[name][places, : x.shape[1]] = x
@@ -105,8 +90,10 @@ class Updater:
             mine = self.ranks.even_share(len(batch))
             parts = list(self.parts(len(mine)))
             for i, places in enumerate(parts):
+                part = batch.select(mine[places])
+                part.mask = part.mask & self.ranks.own(len(batch))[places, None].to(part.mask.device)
                 with self._synchronised(i == len(parts) - 1):
-                    self._backward(batch.select(mine[places]), denominator, totals, step)
+                    self._backward(part, denominator, totals, step)
         norm = clip_gradients(self.policy.parameters(), self.config.max_grad_norm)
         rate = learning_rate(self.updates, self.config)
         for group in self.optimizer.param_groups:
@@ -126,14 +113,9 @@ class Updater:
         with self._observed(part, step):
             found = scores(self.policy(part, temperature))
             loss, metrics = self.algorithm.loss(self.config, part, found, denominator)
-<<<<<<< HEAD
             # Gradients are averaged over the ranks, and the loss is divided by what all of them hold.
             self.ranks.accelerator.backward(loss * self.ranks.world)
-        totals.add(metrics, float(part.mask.sum()))
-=======
-            self.accelerator.backward(loss)
         totals.add(metrics, float(self.algorithm.weight(part)))
->>>>>>> algos
         totals.sum("loss", float(loss.detach()))
 
     def _observed(self, part: Batch, step: int) -> AbstractContextManager[None]:
