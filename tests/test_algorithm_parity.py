@@ -57,8 +57,12 @@ CASES: dict[str, tuple[Any, dict[str, Any]]] = {
 }
 
 
-def test_every_algorithm_has_a_case():
-    assert {type(algorithm) for algorithm, _ in CASES.values()} == set(ALGORITHMS.values())
+# Their targets are held against the equations in tests/test_token_q_learning.py.
+VALUES = {algorithms.TokenDQN, algorithms.SoftQ, algorithms.ILQL}
+
+
+def test_every_other_algorithm_has_a_case():
+    assert {type(algorithm) for algorithm, _ in CASES.values()} == set(ALGORITHMS.values()) - VALUES
 
 
 def _equal_after_every_step(algorithm, changes, *, shared=False, **options):

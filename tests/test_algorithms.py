@@ -66,6 +66,9 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "sft": {"group_size": 1, "steps": 10},
     "dpo": {"group_size": 1, "steps": 10},
     "online_dpo": {"steps": 40},
+    "dqn": {"steps": 60, "epochs": 2},
+    "soft_q": {"steps": 60, "epochs": 2, "temperature": 0.1},
+    "ilql": {"group_size": 1, "steps": 10},
     **dict.fromkeys(("ppo", "gspo", "cispo", "gmpo", "sapo", "rloo"), OFF_POLICY),
 }
 
@@ -89,8 +92,10 @@ def test_the_table_is_documented():
 
 @pytest.mark.parametrize("name", ALGORITHMS)
 def test_a_batch_without_actions_changes_nothing(name):
-    changes = {"optimizer": "sgd", "kl_coef": 0.1, "prompts_per_step": 2, "group_size": 2}
-    trainer = _trainer(ALGORITHMS[name](), **changes, entropy_coef=0.01, minibatches=2)
+    changes: dict[str, Any] = {"optimizer": "sgd", "prompts_per_step": 2, "group_size": 2, "minibatches": 2}
+    if name not in ("dqn", "soft_q"):
+        changes |= {"kl_coef": 0.1, "entropy_coef": 0.01}
+    trainer = _trainer(ALGORITHMS[name](), **changes)
     trajectories = trainer.collect()
     for trajectory in trajectories:
         trajectory.action_mask[:] = False

@@ -24,6 +24,7 @@ def answer(
     batch_size: int = 64,
     seed: int = 0,
     share: Callable[[list[int]], list[int]] = list,
+    engine: Any = None,
 ) -> Answers:
     """One episode of every record, in the records' order.
 
@@ -35,9 +36,11 @@ def answer(
         batch_size: episodes generated together; changes nothing but memory.
         seed: of the sampling; each record draws from a stream of its own.
         share: which of the records' numbers to play; all of them if not given.
+        engine: rollout engine; None: the model itself.
     Returns: the last action and the sum of rewards of every episode that was played.
     """
-    engine = PolicyEngine(model, eos_id=tokenizer.eos_token_id, pad_id=tokenizer.pad_token_id)
+    if engine is None:
+        engine = PolicyEngine(model, eos_id=tokenizer.eos_token_id, pad_id=tokenizer.pad_token_id)
     episodes = Episodes(engine, tokenizer, env)
     responses: list[str] = []
     rewards: list[float] = []

@@ -84,6 +84,7 @@ class _Run:
             torch.set_num_threads(config.trainer.threads)
         self.envs = load_environments(config.env)
         self._build()
+        self.engine: Any = None  # that of the newest training; None: the model itself
         self.algorithm = make_algorithm(config)
         self.steps = {"warm_start": config.warm_start.steps, "rl": config.trainer.steps}
         self.reporter: Any = Reporter(folder.path, self.steps, console=console) if ranks.first else Silent()
@@ -190,9 +191,11 @@ class _Run:
             eval_env=self.envs["validation"],
         )
         trainer.train(resume=start)
+        self.engine = trainer.engine
         if self.ranks.world > 1:  # training wrapped the model, and the tests want it as it was
             self._build()
             self._load(phase)
+            self.engine = None
 
     def trainer_config(self, phase: str) -> TrainerConfig:
         """The trainer's part of the configuration for one phase."""
@@ -214,7 +217,13 @@ class _Run:
         result: dict[str, Any] = {}
         for mode in MODES:
             mine = _test_answers(
-                self.config, self.model, self.tokenizer, self.envs["test"], mode, self.ranks.share
+                self.config,
+                self.model,
+                self.tokenizer,
+                self.envs["test"],
+                mode,
+                self.ranks.share,
+                self.engine,
             )
             answers = joined(self.ranks.joined([mine], self.ranks.world))
             self.folder.write_json(_answers_file(phase, mode), asdict(answers))
@@ -280,7 +289,13 @@ def evaluate(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
 
 
 def _test_answers(
-    config: RunConfig, model: Any, tokenizer: Any, env: TextEnv, mode: str, share: Any = list
+    config: RunConfig,
+    model: Any,
+    tokenizer: Any,
+    env: TextEnv,
+    mode: str,
+    share: Any = list,
+    engine: Any = None,
 ) -> Answers:
     return answer(
         model,
@@ -291,6 +306,7 @@ def _test_answers(
         batch_size=config.trainer.eval_batch,
         seed=config.trainer.seed,
         share=share,
+        engine=engine,
     )
 
 

@@ -94,8 +94,8 @@ class Trainer:
         if isinstance(self.reference, Scorer) and self.config.sharded:
             shard(self.reference)
         self.updater = Updater(self.policy, algorithm, self.config, self.ranks, tracker, groups, phase)
-        policy_engine = PolicyEngine(self.model, eos_id=self.eos_id, pad_id=self.pad_id)
-        self.engine = engine or algorithm.engine(self) or policy_engine
+        self.policy_engine = PolicyEngine(self.model, eos_id=self.eos_id, pad_id=self.pad_id)
+        self.engine = engine or algorithm.engine(self) or self.policy_engine
         self.memory = algorithm.memory(self)
         self.step = 0  # finished steps
         self.stopping = EarlyStopping(self.config.early_stopping)
@@ -190,7 +190,8 @@ class Trainer:
         clock = Clock()
         trajectories = self.collect()
         clock.lap("rollout")
-        batch = self.score(self.algorithm.select(trajectories))
+        chosen = self.algorithm.select(trajectories)
+        batch = self.score(self.memory.replay(chosen) if self.memory is not None else chosen)
         clock.lap("score")
         batch = self.credit(batch)
         clock.lap("credit")

@@ -18,13 +18,18 @@
 | reinforce_pp_baseline | r - mean of the group, whitened over the batch | clipped ratio, k2 | arXiv:2501.03262 |
 | dpo | written pairs | sigmoid, IPO or hinge of the margin | arXiv:2305.18290 |
 | online_dpo | best and worst of the group | as dpo | arXiv:2402.04792 |
+| dqn | none: Q is regressed on r + gamma V | Huber, double DQN | arXiv:1509.06461 |
+| soft_q | likewise, V = alpha log sum exp(Q / alpha) | Huber | arXiv:1702.08165 |
+| ilql | none: written answers with rewards | Q, expectile V, conservative | arXiv:2206.11871 |
 
 A new one is a class on `Algorithm` or `PolicyGradient` with what differs, and a line in the table.
 """
 
 from .base import Algorithm, PolicyGradient
 from .dpo import DPO, OnlineDPO
+from .dqn import SoftQ, TokenDQN
 from .grpo import CISPO, DAPO, GMPO, GRPO, GSPO, SAPO, DrGRPO
+from .ilql import ILQL
 from .ppo import A2C, PPO
 from .reinforce import REINFORCE
 from .reinforce_plus_plus import ReinforcePlusPlus, ReinforcePlusPlusBaseline
@@ -48,6 +53,9 @@ ALGORITHMS: dict[str, type[Algorithm]] = {
     "reinforce_pp_baseline": ReinforcePlusPlusBaseline,
     "dpo": DPO,
     "online_dpo": OnlineDPO,
+    "dqn": TokenDQN,
+    "soft_q": SoftQ,
+    "ilql": ILQL,
 }
 
 __all__ = ["ALGORITHMS", "Algorithm", "PolicyGradient", *sorted(one.__name__ for one in ALGORITHMS.values())]

@@ -40,8 +40,8 @@ class Algorithm:
         return {}
 
     def memory(self, trainer: Any) -> Any:
-        """What outlives a step beside weights (replay, target network): an object with state_dict,
-        load_state_dict and after_update(), or None."""
+        """What outlives a step beside weights (replay, target network), or None: an object with state_dict,
+        load_state_dict, after_update() and replay(a step's trajectories) -> those that are trained on."""
         return None
 
     def engine(self, trainer: Any) -> Any:

@@ -36,3 +36,13 @@ def check_on_policy(algorithm: Any, config: Any) -> None:
             f"trainer.epochs must be 1 for {type(algorithm).__name__}, whose loss has no probability ratio, "
             f"got {config.epochs}"
         )
+
+
+def check_count(algorithm: Any, *names: str) -> None:
+    """Raises: TypeError or ValueError for anything but an integer of at least 1."""
+    for name in names:
+        value = getattr(algorithm, name)
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise TypeError(f"{name} must be an int, got {value!r}")
+        if value < 1:
+            raise ValueError(f"{name} must be at least 1, got {value}")
