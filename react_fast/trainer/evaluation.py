@@ -6,6 +6,7 @@ import numpy as np
 import torch
 
 from ..envs import TextEnv
+from ..envs.rewards import right_answers
 from .algorithms.sft import demonstrations
 from .batch import collate
 from .results import Answers
@@ -47,9 +48,8 @@ def answer(
             last = trajectory.action_mask & (trajectory.turn_index == len(trajectory.rewards) - 1)
             responses.append(tokenizer.decode(trajectory.token_ids[last].tolist(), skip_special_tokens=True))
             rewards.append(sum(trajectory.rewards))
-    references = [record.reference for record in env.records]
-    known = [reference for reference in references if reference is not None]
-    return Answers(responses, rewards, known if len(known) == len(references) else None)
+    known = [right_answers(record) for record in env.records if record.reference is not None]
+    return Answers(responses, rewards, known if len(known) == len(env.records) else None)
 
 
 def held_out_reward(trainer: Any, env: TextEnv, *, greedy: bool) -> float:

@@ -1,0 +1,152 @@
+"""Questions about facts that stand in a context: territories, currencies and languages in Unicode CLDR.
+
+The Babel package carries CLDR, so nothing is downloaded. A context states four facts about two things of one kind
+in any order, and the question asks for one of them, so that thing and attribute both have to be found. The facts
+of a thing are in one split alone, in questions and in contexts; values (English, euro) are shared.
+"""
+
+import functools
+import random
+import re
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from ..text_env import Record
+from .splits import SPLITS, Groups, check_split
+
+REWARD, METRICS, OPTIONS = "squad_f1", ("squad_em", "squad_f1"), ()
+# Contexts of every training fact, so that the answer is read from one and not known by heart.
+_CONTEXTS = 8
+
+# CLDR key, name, attributes
+_Thing = tuple[str, str, dict[str, str]]
+_Facts = dict[str, list[_Thing]]
+
+
+def load(split: str = "train") -> list[Record]:
+    """The records of one split, in a fixed order.
+
+    A prompt is `The currency of Chad is Central African CFA Franc. ...\\nWhat is the currency of Chad?\\n`, its
+    reference `Central African CFA Franc`; metadata holds kind, CLDR key and attribute.
+
+    Args:
+        split: "train" | "validation" | "test", about 72%, 10% and 18% of the things; a training fact is asked
+            for in several contexts, the others in one.
+    Raises: ValueError for an unknown split.
+    Source: Unicode CLDR as in Babel (https://babel.pocoo.org).
+    """
+    check_split(split)
+    contexts = _CONTEXTS if split == "train" else 1
+    facts = _split_facts()[split]
+    asked = [
+        (kind, place, attribute)
+        for kind in sorted(facts)
+        for place, (_, _, attributes) in enumerate(facts[kind])
+        for attribute in sorted(attributes)
+    ]
+    return [_record(facts[kind], kind, *rest, number) for number in range(contexts) for kind, *rest in asked]
+
+
+def prompt(context: str, question: str) -> str:
+    """How a context and a question about it are put."""
+    return f"{context}\n{question}\n"
+
+
+def _record(things: Sequence[_Thing], kind: str, place: int, attribute: str, number: int) -> Record:
+    key, name, values = things[place]
+    draw = random.Random(f"{kind}/{key}/{attribute}/{number}")
+    other = things[(place + draw.randrange(1, len(things))) % len(things)]
+    stated = [(fact, name, values[fact]) for fact in _two(values, attribute, draw)]
+    stated += [(fact, other[1], other[2][fact]) for fact in _two(other[2], "", draw)]
+    draw.shuffle(stated)
+    context = " ".join(f"The {fact} of {thing} is {value}." for fact, thing, value in stated)
+    metadata = {"kind": kind, "key": key, "attribute": attribute, "other": other[0]}
+    return Record(prompt(context, f"What is the {attribute} of {name}?"), values[attribute], metadata)
+
+
+def _two(attributes: dict[str, str], asked: str, draw: random.Random) -> list[str]:
+    """Two attributes of a thing, the one that is asked for among them."""
+    chosen = draw.sample(sorted(attributes.keys() - {asked}), 2)
+    return [asked, chosen[0]] if asked else chosen
+
+
+@functools.lru_cache(maxsize=1)
+def _split_facts() -> dict[str, _Facts]:
+    facts = _facts()
+    groups = Groups()
+    for kind, things in facts.items():
+        for key, name, _ in things:
+            groups.join(f"{kind}/{key}", f"name:{name.casefold()}")
+    place = groups.splits()
+    return {
+        split: {
+            kind: [thing for thing in things if place[f"{kind}/{thing[0]}"] == split]
+            for kind, things in facts.items()
+        }
+        for split in SPLITS
+    }
+
+
+def _facts() -> _Facts:
+    try:
+        from babel import Locale
+    except ImportError as error:
+        raise ImportError(
+            "the question answering task needs Babel: pip install 'react-fast[tasks]'"
+        ) from error
+    english = Locale.parse("en")
+    found = {
+        "territory": _territories(english),
+        "currency": _currencies(english),
+        "language": _languages(english),
+    }
+    # A sentence of the context ends with ". "; two attributes must be left beside the one that is asked for.
+    return {
+        kind: sorted(thing for thing in things if len(thing[2]) > 2 and ". " not in thing[1])
+        for kind, things in found.items()
+    }
+
+
+def _territories(english: Any) -> Iterator[_Thing]:
+    from babel.core import get_global
+
+    currencies, languages = get_global("territory_currencies"), get_global("territory_languages")
+    zones = get_global("territory_zones")
+    for key, name in english.territories.items():
+        if not re.fullmatch("[A-Z]{2}", key):
+            continue
+        values = {"code": key}
+        tender = [code for code, _, end, legal in currencies.get(key, ()) if end is None and legal]
+        if tender and tender[0] in english.currencies:
+            values["currency"] = english.currencies[tender[0]]
+        spoken = languages.get(key, {})
+        official = [code for code, about in spoken.items() if about["official_status"]]
+        most = max(official, key=lambda code: spoken[code]["population_percent"], default=None)
+        if most in english.languages:
+            values["language"] = english.languages[most]
+        if zones.get(key):
+            values["time zone"] = zones[key][0].rpartition("/")[2].replace("_", " ")
+        yield key, name, values
+
+
+def _currencies(english: Any) -> Iterator[_Thing]:
+    from babel.numbers import get_currency_name, get_currency_precision, get_currency_symbol
+
+    for key, name in english.currencies.items():
+        values = {"code": key, "plural": get_currency_name(key, count=2, locale=english)}
+        values["number of decimals"] = str(get_currency_precision(key))
+        symbol = get_currency_symbol(key, locale=english)
+        yield key, name, values | ({"symbol": symbol} if symbol != key else {})
+
+
+def _languages(english: Any) -> Iterator[_Thing]:
+    from babel.core import get_global
+
+    likely = get_global("likely_subtags")
+    for key, name in english.languages.items():
+        _, *subtags = likely.get(key, key).split("_")
+        if len(subtags) != 2 or "_" in key:
+            continue
+        script, home = subtags
+        values = {"code": key, "script": english.scripts.get(script), "home": english.territories.get(home)}
+        yield key, name, {attribute: value for attribute, value in values.items() if value}
