@@ -65,7 +65,7 @@ def _items(tree: Any, name: str, where: str) -> Iterator[tuple[Any, str]]:
         yield item, f"{where}{name}[{number}]"
 
 
-_NAMES = {str: "a string", list: "an array"}
+_NAMES: dict[type, str] = {str: "a string", list: "an array"}
 
 
 def _field(tree: Any, name: str, kind: type, where: str) -> Any:

@@ -203,7 +203,8 @@ class _Run:
         if "warm_start" in results and "rl" in results:
             results["gain"] = {
                 mode: compare(
-                    *(self._answers(phase, mode) for phase in ("warm_start", "rl")),
+                    self._answers("warm_start", mode),
+                    self._answers("rl", mode),
                     metric_names(self.config.env),
                 )
                 for mode in MODES

@@ -44,7 +44,11 @@ def load(split: str = "train") -> list[Record]:
         for place, (_, _, attributes) in enumerate(facts[kind])
         for attribute in sorted(attributes)
     ]
-    return [_record(facts[kind], kind, *rest, number) for number in range(contexts) for kind, *rest in asked]
+    return [
+        _record(facts[kind], kind, place, attribute, number)
+        for number in range(contexts)
+        for kind, place, attribute in asked
+    ]
 
 
 def prompt(context: str, question: str) -> str:

@@ -29,8 +29,8 @@ _PEOPLE = (
 )  # fmt: skip
 _NAMES = ("Anna", "Ben", "Clara", "David", "Emma", "Frank", "Grace", "Henry", "Ida", "Jack", "Karen", "Leo")
 _THINGS = (
-    "book", "letter", "lamp", "box", "ring", "picture", "chair", "bottle", "coat", "map", "clock", "basket", "knife",
-    "bag", "key", "plate",
+    "book", "letter", "lamp", "box", "ring", "picture", "chair", "bottle", "coat", "map", "clock", "basket",
+    "knife", "bag", "key", "plate",
 )  # fmt: skip
 _PLACES = ("table", "shelf", "wall", "floor", "bench", "roof", "truck", "wagon", "boat", "cart")
 _FRAGILE = ("door", "window", "gate", "branch", "bridge", "cup", "vase", "lock", "mirror", "rope")
@@ -119,15 +119,15 @@ _Pair = tuple[int, int, int]
 def load(split: str = "train") -> list[Record]:
     """The records of one split, in a fixed order.
 
-    A prompt is a sentence with its predicate between asterisks, such as `the girl was *given* a ring by Ben\\n`; its
-    reference has an argument a line, in the order of the sentence: `ARG2 the girl`, `ARG1 a ring`,
-    `ARG0 by Ben`. Some sentences have two clauses; metadata holds verb and construction of the one that is asked for. No
-    sentence occurs twice.
+    A prompt is a sentence with its predicate between asterisks, such as
+    `the girl was *given* a ring by Ben\\n`; its reference has an argument a line, in the order of the sentence:
+    `ARG2 the girl`, `ARG1 a ring`, `ARG0 by Ben`. Some sentences have two clauses; metadata holds verb and
+    construction of the one that is asked for. No sentence occurs twice.
 
     Args:
         split: "train" | "validation" | "test", 6000, 400 and 800 sentences. Two thirds of the pairs of a verb
-            and a construction are in training, a sixth each in the others; so is the clause asked for, the other
-            clause is always one of training's.
+            and a construction are training's, a sixth each the others'. A clause that is not asked for is
+            training's in all of them.
     Raises: ValueError for an unknown split.
     """
     check_split(split)
