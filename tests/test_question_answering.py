@@ -24,20 +24,20 @@ def test_facts_are_those_of_cldr(records):
         for split in SPLITS
         for r in records[split]
     }
-    assert known["territory", "JP", "currency"] == "Japanese Yen"
-    assert known["territory", "BR", "language"] == "Portuguese"
-    assert known["currency", "KWD", "number of decimals"] == "3"
-    assert known["language", "hi", "script"] == "Devanagari"
+    assert known["territory", "JP", "currency"] == " Japanese Yen"
+    assert known["territory", "BR", "language"] == " Portuguese"
+    assert known["currency", "KWD", "number of decimals"] == " 3"
+    assert known["language", "hi", "script"] == " Devanagari"
 
 
 def test_the_answer_stands_in_the_context_and_order_does_not_tell_it(records):
     places = set()
     for record in records["test"]:
         context, question, rest = record.prompt.split("\n")
-        asked = re.fullmatch(r"What is the (.*?) of (.*)\?", question)
-        sentence = f"The {asked[1]} of {asked[2]} is {record.reference}."
+        asked = re.fullmatch(r"Q: (.*)\?", question)
+        sentence = f"The {asked[1]} is{record.reference}."
         assert sentence in context
-        assert rest == ""
+        assert rest == "A:"
         places.add(context.count(". ", 0, context.index(sentence)))
     assert places >= {0, 1, 2, 3}
 
@@ -135,9 +135,9 @@ def test_both_versions_are_read(tmp_path):
     none = {"id": "2", "question": "When?", "answers": [], "is_impossible": True, "plausible_answers": []}
     open_ = {"id": "3", "question": "What?"}
     assert load_squad(_file(tmp_path, _tree(two, none, open_))) == [
-        Record("Ana has a dog.\nWho?\n", "Ana", {"id": "1", "answers": ["Ana", "Ana has"]}),
-        Record("Ana has a dog.\nWhen?\n", "", {"id": "2", "answers": [""]}),
-        Record("Ana has a dog.\nWhat?\n", None, {"id": "3"}),
+        Record("Ana has a dog.\nQ: Who?\nA:", " Ana", {"id": "1", "answers": ["Ana", "Ana has"]}),
+        Record("Ana has a dog.\nQ: When?\nA:", "", {"id": "2", "answers": [""]}),
+        Record("Ana has a dog.\nQ: What?\nA:", None, {"id": "3"}),
     ]
 
 

@@ -13,9 +13,9 @@ from .text_env import Record
 def load_squad(path: str | PathLike[str]) -> list[Record]:
     """The questions of a file, in its order.
 
-    A prompt is `context\\nquestion\\n`; the reference is the first answer, metadata["answers"] holds all of them
-    and metadata["id"] the question's id. A question that the context does not answer (an empty list of answers)
-    has the reference "", as in SQuAD's own evaluation; one without the field has none.
+    A prompt is `context\\nQ: question\\nA:`; the reference is a blank and the first answer, metadata["answers"]
+    holds all answers and metadata["id"] the question's id. A question that the context does not answer (an empty
+    list of answers) has the reference "", as in SQuAD's own evaluation; one without the field has none.
 
     Args:
         path: UTF-8 JSON, {"data": [{"paragraphs": [{"context", "qas": [{"id", "question", "answers"}]}]}]}.
@@ -57,7 +57,7 @@ def _record(question: Any, context: str, where: str) -> Record:
         return Record(asked, None, metadata)
     found = [_field(answer, "text", str, f"{place}.") for answer, place in _items(question, "answers", where)]
     answers = list(dict.fromkeys(found)) or [""]
-    return Record(asked, answers[0], {**metadata, "answers": answers})
+    return Record(asked, f" {answers[0]}".rstrip(" "), {**metadata, "answers": answers})
 
 
 def _items(tree: Any, name: str, where: str) -> Iterator[tuple[Any, str]]:

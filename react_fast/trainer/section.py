@@ -58,10 +58,10 @@ def _first_error(section: type[Section], error: ValidationError) -> ConfigError:
     problem = first["msg"].removeprefix("Value error, ").replace("Input should be", "must be")
     given = first["input"]
     shown = f", got {given!r}" if not isinstance(given, Mapping) else ""
-    choices = re.findall(
-        r"'([^']*)'", first.get("ctx", {}).get("expected", "") if isinstance(given, str) else ""
-    )
-    return ConfigError(key, problem[:1].lower() + problem[1:] + shown, nearest(given, choices))
+    choices = re.findall(r"'([^']*)'", first.get("ctx", {}).get("expected", ""))
+    meant = nearest(given, choices) if isinstance(given, str) else None
+    hint = f"; did you mean {meant}?" if meant else ""
+    return ConfigError(key, problem[:1].lower() + problem[1:] + shown + hint)
 
 
 def nearest(name: str, known: Iterable[str]) -> str | None:

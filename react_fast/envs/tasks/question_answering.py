@@ -26,8 +26,9 @@ _Facts = dict[str, list[_Thing]]
 def load(split: str = "train") -> list[Record]:
     """The records of one split, in a fixed order.
 
-    A prompt is `The currency of Chad is Central African CFA Franc. ...\\nWhat is the currency of Chad?\\n`, its
-    reference `Central African CFA Franc`; metadata holds kind, CLDR key and attribute.
+    A prompt is `The currency of Chad is Central African CFA Franc. ...\\nQ: currency of Chad?\\nA:`, its
+    reference ` Central African CFA Franc`, with the blank that makes it the same tokens as in the context;
+    metadata holds kind, attribute and the CLDR keys of both things.
 
     Args:
         split: "train" | "validation" | "test", about 72%, 10% and 18% of the things; a training fact is asked
@@ -52,8 +53,8 @@ def load(split: str = "train") -> list[Record]:
 
 
 def prompt(context: str, question: str) -> str:
-    """How a context and a question about it are put."""
-    return f"{context}\n{question}\n"
+    """How a context and a question about it are put; an answer follows behind a blank."""
+    return f"{context}\nQ: {question}\nA:"
 
 
 def _record(things: Sequence[_Thing], kind: str, place: int, attribute: str, number: int) -> Record:
@@ -65,7 +66,7 @@ def _record(things: Sequence[_Thing], kind: str, place: int, attribute: str, num
     draw.shuffle(stated)
     context = " ".join(f"The {fact} of {thing} is {value}." for fact, thing, value in stated)
     metadata = {"kind": kind, "key": key, "attribute": attribute, "other": other[0]}
-    return Record(prompt(context, f"What is the {attribute} of {name}?"), values[attribute], metadata)
+    return Record(prompt(context, f"{attribute} of {name}?"), f" {values[attribute]}", metadata)
 
 
 def _two(attributes: dict[str, str], asked: str, draw: random.Random) -> list[str]:
