@@ -39,7 +39,7 @@ def test_the_answer_stands_in_the_context_and_order_does_not_tell_it(records):
         assert sentence in context
         assert rest == "A:"
         places.add(context.count(". ", 0, context.index(sentence)))
-    assert places >= {0, 1, 2, 3}
+    assert places >= {0, 1, 2}
 
 
 def test_no_thing_is_in_two_splits_nor_in_their_contexts(records):

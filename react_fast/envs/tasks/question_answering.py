@@ -1,8 +1,9 @@
 """Questions about facts that stand in a context: territories, currencies and languages in Unicode CLDR.
 
-The Babel package carries CLDR, so nothing is downloaded. A context states four facts about two things of one kind
-in any order, and the question asks for one of them, so that thing and attribute both have to be found. The facts
-of a thing are in one split alone, in questions and in contexts; values (English, euro) are shared.
+The Babel package carries CLDR, so nothing is downloaded. A context states three facts in any order: the one that
+the question asks for, the same attribute of another thing and another attribute of the same thing, so that thing
+and attribute both have to be found. The facts of a thing are in one split alone, in questions and in contexts;
+values (English, euro) are shared.
 """
 
 import functools
@@ -61,18 +62,15 @@ def _record(things: Sequence[_Thing], kind: str, place: int, attribute: str, num
     key, name, values = things[place]
     draw = random.Random(f"{kind}/{key}/{attribute}/{number}")
     other = things[(place + draw.randrange(1, len(things))) % len(things)]
-    stated = [(fact, name, values[fact]) for fact in _two(values, attribute, draw)]
-    stated += [(fact, other[1], other[2][fact]) for fact in _two(other[2], "", draw)]
+    second = draw.choice(sorted(values.keys() - {attribute}))
+    alike = attribute if attribute in other[2] else draw.choice(sorted(other[2]))
+    stated = [(fact, name, values[fact]) for fact in (attribute, second)] + [
+        (alike, other[1], other[2][alike])
+    ]
     draw.shuffle(stated)
     context = " ".join(f"The {fact} of {thing} is {value}." for fact, thing, value in stated)
     metadata = {"kind": kind, "key": key, "attribute": attribute, "other": other[0]}
     return Record(prompt(context, f"{attribute} of {name}?"), f" {values[attribute]}", metadata)
-
-
-def _two(attributes: dict[str, str], asked: str, draw: random.Random) -> list[str]:
-    """Two attributes of a thing, the one that is asked for among them."""
-    chosen = draw.sample(sorted(attributes.keys() - {asked}), 2)
-    return [asked, chosen[0]] if asked else chosen
 
 
 @functools.lru_cache(maxsize=1)
@@ -105,11 +103,7 @@ def _facts() -> _Facts:
         "currency": _currencies(english),
         "language": _languages(english),
     }
-    # A sentence of the context ends with ". "; two attributes must be left beside the one that is asked for.
-    return {
-        kind: sorted(thing for thing in things if len(thing[2]) > 2 and ". " not in thing[1])
-        for kind, things in found.items()
-    }
+    return {kind: sorted(thing for thing in things if len(thing[2]) > 1) for kind, things in found.items()}
 
 
 def _territories(english: Any) -> Iterator[_Thing]:
