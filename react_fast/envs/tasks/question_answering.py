@@ -4,6 +4,10 @@ The Babel package carries CLDR, so nothing is downloaded. A context states three
 the question asks for, the same attribute of another thing and another attribute of the same thing, so that thing
 and attribute both have to be found. The facts of a thing are in one split alone, in questions and in contexts;
 values (English, euro) are shared.
+
+Validation and test state true facts. In training a fact is asked for in one true context and in several where
+every value is another thing's, so that answers are read and not known by heart: Longpre et al. 2021
+(arXiv:2109.05052), entity substitution.
 """
 
 import functools
@@ -16,7 +20,7 @@ from ..text_env import Record
 from .splits import SPLITS, Groups, check_split
 
 REWARD, METRICS, OPTIONS = "squad_f1", ("squad_em", "squad_f1"), ()
-# Contexts of every training fact, so that the answer is read from one and not known by heart.
+# Of every training fact: a true one, the others with exchanged values.
 _CONTEXTS = 8
 
 # CLDR key, name, attributes
@@ -29,7 +33,7 @@ def load(split: str = "train") -> list[Record]:
 
     A prompt is `The currency of Chad is Central African CFA Franc. ...\\nQ: currency of Chad?\\nA:`, its
     reference ` Central African CFA Franc`, with the blank that makes it the same tokens as in the context;
-    metadata holds kind, attribute and the CLDR keys of both things.
+    metadata holds kind, attribute, the CLDR keys of both things, and whether values are exchanged.
 
     Args:
         split: "train" | "validation" | "test", about 72%, 10% and 18% of the things; a training fact is asked
@@ -64,13 +68,22 @@ def _record(things: Sequence[_Thing], kind: str, place: int, attribute: str, num
     other = things[(place + draw.randrange(1, len(things))) % len(things)]
     second = draw.choice(sorted(values.keys() - {attribute}))
     alike = attribute if attribute in other[2] else draw.choice(sorted(other[2]))
-    stated = [(fact, name, values[fact]) for fact in (attribute, second)] + [
-        (alike, other[1], other[2][alike])
-    ]
+    stated = [(attribute, name, values), (second, name, values), (alike, other[1], other[2])]
+    if number:
+        stated = [(fact, about, _another(things, fact, draw)) for fact, about, _ in stated]
+    answer = stated[0][2][attribute]
     draw.shuffle(stated)
-    context = " ".join(f"The {fact} of {thing} is {value}." for fact, thing, value in stated)
-    metadata = {"kind": kind, "key": key, "attribute": attribute, "other": other[0]}
-    return Record(prompt(context, f"{attribute} of {name}?"), f" {values[attribute]}", metadata)
+    context = " ".join(f"The {fact} of {about} is {known[fact]}." for fact, about, known in stated)
+    metadata = {"kind": kind, "key": key, "attribute": attribute, "other": other[0], "exchanged": number > 0}
+    return Record(prompt(context, f"{attribute} of {name}?"), f" {answer}", metadata)
+
+
+def _another(things: Sequence[_Thing], attribute: str, draw: random.Random) -> dict[str, str]:
+    """The attributes of any thing that has the one."""
+    while True:
+        values = draw.choice(things)[2]
+        if attribute in values:
+            return values
 
 
 @functools.lru_cache(maxsize=1)
