@@ -1,4 +1,5 @@
 # make demo   venv, install, train the translation demo        make test   venv, install, all tests
+# make applications   four tasks, each as random policy, warm start, RL and RL + causal credit, in one table
 # make parity  the same tensors through other libraries, with verl and OpenRLHF
 PYTHON ?= python3
 TORCH  ?= 2.13.0
@@ -8,10 +9,13 @@ BIN := $(VENV)/bin
 RUN := $(VENV)/installed-$(TORCH)
 DEMO_DIR ?= runs/translation
 
-.PHONY: demo test parity bench lint clean
+.PHONY: demo applications test parity bench lint clean
 
 demo: $(RUN)
 	$(BIN)/react-fast train --config examples/translation.yaml --run_dir $(DEMO_DIR) --resume auto
+
+applications: $(RUN)
+	$(BIN)/react-fast applications examples/*.yaml --out runs/applications
 
 test: $(RUN)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests -n auto --dist loadgroup

@@ -5,7 +5,7 @@ import sys
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from .info import info_lines
 
@@ -95,6 +95,17 @@ def _app() -> Any:
 
         resolved = run.read_config(config, context.args)
         run.describe(resolved) if dry_run else run.run(resolved, resume=resume)
+
+    @app.command()
+    def applications(
+        configs: Annotated[list[str], typer.Argument(help="YAML files of runs, as examples/*.yaml.")],
+        out: str = typer.Option("runs/applications", help="Folder of the runs and of the table."),
+        quick: bool = typer.Option(False, help="Tiny models and a few steps, to see that it works."),
+    ) -> None:
+        """Random policy, warm start, RL and RL with causal credit in one table. Resumes by itself."""
+        from .trainer.applications import applications as make_table
+
+        make_table(configs, out, quick=quick)
 
     @app.command(context_settings=anything)
     def evaluate(context: typer.Context, folder: str = typer.Argument(metavar="RUN")) -> None:

@@ -76,7 +76,7 @@ def test_answers_are_batch_invariant_seeded_and_leave_the_random_state(policy):
     assert sampled[0] == sampled[1]
     assert sampled[0].responses != sampled[2].responses
     assert torch.equal(torch.get_rng_state(), state)
-    assert runs[0].references == [record.reference for record in RECORDS]
+    assert runs[0].references == [[record.reference] for record in RECORDS]
 
 
 def test_answers_take_every_turn(policy):
@@ -94,13 +94,13 @@ def test_answers_take_every_turn(policy):
 
 def test_results_without_references_are_rewards_only():
     answers = Answers(["a", "b"], [0.0, 1.0], None)
-    assert set(measure(answers)) == {"reward"}
-    assert measure(answers)["reward"][0] == 50.0
+    assert set(measure(answers, ["chrf"])) == {"reward"}
+    assert measure(answers, [])["reward"][0] == 50.0
 
 
 def test_intervals_hold_the_mean_and_shrink_with_its_standard_error():
     rewards = np.random.default_rng(1).random(400)
-    value, low, high = measure(Answers([""] * 400, rewards.tolist(), None))["reward"]
+    value, low, high = measure(Answers([""] * 400, rewards.tolist(), None), [])["reward"]
     assert value == pytest.approx(100 * rewards.mean(), rel=1e-12)
     # A 95% interval of a mean is 2 * 1.96 standard errors wide; 1000 resamples know it to about 5%.
     width = 2 * 1.96 * 100 * rewards.std() / 20
@@ -111,7 +111,7 @@ def test_intervals_hold_the_mean_and_shrink_with_its_standard_error():
 def test_a_paired_gain_has_no_interval_when_every_prompt_gains_the_same():
     before = Answers(["x"] * 5, [0.1, 0.2, 0.3, 0.4, 0.5], None)
     after = Answers(["x"] * 5, [0.2, 0.3, 0.4, 0.5, 0.6], None)
-    assert compare(before, after)["reward"] == pytest.approx([10.0, 10.0, 10.0], rel=1e-12)
+    assert compare(before, after, [])["reward"] == pytest.approx([10.0, 10.0, 10.0], rel=1e-12)
 
 
 def test_table_has_a_row_for_every_policy_and_mode():

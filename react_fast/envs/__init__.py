@@ -1,8 +1,19 @@
 """Environments of texts. They import nothing else of this package."""
 
+from .conll import load_conll
 from .jsonl import load_jsonl
 from .slots import GroundTruth, ground_truth
 from .spaces import UnicodeText
+from .squad import load_squad
 from .text_env import Record, TextEnv
 
-__all__ = ["GroundTruth", "Record", "TextEnv", "UnicodeText", "ground_truth", "load_jsonl"]
+__all__ = [
+    "GroundTruth",
+    "Record",
+    "TextEnv",
+    "UnicodeText",
+    "ground_truth",
+    "load_conll",
+    "load_jsonl",
+    "load_squad",
+]

@@ -1,5 +1,7 @@
 """Records from a JSON Lines file, one object a line: `prompt`, and perhaps `reference` and `metadata`; or the two
 answers of a preference, `chosen` and `rejected`.
+
+`document` and `summary` are other names of prompt and reference.
 """
 
 import json
@@ -17,6 +19,7 @@ _FIELDS: dict[str, tuple[tuple[type, ...], str]] = {
     "rejected": ((str,), "a string"),
     "metadata": ((dict,), "an object"),
 }
+_OTHER_NAMES = {"prompt": "document", "reference": "summary"}
 
 
 def load_jsonl(path: str | PathLike[str]) -> list[Record]:
@@ -24,8 +27,10 @@ def load_jsonl(path: str | PathLike[str]) -> list[Record]:
 
     Args:
         path: UTF-8 text, one JSON object a line:
-            {"prompt": str, "reference": str or null, "metadata": object}, or with {"chosen": str, "rejected": str}
-            for a preference: a record with the chosen answer as reference and metadata["rejected"].
+            {"prompt": str, "reference": str or null, "metadata": object}, or
+            {"document": str, "summary": str or null, "metadata": object}, or with
+            {"chosen": str, "rejected": str} for a preference: a record with the chosen answer as reference and
+            metadata["rejected"].
     Raises: FileNotFoundError or IsADirectoryError if there is no such file; ValueError naming file and line
         for a line that is no UTF-8, no JSON, no object, lacks `prompt`, or holds an unknown field, an empty
         prompt, one of `chosen` and `rejected` alone, or `reference` beside them; TypeError naming file and line
@@ -46,6 +51,11 @@ def load_jsonl(path: str | PathLike[str]) -> list[Record]:
 
 def _record(line: bytes, where: str) -> Record:
     fields = _object(line, where)
+    for name, other in _OTHER_NAMES.items():
+        if other in fields and name in fields:
+            raise ValueError(f"{where}: fields {name!r} and {other!r} are the same, give one of them")
+        if other in fields:
+            fields[name] = fields.pop(other)
     unknown = sorted(fields.keys() - _FIELDS.keys())
     if unknown:
         raise ValueError(f"{where}: unknown field {unknown[0]!r}; known are {', '.join(_FIELDS)}")

@@ -66,18 +66,22 @@ class ModelConfig(Section):
 class EnvConfig(Section):
     """What the policy is asked and how its answers are rewarded."""
 
-    task: Literal["translation"] = "translation"
-    """Shipped task; unused when `train` is set."""
+    task: Literal["translation", "question_answering", "summarisation", "semantic_roles"] = "translation"
+    """Shipped task; with `train`: whose reward and metrics are taken."""
     pairs: list[str] = Field(default=["es-pt", "es-it"], min_length=1)
-    """Language pairs of the task."""
+    """Language pairs of the translation task."""
     train: str | None = None
-    """JSONL file of training records (prompt, reference)."""
+    """File of training records."""
     validation: str | None = None
-    """JSONL file for evaluations during training."""
+    """File for evaluations during training."""
     test: str | None = None
-    """JSONL file for the result table."""
-    reward: str = "chrf"
-    """chrf | bleu | chrf_bleu | exact_match | module:function."""
+    """File for the result table."""
+    format: Literal["jsonl", "squad", "conll"] = "jsonl"
+    """Of the files."""
+    reward: str | None = None
+    """Name such as chrf, squad_f1, rouge_l, span_f1, or module:function; none: the task's."""
+    metrics: list[str] | None = None
+    """Columns of the result table, such as chrf, bleu, squad_em; none: the task's."""
     max_turns: Count = 1
     """Turns of an episode."""
     eval_prompts: Count = 128

@@ -7,6 +7,7 @@ import numpy as np
 import torch
 
 from ..envs import TextEnv
+from ..envs.rewards import right_answers
 from .results import Answers
 from .rollout import Episodes, PolicyEngine, SamplingParams, key
 
@@ -52,9 +53,9 @@ def answer(
             last = trajectory.action_mask & (trajectory.turn_index == len(trajectory.rewards) - 1)
             responses.append(tokenizer.decode(trajectory.token_ids[last].tolist(), skip_special_tokens=True))
             rewards.append(sum(trajectory.rewards))
-    references = [env.records[i].reference for i in numbers]
-    known = [reference for reference in references if reference is not None]
-    return Answers(responses, rewards, known if len(known) == len(references) else None)
+    played = [env.records[i] for i in numbers]
+    known = [right_answers(record) for record in played if record.reference is not None]
+    return Answers(responses, rewards, known if len(known) == len(played) else None)
 
 
 def held_out_reward(trainer: Any, env: TextEnv, *, greedy: bool) -> float:

@@ -6,12 +6,20 @@ from typing import Any
 
 import numpy as np
 
-from ..envs.metrics import Interval, corpus_difference, corpus_metric
+from ..envs.metrics import CORPUS_METRICS, Interval, Reference, corpus_difference, corpus_metric
 
 RESAMPLES = 1000
 MODES = {"sampled": "sampled at T=1", "greedy": "greedy"}
-TITLES = {"random": "random policy", "warm_start": "warm start", "rl": "RL", "gain": "RL minus warm start"}
-_LABELS = {"chrf": "chrF", "bleu": "BLEU", "reward": "reward x100"}
+TITLES = {
+    "random": "random policy",
+    "warm_start": "warm start",
+    "rl": "RL",
+    "rl_causal": "RL + causal credit",
+    "gain": "RL minus warm start",
+    "gain_causal": "RL + causal credit minus warm start",
+}
+_DIFFERENCES = ("gain", "gain_causal")
+_LABELS = {**{name: metric.label for name, metric in CORPUS_METRICS.items()}, "reward": "reward x100"}
 
 
 @dataclass(frozen=True)
@@ -19,12 +27,13 @@ class Answers:
     """Responses of one policy to the test prompts, in their order.
 
     Attributes:
-        responses: texts. rewards: one a response. references: None where the records have none.
+        responses: texts. rewards: one a response. references: the right answers of each; None where the
+            records have none.
     """
 
     responses: Sequence[str]
     rewards: Sequence[float]
-    references: Sequence[str] | None
+    references: Sequence[Reference] | None
 
 
 def joined(parts: Sequence[Answers]) -> Answers:
@@ -38,21 +47,21 @@ def joined(parts: Sequence[Answers]) -> Answers:
     )
 
 
-def measure(answers: Answers) -> dict[str, list[float]]:
-    """[value, low, high] of every metric: chrF and BLEU from 0 to 100, reward times 100."""
+def measure(answers: Answers, metrics: Sequence[str]) -> dict[str, list[float]]:
+    """[value, low, high] of every metric: keys of CORPUS_METRICS from 0 to 100, and the reward times 100."""
     intervals = {"reward": _mean_interval(answers.rewards)}
     if answers.references is not None:
-        for name in ("chrf", "bleu"):
+        for name in metrics:
             intervals[name] = corpus_metric(name, answers.responses, answers.references, resamples=RESAMPLES)
     return {name: list(interval) for name, interval in intervals.items()}
 
 
-def compare(before: Answers, after: Answers) -> dict[str, list[float]]:
+def compare(before: Answers, after: Answers, metrics: Sequence[str]) -> dict[str, list[float]]:
     """[after - before, low, high] of every metric, paired: both policies see the same resampled prompts."""
     gains = np.asarray(after.rewards) - np.asarray(before.rewards)
     intervals = {"reward": _mean_interval(gains)}
     if before.references is not None:
-        for name in ("chrf", "bleu"):
+        for name in metrics:
             intervals[name] = corpus_difference(
                 name, before.responses, after.responses, before.references, resamples=RESAMPLES
             )
@@ -69,7 +78,7 @@ def table(results: Mapping[str, Mapping[str, Any]]) -> tuple[list[str], list[lis
     names = [name for name in _LABELS if any(name in metrics for metrics in measured)]
     rows = [
         [f"{TITLES.get(policy, policy)}, {MODES[mode]}"]
-        + [_cell(results[policy][mode].get(name), policy == "gain") for name in names]
+        + [_cell(results[policy][mode].get(name), policy in _DIFFERENCES) for name in names]
         for mode in MODES
         for policy in results
         if mode in results[policy]

@@ -28,7 +28,7 @@ from .ranks import Ranks
 from .reporter import CURVES, METRICS, Reporter, Silent, print_table
 from .results import MODES, TITLES, Answers, compare, joined, measure, table
 from .section import ConfigError
-from .sources import adapt, load_environments, load_policy, make_algorithm, texts, user_input
+from .sources import adapt, load_environments, load_policy, make_algorithm, metric_names, texts, user_input
 
 
 def read_config(path: str | None, overrides: Sequence[str] = ()) -> RunConfig:
@@ -227,7 +227,7 @@ class _Run:
             )
             answers = joined(self.ranks.joined([mine], self.ranks.world))
             self.folder.write_json(_answers_file(phase, mode), asdict(answers))
-            result[mode] = measure(answers)
+            result[mode] = measure(answers, metric_names(self.config.env))
             values = ", ".join(f"{name} {value[0]:.1f}" for name, value in result[mode].items())
             self.reporter.line(f"{TITLES[phase]}, {MODES[mode]}: {values}")
         self.folder.finish(phase, result)
@@ -236,7 +236,11 @@ class _Run:
         results = dict(self.folder.results)
         if "warm_start" in results and "rl" in results:
             results["gain"] = {
-                mode: compare(*(self._answers(phase, mode) for phase in ("warm_start", "rl")))
+                mode: compare(
+                    self._answers("warm_start", mode),
+                    self._answers("rl", mode),
+                    metric_names(self.config.env),
+                )
                 for mode in MODES
             }
         if not self.ranks.first:
@@ -282,7 +286,10 @@ def evaluate(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
     """
     config, checkpoint, model, tokenizer = open_run(path, overrides)
     env = load_environments(config.env)["test"]
-    result = {mode: measure(_test_answers(config, model, tokenizer, env, mode)) for mode in MODES}
+    result = {
+        mode: measure(_test_answers(config, model, tokenizer, env, mode), metric_names(config.env))
+        for mode in MODES
+    }
     title = f"{checkpoint}: {len(env.records)} test prompts, 95% bootstrap intervals"
     print_table(title, *table({checkpoint.parent.name: result}))
     return result

@@ -1,7 +1,8 @@
 """Validated, frozen sections of a configuration tree, with errors of one line."""
 
 import difflib
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -55,8 +56,17 @@ def _first_error(section: type[Section], error: ValidationError) -> ConfigError:
     if first["type"] == "extra_forbidden":
         return ConfigError(key, "is not a key", nearest_key(key, section))
     problem = first["msg"].removeprefix("Value error, ").replace("Input should be", "must be")
-    shown = f", got {first['input']!r}" if not isinstance(first["input"], Mapping) else ""
-    return ConfigError(key, problem[:1].lower() + problem[1:] + shown)
+    given = first["input"]
+    shown = f", got {given!r}" if not isinstance(given, Mapping) else ""
+    choices = re.findall(r"'([^']*)'", first.get("ctx", {}).get("expected", ""))
+    meant = nearest(given, choices) if isinstance(given, str) else None
+    hint = f"; did you mean {meant}?" if meant else ""
+    return ConfigError(key, problem[:1].lower() + problem[1:] + shown + hint)
+
+
+def nearest(name: str, known: Iterable[str]) -> str | None:
+    """The known name that resembles `name` most, or None when none resembles it."""
+    return next(iter(difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)), None)
 
 
 def valid_keys(section: type[Section]) -> list[str]:
@@ -72,9 +82,8 @@ def valid_keys(section: type[Section]) -> list[str]:
 def nearest_key(key: str, section: type[Section]) -> str | None:
     """The valid dotted key that resembles `key` most, or None when none resembles it."""
     keys = valid_keys(section)
-    close = difflib.get_close_matches(key, keys, n=1, cutoff=0.6)
-    if close:
-        return close[0]
+    if close := nearest(key, keys):
+        return close
     by_name = {name.rpartition(".")[2]: name for name in reversed(keys)}
-    close = difflib.get_close_matches(key.rpartition(".")[2], by_name, n=1, cutoff=0.6)
-    return by_name[close[0]] if close else None
+    close = nearest(key.rpartition(".")[2], by_name)
+    return by_name[close] if close else None

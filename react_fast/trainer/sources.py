@@ -8,11 +8,15 @@ from typing import Any, cast
 
 import torch
 
-from ..envs import Record, TextEnv, load_jsonl
+from ..envs import Record, TextEnv, load_conll, load_jsonl, load_squad
+from ..envs.metrics import CORPUS_METRICS
 from ..envs.rewards import REWARDS
+from ..envs.tasks.splits import SPLITS
 from .config import EnvConfig, ModelConfig, RunConfig
 from .folder import RunFolder, UserError
-from .section import ConfigError
+from .section import ConfigError, nearest
+
+READERS = {"jsonl": load_jsonl, "squad": load_squad, "conll": load_conll}
 
 
 @contextmanager
@@ -27,11 +31,12 @@ def user_input() -> Iterator[None]:
 def load_environments(config: EnvConfig) -> dict[str, TextEnv]:
     """The environments "train", "validation" and "test".
 
-    Raises: UserError for a bad file, reward or language pair.
+    Raises: UserError for a bad file, reward, metric or language pair.
     """
     with user_input():
-        reward = _reward(config.reward)
-        records = _jsonl(config) if config.train else _task(config)
+        metric_names(config)
+        reward = _reward(config.reward or _module(config).REWARD)
+        records = _files(config) if config.train else _task(config)
         limits = {"validation": config.eval_prompts, "test": config.test_prompts}
         return {
             split: TextEnv(_spread(found, limits.get(split)), reward=reward, max_turns=config.max_turns)
@@ -76,16 +81,33 @@ def texts(records: Sequence[Record]) -> list[str]:
     return [text for record in records for text in (record.prompt, record.reference) if text]
 
 
-def _jsonl(config: EnvConfig) -> dict[str, list[Record]]:
+def metric_names(config: EnvConfig) -> tuple[str, ...]:
+    """Metrics of the result table.
+
+    Raises: ConfigError for an unknown one.
+    """
+    for name in config.metrics or ():
+        if name not in CORPUS_METRICS:
+            problem = f"must be among {', '.join(CORPUS_METRICS)}, got {name!r}"
+            raise ConfigError("env.metrics", problem, nearest(name, CORPUS_METRICS))
+    return tuple(_module(config).METRICS if config.metrics is None else config.metrics)
+
+
+def _files(config: EnvConfig) -> dict[str, list[Record]]:
     if not (config.train and config.validation and config.test):
         missing = "env.validation" if not config.validation else "env.test"
-        raise ConfigError(missing, "must name a JSONL file when env.train does")
-    return {split: load_jsonl(getattr(config, split)) for split in ("train", "validation", "test")}
+        raise ConfigError(missing, "must name a file when env.train does")
+    return {split: READERS[config.format](getattr(config, split)) for split in SPLITS}
 
 
 def _task(config: EnvConfig) -> dict[str, list[Record]]:
-    task = importlib.import_module(f"react_fast.envs.tasks.{config.task}")
-    return {split: task.load(config.pairs, split) for split in task.SPLITS}
+    task = _module(config)
+    options = {name: getattr(config, name) for name in task.OPTIONS}
+    return {split: task.load(split=split, **options) for split in SPLITS}
+
+
+def _module(config: EnvConfig) -> Any:
+    return importlib.import_module(f"react_fast.envs.tasks.{config.task}")
 
 
 def _reward(name: str) -> Callable[[str, str, Record], float]:
@@ -93,7 +115,8 @@ def _reward(name: str) -> Callable[[str, str, Record], float]:
         return REWARDS[name]
     module, _, attribute = name.partition(":")
     if not attribute:
-        raise ConfigError("env.reward", f"must be {', '.join(REWARDS)} or module:function, got {name!r}")
+        problem = f"must be {', '.join(REWARDS)} or module:function, got {name!r}"
+        raise ConfigError("env.reward", problem, nearest(name, REWARDS))
     function = getattr(importlib.import_module(module), attribute, None)
     if not callable(function):
         raise ConfigError("env.reward", f"names no function of {module}, got {name!r}")

@@ -7,17 +7,15 @@ of a name, is in two splits.
 """
 
 import functools
-import hashlib
 import unicodedata
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 from ..text_env import Record
+from .splits import SPLITS, Groups, check_split
 
 PAIRS = ("es-pt", "es-it")
-SPLITS = ("train", "validation", "test")
-# Of 100 hash buckets: a test set large enough for an interval of about two points of chrF either side.
-_TEST, _VALIDATION = 18, 10
+REWARD, METRICS, OPTIONS = "chrf", ("chrf", "bleu"), ("pairs",)
 
 
 class _Name(NamedTuple):
@@ -42,8 +40,7 @@ def load(pairs: Sequence[str] = PAIRS, split: str = "train") -> list[Record]:
     Raises: ValueError for an unknown split, a pair that is not two different known languages, or no pairs.
     Source: Unicode CLDR as in Babel (https://babel.pocoo.org).
     """
-    if split not in SPLITS:
-        raise ValueError(f"split must be one of {', '.join(map(repr, SPLITS))}, got {split!r}")
+    check_split(split)
     if isinstance(pairs, str) or not pairs:
         raise ValueError(f"pairs must be a sequence of at least one 'source-target', got {pairs!r}")
     by_pair = _split_names(tuple(sorted(set(pairs))))
@@ -59,13 +56,13 @@ def _record(name: _Name) -> Record:
 @functools.lru_cache(maxsize=8)
 def _split_names(pairs: tuple[str, ...]) -> dict[str, dict[str, list[_Name]]]:
     names = [name for pair in pairs for name in _names(pair)]
-    groups = _Groups()
+    groups = Groups()
     for name in names:
         source, target = name.pair.split("-")
         item = f"{name.kind}/{name.key}"
         groups.join(item, f"{source}:{_normal(name.source)}")
         groups.join(item, f"{target}:{_normal(name.target)}")
-    split_of = {group: _split(min(members)) for group, members in groups.members().items()}
+    split_of = groups.splits()
     result: dict[str, dict[str, list[_Name]]] = {pair: {split: [] for split in SPLITS} for pair in pairs}
     seen = set()
     for name in names:
@@ -73,7 +70,7 @@ def _split_names(pairs: tuple[str, ...]) -> dict[str, dict[str, list[_Name]]]:
         if place in seen or _normal(name.source) == _normal(name.target):
             continue
         seen.add(place)
-        result[name.pair][split_of[groups.find(f"{name.kind}/{name.key}")]].append(name)
+        result[name.pair][split_of[f"{name.kind}/{name.key}"]].append(name)
     return result
 
 
@@ -118,31 +115,3 @@ def _locale(language: str) -> Any:
 
 def _normal(name: str) -> str:
     return unicodedata.normalize("NFC", name).casefold().strip()
-
-
-def _split(group: str) -> str:
-    bucket = int.from_bytes(hashlib.sha256(group.encode()).digest()[:8], "big") % 100
-    return "test" if bucket < _TEST else "validation" if bucket < _TEST + _VALIDATION else "train"
-
-
-class _Groups:
-    """Union-find over strings."""
-
-    def __init__(self) -> None:
-        self._parent: dict[str, str] = {}
-
-    def find(self, member: str) -> str:
-        parent = self._parent.setdefault(member, member)
-        while parent != self._parent[parent]:
-            parent = self._parent[parent]
-        self._parent[member] = parent
-        return parent
-
-    def join(self, a: str, b: str) -> None:
-        self._parent[self.find(a)] = self.find(b)
-
-    def members(self) -> dict[str, list[str]]:
-        result: dict[str, list[str]] = {}
-        for member in self._parent:
-            result.setdefault(self.find(member), []).append(member)
-        return result

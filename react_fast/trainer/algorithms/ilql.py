@@ -158,6 +158,9 @@ class ILQL(Algorithm):
         def taken(name: str) -> torch.Tensor:
             return scores.heads[name].gather(2, part.targets[..., None]).squeeze(2)
 
+        def logprobs(name: str) -> torch.Tensor:
+            return token_logprobs(scores.heads[name], part.targets, mask=part.mask)
+
         values = scores.heads["value"]
         count = denominator.clamp_min(1).to(values.dtype)
         found = ilql_loss(
@@ -168,7 +171,7 @@ class ILQL(Algorithm):
             part.mask,
             gamma=self.gamma,
             tau=self.tau,
-            q_logprobs=tuple(token_logprobs(scores.heads[name], part.targets, mask=part.mask) for name in QS),
+            q_logprobs=(logprobs("q1"), logprobs("q2")),
             cql_coef=self.cql_coef,
             denominator=count,
         )
