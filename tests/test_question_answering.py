@@ -49,7 +49,7 @@ def test_no_thing_is_in_two_splits_nor_in_their_contexts(records):
         for split, found in records.items()
     }
     facts = {
-        split: {s for r in found for s in r.prompt.split("\n")[0].split(". ")}
+        split: {s for r in found for s in re.split(r"\. (?=The )", r.prompt.split("\n")[0])}
         for split, found in records.items()
     }
     for first, second in (("train", "validation"), ("train", "test"), ("validation", "test")):
