@@ -89,6 +89,7 @@ def _policy_gradient(
         objective=objective,
         aggregation=algorithm.aggregation,
         ref_logprobs=row(one.ref_logprobs),
+        importance=row(one.importance),
         kl_coef=config.kl_coef,
         kl_estimator=algorithm.kl_estimator,
         kl_gradient=algorithm.kl_gradient,

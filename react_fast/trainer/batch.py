@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
@@ -17,12 +18,14 @@ class Batch:
     Attributes:
         input_ids, attention_mask: [B, T] int64.
         mask: [B, T-1] bool, true where token t + 1 is an action.
-        sampler_logprobs: [B, T-1] float32.
+        sampler_logprobs: [B, T-1] float32, NaN where the sampler did not tell.
+        logit_floor: [B, T-1] float32, of what the sampler kept, or None if it kept all tokens.
         rewards: [B] float32 or float64, sum over turns.  step_rewards: [B, T-1], each turn's at its last action.
         groups: [B] int64.  records: [B] int64, index of the environment's record.
         old_logprobs, ref_logprobs: [B, T-1] or None, set by `score`.
         attribution, effects, step_advantages: [B, T-1] or None, set by `score` when credit asks for it.
         advantages: [B] or [B, T-1] or None, set by `credit`.
+        importance: [B, T-1] weights of tokens that another policy sampled, or None, set in the update.
     """
 
     input_ids: torch.Tensor
@@ -33,12 +36,14 @@ class Batch:
     step_rewards: torch.Tensor
     groups: torch.Tensor
     records: torch.Tensor
+    logit_floor: torch.Tensor | None = None
     old_logprobs: torch.Tensor | None = None
     ref_logprobs: torch.Tensor | None = None
     attribution: torch.Tensor | None = None
     effects: torch.Tensor | None = None
     step_advantages: torch.Tensor | None = None
     advantages: torch.Tensor | None = None
+    importance: torch.Tensor | None = None
 
     @property
     def targets(self) -> torch.Tensor:
@@ -93,7 +98,19 @@ def collate(
         step_rewards=_step_rewards(trajectories, ids.shape[1]).to(device, dtype),
         groups=torch.tensor([t.group for t in trajectories], device=device),
         records=torch.tensor([t.record for t in trajectories], device=device),
+        logit_floor=_floors(trajectories, pad, device),
     )
+
+
+def _floors(trajectories: Sequence[Trajectory], pad: Any, device: torch.device) -> torch.Tensor | None:
+    if all(t.logit_floor is None for t in trajectories):
+        return None
+    everything = (torch.full(t.token_ids.shape, -torch.inf) for t in trajectories)
+    floors = [
+        whole if t.logit_floor is None else t.logit_floor
+        for t, whole in zip(trajectories, everything, strict=True)
+    ]
+    return pad(floors, -torch.inf)[:, 1:].to(device)
 
 
 def _step_rewards(trajectories: Sequence[Trajectory], width: int) -> torch.Tensor:

@@ -9,7 +9,7 @@ from ..envs import TextEnv
 from .algorithms.sft import demonstrations
 from .batch import collate
 from .results import Answers
-from .rollout import Episodes, PolicyEngine, SamplingParams, key
+from .rollout import Episodes, PolicyEngine, SamplingParams, key, synchronise
 
 # Keeps the draws of a test apart from those of the training rollouts of the same seed.
 _TEST = 3
@@ -54,6 +54,7 @@ def answer(
 
 def held_out_reward(trainer: Any, env: TextEnv, *, greedy: bool) -> float:
     """Mean return of the trainer's policy, one episode of every record."""
+    synchronise(trainer.engine, trainer.model, trainer.updates)
     episodes = Episodes(trainer.engine, trainer.tokenizer, env)
     config = trainer.config
     returns = []

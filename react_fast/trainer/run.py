@@ -25,6 +25,8 @@ from .explain import make_tracker, open_run, quiet_libraries, restore, write_rep
 from .folder import CONFIG, ENVIRONMENT, PHASES, REPORT, RESULTS, RunFolder, UserError
 from .reporter import CURVES, METRICS, Reporter, print_table
 from .results import MODES, TITLES, Answers, compare, measure, table
+from .rollout import EngineError, RolloutEngine, make_engine
+from .rollout.openai_engine import OpenAIEngine
 from .section import ConfigError
 from .sources import load_environments, load_policy, make_algorithm, texts, user_input
 
@@ -59,7 +61,7 @@ def run(config: RunConfig, *, resume: str | Path = "none", console: Console | No
     folder.open(resume=str(resume) != "none")
     try:
         return _Run(config, folder, console).go(str(resume))
-    except (CheckpointError, ConfigError) as error:
+    except (CheckpointError, ConfigError, EngineError) as error:
         raise UserError(str(error)) from error
     except OSError as error:
         if error.errno not in DISK_FULL:
@@ -169,8 +171,20 @@ class _Run:
             reporter=self.reporter,
             phase=phase,
             eval_env=self.envs["validation"],
+            engine=self._engine(phase),
         )
         trainer.train(resume=start)
+
+    def _engine(self, phase: str) -> RolloutEngine | None:
+        """What generates the rollouts of a phase; None: the policy."""
+        if phase != "rl":
+            return None
+        engine = make_engine(self.config.rollout, self.model, self.tokenizer, self.folder.path / "weights")
+        if isinstance(engine, OpenAIEngine):
+            self.reporter.line(
+                f"{self.config.rollout.base_url} serves {engine.model}: {engine.capabilities.line()}"
+            )
+        return engine
 
     def trainer_config(self, phase: str) -> TrainerConfig:
         """The trainer's part of the configuration for one phase."""

@@ -19,6 +19,7 @@ from ..envs import TextEnv
 from ..ops.backend import accumulation_dtype
 from ..ops.logprob import token_logprobs
 from ..tracker.credit import attribution_credit, causal_credit
+from . import mismatch
 from .batch import Batch, collate, group_numbers
 from .checkpoint import CheckpointError, load_checkpoint, load_weights, newest_complete, save_checkpoint
 from .config import TrainerConfig
@@ -27,7 +28,17 @@ from .early_stopping import EarlyStopping
 from .evaluation import held_out_loss, held_out_reward
 from .interrupt import StopRequest
 from .meters import Averages, Clock, describe, samples
-from .rollout import Episodes, PolicyEngine, RolloutEngine, SamplingParams, Trajectory, key, permutation
+from .rollout import (
+    Episodes,
+    PolicyEngine,
+    RolloutEngine,
+    Trajectory,
+    key,
+    permutation,
+    retokenised,
+    sampling_params,
+    synchronise,
+)
 from .schedule import learning_rate, make_optimizer, prompts
 from .state import join, split
 
@@ -145,7 +156,7 @@ class Trainer:
         totals = Averages()
         for rows in self._minibatches(len(batch)):
             self._update_once(batch.select(rows), totals)
-        return totals.result()
+        return mismatch.finish(totals.result())
 
     # ---- loops ---------------------------------------------------------------------------------------------
 
@@ -190,7 +201,7 @@ class Trainer:
         self.step += 1
         metrics |= describe(trajectories, batch, self.algorithm.supervised) | clock.metrics()
         if not self.algorithm.supervised:
-            metrics |= self.replays.metrics
+            metrics |= self.replays.metrics | retokenised(trajectories)
         if self.config.eval_every and self.eval_env is not None and self.step % self.config.eval_every == 0:
             held_out, value = self._held_out()
             metrics |= held_out
@@ -227,9 +238,8 @@ class Trainer:
         size = self.config.group_size
         records = [record for record in self.records_of(step) for _ in range(size)]
         groups = [row // size for row in range(len(records))]
-        params = SamplingParams(
-            self.config.max_new_tokens, temperature=self.config.temperature, seed=self.config.seed, step=step
-        )
+        synchronise(self.engine, self.model, self.updates)
+        params = sampling_params(self.config, seed=self.config.seed, step=step)
         return Episodes(self.engine, self.tokenizer, self.env).play(records, groups, params)
 
     # ---- checkpoints ---------------------------------------------------------------------------------------
@@ -323,7 +333,10 @@ class Trainer:
                 mask=part.mask,
                 temperature=self._temperature,
                 return_entropy=True,
+                logit_floor=part.logit_floor,
             )
+            if not self.algorithm.supervised:
+                totals.add(*mismatch.correct(self.config, part, logprobs))
             loss, metrics = self.algorithm.loss(self.config, part, logprobs, entropy, denominator)
             self.accelerator.backward(loss)
         totals.add(metrics, float(part.mask.sum()))
@@ -367,7 +380,12 @@ class Trainer:
             part = batch.select(rows)
             logits = self.forward(model, part)
             found = token_logprobs(
-                logits[:, :-1], part.targets, mask=part.mask, temperature=self._temperature
+                logits[:, :-1],
+                part.targets,
+                mask=part.mask,
+                temperature=self._temperature,
+                # The policy is scored over what the sampler kept of it, the reference over all tokens.
+                logit_floor=part.logit_floor if model is self.model else None,
             )
             out[rows, : found.shape[1]] = found
         model.train(was_training)

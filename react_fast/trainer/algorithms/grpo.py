@@ -77,6 +77,7 @@ class GRPO:
             objective=PPOClip(ratio_min=self.ratio_min, ratio_max=self.ratio_max),
             aggregation=self.aggregation,
             ref_logprobs=part.ref_logprobs,
+            importance=part.importance,
             kl_coef=config.kl_coef,
             kl_estimator=self.kl_estimator,
             kl_gradient=self.kl_gradient,

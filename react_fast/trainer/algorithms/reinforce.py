@@ -82,6 +82,7 @@ class REINFORCE:
             objective=Reinforce(),
             aggregation=self.aggregation,
             ref_logprobs=part.ref_logprobs,
+            importance=part.importance,
             kl_coef=config.kl_coef,
             kl_estimator=self.kl_estimator,
             kl_gradient=self.kl_gradient,

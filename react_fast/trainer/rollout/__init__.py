@@ -1,10 +1,11 @@
 """Rollouts: engines that continue token sequences, and the episodes that are played with them."""
 
+from .engines import make_engine, synchronise
 from .episodes import Episodes, answered
 from .policy_engine import PolicyEngine
-from .sampling import EngineError, RolloutEngine, Sample, SamplingParams
+from .sampling import EngineError, RolloutEngine, Sample, SamplingParams, sampling_params
 from .streams import key, permutation, uniforms
-from .trajectory import Trajectory, demonstration, encode, state_id
+from .trajectory import Trajectory, demonstration, encode, retokenised, state_id
 from .truncation import choose
 
 __all__ = [
@@ -20,7 +21,11 @@ __all__ = [
     "demonstration",
     "encode",
     "key",
+    "make_engine",
     "permutation",
+    "retokenised",
+    "sampling_params",
     "state_id",
+    "synchronise",
     "uniforms",
 ]

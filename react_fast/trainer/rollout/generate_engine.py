@@ -70,9 +70,7 @@ class GenerateEngine:
             for row in zip(tokens.tolist(), logprobs.tolist(), floors.tolist(), strict=True)
         ]
 
-    def _sample(
-        self, ids: list[int], logprobs: list[float], floors: list[float], truncated: bool
-    ) -> Sample:
+    def _sample(self, ids: list[int], logprobs: list[float], floors: list[float], truncated: bool) -> Sample:
         ended = self.eos_id in ids
         length = ids.index(self.eos_id) + 1 if ended else len(ids)
         kept = floors[:length] if truncated else None

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 
 @dataclass(frozen=True)
@@ -53,6 +53,12 @@ class SamplingParams:
     def truncated(self) -> bool:
         """Whether some tokens may be left out."""
         return self.top_k is not None or self.top_p < 1 or self.min_p > 0
+
+
+def sampling_params(config: Any, **changes: Any) -> SamplingParams:
+    """How a trainer's configuration samples its rollouts; `changes` are further fields."""
+    names = ("max_new_tokens", "temperature", "top_k", "top_p", "min_p")
+    return SamplingParams(**{name: getattr(config, name) for name in names} | changes)
 
 
 @dataclass

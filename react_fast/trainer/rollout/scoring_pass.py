@@ -49,4 +49,6 @@ def _score(logits: torch.Tensor, sample: Sample, params: SamplingParams) -> None
         logits = logits.masked_fill(logits < floors[:, None], -math.inf)
         sample.logit_floors = floors.tolist()
     found = torch.log_softmax(logits / params.temperature, -1).gather(1, tokens).squeeze(1).tolist()
-    sample.logprobs = [new if math.isnan(old) else old for old, new in zip(sample.logprobs, found, strict=True)]
+    sample.logprobs = [
+        new if math.isnan(old) else old for old, new in zip(sample.logprobs, found, strict=True)
+    ]

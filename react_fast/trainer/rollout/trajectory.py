@@ -1,6 +1,7 @@
 """The one record that trainer, tracker and export share, and the texts that become its tokens."""
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -48,6 +49,18 @@ class Trajectory:
 
 def state_id(state: str) -> int:
     return int.from_bytes(hashlib.blake2b(state.encode(), digest_size=8).digest(), "big") >> 1
+
+
+def retokenised(trajectories: Sequence[Trajectory]) -> dict[str, float]:
+    """Actions of a step that came back as text, and their share that does not give the same tokens again; nothing
+    if there are none. The oldest version of the weights that sampled, if an engine numbers them."""
+    count = sum(t.retokenised for t in trajectories)
+    versions = [t.weights_version for t in trajectories if t.weights_version is not None]
+    metrics = {"rollout/weights_version": float(min(versions))} if versions else {}
+    if count:
+        metrics["rollout/retokenised"] = float(count)
+        metrics["rollout/drift"] = sum(t.drifted for t in trajectories) / count
+    return metrics
 
 
 def encode(tokenizer: Any, text: str, *, special: bool = True) -> list[int]:
