@@ -179,6 +179,7 @@ def _policy_gradient(trainer: Any, part: list[Any], now: list[Any], denominator:
         objective=OBJECTIVES.get(type(algorithm).__name__, _ppo_clip)(algorithm),
         aggregation=algorithm.aggregation,
         ref_logprobs=_row(one.ref_logprobs),
+        importance=_row(one.importance),
         kl_coef=0.0 if algorithm.kl_in_reward else config.kl_coef,
         kl_estimator=algorithm.kl_estimator,
         kl_gradient=algorithm.kl_gradient,

@@ -17,6 +17,7 @@ import torch
 from .algorithms import RULES
 from .credit import CREDITS, philox_key
 from .logprob import token_logprobs
+from .rollout import draw, importance
 
 _ORDER, _DROPOUT, _ENVIRONMENT = 1, 2, 4
 # Metrics that are summed over sequences and updates; the others are means over tokens, "/max" the largest.
@@ -25,7 +26,8 @@ _TOTALS = ("loss", "tokens", "clamped")
 
 @dataclass
 class Trajectory:
-    """One sequence; every list but `rewards` (one a turn) has an entry for each token."""
+    """One sequence; every list but `rewards` (one a turn) has an entry for each token. Where no action stands, the
+    log-probability under the sampler is 0 and the logit floor of what it kept -inf."""
 
     token_ids: Any
     action_mask: Any
@@ -35,6 +37,8 @@ class Trajectory:
     record: int = 0
     seed: int = 0  # of the environment's reset
     truncated: bool = False
+    sampler_logprobs: Any = field(default_factory=list)
+    logit_floor: Any = None
 
 
 @dataclass
@@ -55,6 +59,8 @@ class Scored:
     reward: float
     step_rewards: torch.Tensor  # [L - 1]: each turn's reward at its last action
     group: int
+    sampler_logprobs: torch.Tensor  # [L - 1]
+    logit_floor: torch.Tensor | None = None
     old_logprobs: torch.Tensor | None = None
     ref_logprobs: torch.Tensor | None = None
     attribution: torch.Tensor | None = None
@@ -64,6 +70,7 @@ class Scored:
     values: torch.Tensor | None = None
     last_value: float = 0.0  # of the state behind the last token, if the episode was truncated
     returns: torch.Tensor | None = None
+    importance: torch.Tensor | None = None
 
     @property
     def preference(self) -> float:
@@ -142,7 +149,9 @@ class Trainer:
             if self.tokenizer.eos_token_id is not None:
                 answer = [*answer, self.tokenizer.eos_token_id]
             actions = [False] * len(prompt) + [True] * len(answer)
-            found.append(Trajectory(prompt + answer, actions, [0] * len(actions), [reward], record))
+            nothing = [0] * len(actions)
+            rest = {"sampler_logprobs": nothing}
+            found.append(Trajectory(prompt + answer, actions, nothing, [reward], record, **rest))
         return found
 
     def _episode(self, record: int, row: int, group: int) -> Trajectory:
@@ -150,12 +159,13 @@ class Trainer:
         seed = philox_key(self.config.seed, _ENVIRONMENT, self.step, row)
         state, _ = env.reset(seed=seed, options={"index": record})
         ids = self.encode(state, True)
-        episode = Trajectory(ids, [False] * len(ids), [0] * len(ids), [], group, record, seed)
+        episode = Trajectory([], [], [], [], group, record, seed, [], [])
+        _extend(episode, [(i, 0.0, -math.inf) for i in ids], False, 0)
         over, turn = False, 0
         while not over:
-            chosen = self.act(episode.token_ids, row, turn)
+            chosen = self.sample(episode.token_ids, row, turn)
             _extend(episode, chosen, True, turn)
-            action = self.tokenizer.decode(chosen, skip_special_tokens=True)
+            action = self.tokenizer.decode([i for i, _, _ in chosen], skip_special_tokens=True)
             before = state
             state, reward, terminated, truncated, _ = env.step(action)
             episode.rewards.append(float(reward))
@@ -163,26 +173,30 @@ class Trainer:
             episode.truncated = truncated and not terminated
             answer = state[len(before) + len(action) :]
             if not over and answer:
-                _extend(episode, self.encode(answer, False), False, turn)
+                _extend(episode, [(i, 0.0, -math.inf) for i in self.encode(answer, False)], False, turn)
         return episode
 
-    @torch.no_grad()
     def act(self, prompt: list[int], row: int, turn: int, seed: int | None = None) -> list[int]:
-        """Sample one action by inverse transform from the draws keyed (seed, step) and (turn, row)."""
+        """Tokens of one action; see `sample`."""
+        return [i for i, _, _ in self.sample(prompt, row, turn, seed)]
+
+    @torch.no_grad()
+    def sample(
+        self, prompt: list[int], row: int, turn: int, seed: int | None = None
+    ) -> list[tuple[int, float, float]]:
+        """Sample one action by inverse transform from the draws keyed (seed, step) and (turn, row): tokens with
+        their log-probabilities and logit floors."""
         key = np.array([self.config.seed if seed is None else seed, self.step], dtype=np.uint64)
         counter = np.array([0, 0, turn, row], dtype=np.uint64)
         draws = np.random.Generator(np.random.Philox(key=key, counter=counter)).random(
             self.config.max_new_tokens
         )
         self.model.eval()
-        chosen: list[int] = []
-        for draw in draws:
-            logits = self.logits(torch.tensor(prompt + chosen))[-1]
-            p = torch.softmax(logits.float() / self.config.temperature, 0).double()
-            cumulative = p.cumsum(0)
-            token = int(torch.searchsorted(cumulative, draw * cumulative[-1], right=True))
-            chosen.append(min(token, len(p) - 1))
-            if chosen[-1] == self.tokenizer.eos_token_id:
+        chosen: list[tuple[int, float, float]] = []
+        for u in draws:
+            logits = self.logits(torch.tensor(prompt + [i for i, _, _ in chosen]))[-1]
+            chosen.append(draw(logits, u, self.config))
+            if chosen[-1][0] == self.tokenizer.eos_token_id:
                 break
         return chosen
 
@@ -197,7 +211,10 @@ class Trainer:
             ids = torch.as_tensor(trajectory.token_ids)
             mask = torch.as_tensor(trajectory.action_mask)[1:]
             rewards = _step_rewards(trajectory)[1:].to(self._dtype)
-            one = Scored(ids, mask, float(sum(trajectory.rewards)), rewards, trajectory.group)
+            sampler = torch.as_tensor(trajectory.sampler_logprobs)[1:]
+            one = Scored(ids, mask, float(sum(trajectory.rewards)), rewards, trajectory.group, sampler)
+            if trajectory.logit_floor is not None:
+                one.logit_floor = torch.as_tensor(trajectory.logit_floor)[1:]
             if self._keeps_old:
                 before = self._frozen(self.model, one)
                 one.old_logprobs, one.values = before.logprobs, before.values
@@ -233,7 +250,13 @@ class Trainer:
         temperature = 1.0 if self.algorithm.supervised else self.config.temperature
         logits = self.logits(one.ids, model)[:-1]
         logp, entropy = token_logprobs(
-            logits, one.ids[1:], mask=one.mask, temperature=temperature, return_entropy=True
+            logits,
+            one.ids[1:],
+            mask=one.mask,
+            temperature=temperature,
+            return_entropy=True,
+            # The policy is scored over what the sampler kept of it, the reference over all tokens.
+            logit_floor=None if model is self.reference else one.logit_floor,
         )
         worth = self._values(one.ids)[:-1] if self.value is not None and model is self.model else None
         return Now(logp, entropy, worth)
@@ -313,6 +336,8 @@ class Trainer:
             part = batch[start : start + together]
             with self._observed(part):
                 now = [self._now(self.model, one) for one in part]
+                for one, seen in zip(part, now, strict=True):
+                    self._weigh(one, seen.logprobs)
                 loss, metrics = self.rule.loss(self, part, now, denominator)
                 loss.backward()
             for name, value in {"loss": loss.detach(), **metrics}.items():
@@ -338,6 +363,12 @@ class Trainer:
         (one,) = part
         return self.tracker.observe(one.ids, torch.nn.functional.pad(one.mask, (1, 0)), step=self.step)
 
+    def _weigh(self, one: Scored, logprobs: torch.Tensor) -> None:
+        """What the sampler's tokens weigh under the policy as it was before the update."""
+        if not self.algorithm.supervised:
+            before = logprobs.detach() if one.old_logprobs is None else one.old_logprobs
+            one.importance = importance(self.config, before, one.sampler_logprobs, one.mask)
+
     def _learning_rate(self) -> float:
         config = self.config
         if self.updates < config.lr_warmup_steps:
@@ -360,10 +391,13 @@ class Trainer:
                 yield [unit * together + i for unit in units for i in range(together)]
 
 
-def _extend(episode: Trajectory, ids: list[int], chosen: bool, turn: int) -> None:
-    episode.token_ids += ids
-    episode.action_mask += [chosen] * len(ids)
-    episode.turn_index += [turn] * len(ids)
+def _extend(episode: Trajectory, tokens: list[tuple[int, float, float]], chosen: bool, turn: int) -> None:
+    for token, logprob, floor in tokens:
+        episode.token_ids.append(token)
+        episode.action_mask.append(chosen)
+        episode.turn_index.append(turn)
+        episode.sampler_logprobs.append(logprob)
+        episode.logit_floor.append(floor)
 
 
 def _step_rewards(trajectory: Any) -> torch.Tensor:

@@ -18,7 +18,8 @@ class Batch:
     Attributes:
         input_ids, attention_mask: [B, T] int64.
         mask: [B, T-1] bool, true where token t + 1 is an action.
-        sampler_logprobs: [B, T-1] float32.
+        sampler_logprobs: [B, T-1] float32, NaN where the sampler did not tell.
+        logit_floor: [B, T-1] float32, of what the sampler kept, or None if it kept all tokens.
         rewards: [B] float32 or float64, sum over turns.  step_rewards: [B, T-1], each turn's at its last action.
         groups: [B] int64.  records: [B] int64, index of the environment's record.
         truncated: [B] bool, the episode was cut and not over; None: none was.
@@ -27,6 +28,7 @@ class Batch:
         attribution, effects, step_advantages: [B, T-1] or None, set by `score` when credit asks for it.
         advantages: [B] or [B, T-1] or None, set by `credit`.
         last_values: [B] value of the state behind every row, returns: [B, T-1], or None, set for a critic.
+        importance: [B, T-1] weights of tokens that another policy sampled, or None, set in the update.
     """
 
     input_ids: torch.Tensor
@@ -38,6 +40,7 @@ class Batch:
     groups: torch.Tensor
     records: torch.Tensor
     truncated: torch.Tensor | None = None
+    logit_floor: torch.Tensor | None = None
     old_logprobs: torch.Tensor | None = None
     ref_logprobs: torch.Tensor | None = None
     heads: dict[str, torch.Tensor] = field(default_factory=dict)
@@ -47,6 +50,7 @@ class Batch:
     advantages: torch.Tensor | None = None
     last_values: torch.Tensor | None = None
     returns: torch.Tensor | None = None
+    importance: torch.Tensor | None = None
 
     @property
     def targets(self) -> torch.Tensor:
@@ -136,7 +140,19 @@ def collate(
         groups=torch.tensor([t.group for t in trajectories], device=device),
         records=torch.tensor([t.record for t in trajectories], device=device),
         truncated=torch.tensor([t.truncated for t in trajectories], device=device),
+        logit_floor=_floors(trajectories, pad, device),
     )
+
+
+def _floors(trajectories: Sequence[Trajectory], pad: Any, device: torch.device) -> torch.Tensor | None:
+    if all(t.logit_floor is None for t in trajectories):
+        return None
+    everything = (torch.full(t.token_ids.shape, -torch.inf) for t in trajectories)
+    floors = [
+        whole if t.logit_floor is None else t.logit_floor
+        for t, whole in zip(trajectories, everything, strict=True)
+    ]
+    return pad(floors, -torch.inf)[:, 1:].to(device)
 
 
 def _step_rewards(trajectories: Sequence[Trajectory], width: int) -> torch.Tensor:

@@ -171,6 +171,22 @@ class TrainerConfig(Section):
     """Longest response of a turn, in tokens."""
     temperature: Positive = 1.0
     """Sampling temperature of the rollouts."""
+    top_k: Count | None = None
+    """Rollouts sample from this many of the most probable tokens; none: all. What is kept is what the policy is
+    scored over, exactly so in a step's first update."""
+    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Rollouts sample from the fewest most probable tokens of this mass; 1: all."""
+    min_p: Annotated[float, Field(ge=0, le=1)] = 0.0
+    """Rollouts sample from tokens at least this share as probable as the most probable one; 0: all."""
+    importance: Literal["none", "truncate", "mask"] = "none"
+    """Weights p/q for tokens that the rollout engine sampled with another probability q: bounded by clipping, or
+    by leaving out."""
+    importance_low: NonNegative = 0.0
+    """Smallest weight."""
+    importance_high: Positive = 2.0
+    """Largest weight."""
+    importance_level: Literal["token", "sequence", "geometric"] = "token"
+    """A weight's ratio: a token's, the product over its sequence, or that product's mean per token."""
     optimizer: Literal["adamw", "adam", "sgd"] = "adamw"
     """Optimiser."""
     learning_rate: Positive = 1e-4
@@ -225,6 +241,13 @@ class TrainerConfig(Section):
     """CPU threads; none: what torch chose."""
 
     @model_validator(mode="after")
+    def _bounds_in_order(self) -> "TrainerConfig":
+        if self.importance_low > self.importance_high:
+            problem = f"must be at most importance_high {self.importance_high:g}, got {self.importance_low:g}"
+            raise ConfigError("importance_low", problem)
+        return self
+
+    @model_validator(mode="after")
     def _minibatches_divide(self) -> "TrainerConfig":
         if self.sequences_per_step % self.minibatches:
             problem = f"must divide the {self.sequences_per_step} responses of a step, got {self.minibatches}"
@@ -260,6 +283,35 @@ class TrainerConfig(Section):
         )
 
 
+class RolloutConfig(Section):
+    """What generates the rollouts. With the engine "policy" runs resume to the bit; a server's do not repeat."""
+
+    engine: Literal["policy", "generate", "continuous", "openai"] = "policy"
+    """The policy itself, transformers' generate or its continuous batching, or a server that speaks OpenAI's
+    completions API (vLLM, SGLang, llama.cpp)."""
+    generation_options: dict[str, Any] = Field(default={})
+    """generate, continuous: more fields of transformers' GenerationConfig."""
+    base_url: str = "http://localhost:8000/v1"
+    """openai: where the server is."""
+    served_model: str | None = None
+    """openai: the server's name for the model; none: the only one it serves."""
+    api_key_variable: str | None = None
+    """openai: environment variable that holds the key; none: no key."""
+    timeout: Positive = 120.0
+    """openai: seconds for one answer."""
+    retries: Natural = 4
+    """openai: further attempts after a failure, with growing waits."""
+    concurrency: Count = 16
+    """openai: requests at a time."""
+    server_logprobs: Literal["raw", "processed"] = "raw"
+    """openai: log-probabilities are at temperature 1 (llama.cpp, vLLM as it starts), or those sampled from."""
+    sync_dir: str | None = None
+    """openai: folder for new weights; none: in the run folder if reload_url is set, else none are written."""
+    reload_url: str | None = None
+    """openai: where {"model_path", "weight_version"} is posted when they are there (SGLang:
+    /update_weights_from_disk)."""
+
+
 class RunConfig(Section):
     """A whole run: what `react-fast train` does."""
 
@@ -271,6 +323,7 @@ class RunConfig(Section):
     algorithm: AlgorithmConfig = AlgorithmConfig()
     tracker: TrackerConfig = TrackerConfig()
     trainer: TrainerConfig = TrainerConfig()
+    rollout: RolloutConfig = RolloutConfig()
 
     @model_validator(mode="after")
     def _attribution_is_tracked(self) -> "RunConfig":
@@ -278,6 +331,16 @@ class RunConfig(Section):
             raise ConfigError(
                 "tracker.enabled", "must be true when trainer.credit is 'attribution', got False"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _server_samples_all_tokens(self) -> "RunConfig":
+        for name, whole in (("top_k", None), ("top_p", 1.0), ("min_p", 0.0)):
+            if self.rollout.engine == "openai" and getattr(self.trainer, name) != whole:
+                problem = (
+                    f"must be {whole} for rollout.engine 'openai': a server does not say which tokens it kept"
+                )
+                raise ConfigError(f"trainer.{name}", problem)
         return self
 
     @classmethod

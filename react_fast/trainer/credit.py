@@ -27,7 +27,7 @@ from ..tracker.text import Text
 from .batch import Batch
 from .ranks import gathered
 from .replay import Count, Replay, replay
-from .rollout import SamplingParams, Trajectory, key, permutation
+from .rollout import Trajectory, key, permutation, sampling_params
 
 # Streams of random numbers, beside the trainer's own.
 _ROWS, _UNITS, _ALTERNATIVES, _VALUES, _KNOWN = 5, 6, 7, 8, 9
@@ -283,12 +283,7 @@ def play_again(trainer: Any, wanted: Iterable[Replay], stream: int, count: Count
     """Returns of replays, config.eval_batch of them at a time; the policy draws from a stream of its own for every
     use and step, and for every replay's number."""
     config = trainer.config
-    params = SamplingParams(
-        config.max_new_tokens,
-        temperature=config.temperature,
-        seed=key(config.seed, stream),
-        step=trainer.step,
-    )
+    params = sampling_params(config, seed=key(config.seed, stream), step=trainer.step)
     returns: list[float] = []
     remaining = iter(wanted)
     while part := list(itertools.islice(remaining, config.eval_batch)):

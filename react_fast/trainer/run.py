@@ -27,6 +27,8 @@ from .folder import CONFIG, ENVIRONMENT, PHASES, REPORT, RESULTS, RunFolder, Use
 from .ranks import Ranks
 from .reporter import CURVES, METRICS, Reporter, Silent, print_table
 from .results import MODES, TITLES, Answers, compare, joined, measure, table
+from .rollout import EngineError, RolloutEngine, make_engine
+from .rollout.openai_engine import OpenAIEngine
 from .section import ConfigError
 from .sources import adapt, load_environments, load_policy, make_algorithm, metric_names, texts, user_input
 
@@ -62,7 +64,7 @@ def run(config: RunConfig, *, resume: str | Path = "none", console: Console | No
     folder.open(resume=str(resume) != "none")
     try:
         return _Run(config, folder, console, Ranks(accelerator)).go(str(resume))
-    except (CheckpointError, ConfigError) as error:
+    except (CheckpointError, ConfigError, EngineError) as error:
         raise UserError(str(error)) from error
     except OSError as error:
         if error.errno not in DISK_FULL:
@@ -189,6 +191,7 @@ class _Run:
             reporter=self.reporter,
             phase=phase,
             eval_env=self.envs["validation"],
+            engine=self._engine(phase),
         )
         trainer.train(resume=start)
         self.engine = trainer.engine
@@ -196,6 +199,17 @@ class _Run:
             self._build()
             self._load(phase)
             self.engine = None
+
+    def _engine(self, phase: str) -> RolloutEngine | None:
+        """What generates the rollouts of a phase; None: the policy."""
+        if phase != "rl":
+            return None
+        engine = make_engine(self.config.rollout, self.model, self.tokenizer, self.folder.path / "weights")
+        if isinstance(engine, OpenAIEngine):
+            self.reporter.line(
+                f"{self.config.rollout.base_url} serves {engine.model}: {engine.capabilities.line()}"
+            )
+        return engine
 
     def trainer_config(self, phase: str) -> TrainerConfig:
         """The trainer's part of the configuration for one phase."""

@@ -84,21 +84,25 @@ class Scorer(nn.Module):
     def forward(self, batch: Batch, temperature: float) -> dict[str, torch.Tensor]:
         """Log-probabilities, entropies and the heads' outputs, which are named "heads.NAME"."""
         options: dict[str, Any] = {"mask": batch.mask, "temperature": temperature, "return_entropy": True}
-        output = self.output
+        output, floor = self.output, batch.logit_floor
         if output is None:
             logits = self.logits(batch)[:, :-1]
-            logprobs, entropy = token_logprobs(logits, batch.targets, **options)
+            logprobs, entropy = token_logprobs(logits, batch.targets, logit_floor=floor, **options)
             return {"logprobs": logprobs, "entropy": entropy}
         hidden = output.hidden(batch.input_ids, batch.attention_mask)[:, :-1]
-        logprobs, entropy = linear_token_logprobs(
-            hidden,
-            output.linear.weight,
-            batch.targets,
-            bias=output.linear.bias,
-            logit_scale=output.logit_scale,
-            softcap=output.softcap,
-            **options,
-        )
+        if floor is not None:  # what a truncated sampler kept is told by the logits
+            logits = output.logits(hidden)
+            logprobs, entropy = token_logprobs(logits, batch.targets, logit_floor=floor, **options)
+        else:
+            logprobs, entropy = linear_token_logprobs(
+                hidden,
+                output.linear.weight,
+                batch.targets,
+                bias=output.linear.bias,
+                logit_scale=output.logit_scale,
+                softcap=output.softcap,
+                **options,
+            )
         heads = {f"heads.{name}": head(hidden) for name, head in self.heads.items()}
         return {"logprobs": logprobs, "entropy": entropy, **heads}
 

@@ -15,6 +15,7 @@ from accelerate import Accelerator
 from ..envs import TextEnv
 from ..ops.backend import accumulation_dtype
 from ..tracker.credit import attribution_credit, causal_credit
+from . import mismatch
 from .adapters import has_adapters
 from .batch import Batch, collate, group_numbers
 from .checkpoint import CheckpointError, load_checkpoint, load_weights, newest_complete, save_checkpoint, tied
@@ -25,7 +26,16 @@ from .evaluation import held_out_loss, held_out_reward
 from .interrupt import StopRequest
 from .meters import Clock, describe, samples
 from .ranks import Ranks, gathered, shard
-from .rollout import Episodes, PolicyEngine, RolloutEngine, SamplingParams, Trajectory
+from .rollout import (
+    Episodes,
+    PolicyEngine,
+    RolloutEngine,
+    SamplingParams,
+    Trajectory,
+    retokenised,
+    sampling_params,
+    synchronise,
+)
 from .schedule import prompts
 from .scoring import Scorer, Scores, reference_policy
 from .state import join, load_module_state, load_optimizer_state, split, whole
@@ -116,7 +126,8 @@ class Trainer:
             before = self.scores(batch)
             batch.old_logprobs, batch.heads = before.logprobs, before.heads
         if self.reference is not None:
-            batch.ref_logprobs = self.scores(batch, self.reference).logprobs
+            whole_support = replace(batch, logit_floor=None)
+            batch.ref_logprobs = self.scores(whole_support, self.reference).logprobs
         self.algorithm.score(self, batch)
         if not self.algorithm.supervised:
             self.replays.score(trajectories, batch)
@@ -154,7 +165,7 @@ class Trainer:
         metrics = self.updater.run(batch, self.step)
         if self.memory is not None:
             self.memory.after_update()
-        return metrics
+        return mismatch.finish(metrics)
 
     # ---- loops ---------------------------------------------------------------------------------------------
 
@@ -200,7 +211,7 @@ class Trainer:
         self.step += 1
         metrics |= describe(trajectories, self.algorithm.supervised) | clock.metrics()
         if not self.algorithm.supervised:
-            metrics |= self.replays.metrics
+            metrics |= self.replays.metrics | retokenised(trajectories)
         if self.config.eval_every and self.eval_env is not None and self.step % self.config.eval_every == 0:
             held_out, value = self.algorithm.held_out(self, self.eval_env)
             metrics |= held_out
@@ -248,9 +259,8 @@ class Trainer:
         size = self.config.group_size
         records = [record for record in self.records_of(step) for _ in range(size)]
         groups = [row // size for row in range(len(records))]
-        params = SamplingParams(
-            self.config.max_new_tokens, temperature=self.config.temperature, seed=self.config.seed, step=step
-        )
+        synchronise(self.engine, self.model, self.updates)
+        params = sampling_params(self.config, seed=self.config.seed, step=step)
         return self.play(self.env, records, groups, params)
 
     def play(

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from . import mismatch
 from .batch import Batch
 from .meters import Averages
 from .ranks import Ranks, clip_gradients, spread
@@ -112,6 +113,8 @@ class Updater:
         temperature = sampling_temperature(self.algorithm, self.config)
         with self._observed(part, step):
             found = scores(self.policy(part, temperature))
+            if not self.algorithm.supervised:
+                totals.add(*mismatch.correct(self.config, part, found.logprobs))
             loss, metrics = self.algorithm.loss(self.config, part, found, denominator)
             # Gradients are averaged over the ranks, and the loss is divided by what all of them hold.
             self.ranks.accelerator.backward(loss * self.ranks.world)

@@ -158,6 +158,7 @@ class PolicyGradient(Algorithm):
             objective=self.objective,
             aggregation=self.aggregation,
             ref_logprobs=part.ref_logprobs,
+            importance=part.importance,
             kl_coef=0.0 if self.kl_in_reward else config.kl_coef,
             kl_estimator=self.kl_estimator,
             kl_gradient=self.kl_gradient,

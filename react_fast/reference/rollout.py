@@ -1,0 +1,74 @@
+"""Sampling one token, and the weights of tokens that another policy sampled, as the equations say them."""
+
+import math
+from typing import Any
+
+import torch
+
+from .importance_weights import importance_weights
+
+
+def draw(logits: torch.Tensor, u: float, config: Any) -> tuple[int, float, float]:
+    """A token by inverse transform of u in [0, 1), its log-probability, and the logit floor of what was kept.
+
+    Args:
+        logits: [V]. config: has temperature, top_k, top_p and min_p.
+    """
+    logits = logits.float()
+    kept = kept_tokens(logits, config)
+    dropped = [i for i in range(len(logits)) if i not in kept]
+    floor = -math.inf
+    if dropped:
+        floor = float(logits[sorted(kept)].min() + logits[dropped].max()) / 2
+        logits = logits.index_fill(0, torch.tensor(dropped), -math.inf)
+    logprobs = torch.log_softmax(logits / config.temperature, 0)
+    whole = float(logprobs.double().exp().sum())
+    mass = 0.0
+    for i in sorted(kept):
+        mass += math.exp(logprobs[i])
+        if mass > u * whole:
+            break
+    return i, float(logprobs[i]), floor
+
+
+def kept_tokens(logits: torch.Tensor, config: Any) -> set[int]:
+    """What top_k, then top_p, then min_p leave; tokens that tie with the last one stay."""
+    p = torch.softmax(logits.double() / config.temperature, 0)
+    order = sorted(range(len(logits)), key=lambda i: -logits[i])
+    if config.top_k is not None:
+        order = _with_ties(logits, order, order[: config.top_k])
+    if config.top_p < 1:
+        whole, mass, chosen = sum(float(p[i]) for i in order), 0.0, []
+        for i in order:
+            if chosen and mass >= config.top_p * whole:
+                break
+            chosen.append(i)
+            mass += float(p[i])
+        order = _with_ties(logits, order, chosen)
+    if config.min_p > 0:
+        order = [i for i in order if p[i] >= config.min_p * p[order[0]]]
+    return set(order)
+
+
+def _with_ties(logits: torch.Tensor, order: list[int], chosen: list[int]) -> list[int]:
+    return [i for i in order if logits[i] >= logits[chosen[-1]]]
+
+
+def importance(
+    config: Any, logprobs: torch.Tensor, sampler_logprobs: torch.Tensor, mask: torch.Tensor
+) -> torch.Tensor | None:
+    """[L] weights p/q of one sequence, q taken as p where it is NaN; None if `config` wants none."""
+    if config.importance == "none":
+        return None
+    known = mask & ~sampler_logprobs.isnan()
+    sampler = torch.where(known, sampler_logprobs.to(logprobs.dtype), logprobs)
+    weights, _ = importance_weights(
+        logprobs[None],
+        sampler[None],
+        mask[None],
+        level=config.importance_level,
+        mode=config.importance,
+        low=config.importance_low,
+        high=config.importance_high,
+    )
+    return weights[0]

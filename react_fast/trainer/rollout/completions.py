@@ -1,0 +1,138 @@
+"""One answer of an OpenAI-compatible /v1/completions, as a sample."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from .sampling import EngineError, Sample
+from .trajectory import encode
+
+# vLLM's and SGLang's names, then llama.cpp's, then only what every server knows. Each switches off what a server
+# would do by itself, such as llama.cpp's top-k of 40.
+DIALECTS: tuple[Mapping[str, Any], ...] = (
+    {
+        "top_k": -1,
+        "min_p": 0.0,
+        "repetition_penalty": 1.0,
+        "return_token_ids": True,
+        "return_tokens_as_token_ids": True,
+    },
+    {"top_k": 0, "min_p": 0.0, "repeat_penalty": 1.0},
+    {},
+)
+_TOKEN_ID = "token_id:"  # vLLM's spelling of tokens under return_tokens_as_token_ids
+_UNDECODABLE = "\ufffd"  # part of a character
+
+
+@dataclass(frozen=True)
+class Capabilities:
+    """What a server was seen to do.
+
+    Attributes:
+        token_prompts: takes token ids as prompt.  token_ids: returns those it generated.
+        logprobs: returns log-probabilities.  dialect: its names of the sampling options.
+    """
+
+    token_prompts: bool
+    token_ids: bool
+    logprobs: bool
+    dialect: Mapping[str, Any]
+
+    def line(self) -> str:
+        prompts = "token ids" if self.token_prompts else "text"
+        answers = "token ids" if self.token_ids else "text that is tokenised again"
+        logprobs = f"{'with' if self.logprobs else 'without'} log-probabilities"
+        return f"prompts as {prompts}, answers as {answers}, {logprobs}"
+
+
+def choice_of(answer: Any) -> Mapping[str, Any]:
+    """The one choice of an answer.
+
+    Raises: EngineError in one line for an answer that is none.
+    """
+    choices = answer.get("choices") if isinstance(answer, Mapping) else None
+    if not isinstance(choices, Sequence) or len(choices) != 1 or not isinstance(choices[0], Mapping):
+        raise _malformed("one choice", answer)
+    if not isinstance(choices[0].get("text"), str) and token_ids(choices[0]) is None:
+        raise _malformed("text or token ids in its choice", choices[0])
+    return choices[0]
+
+
+def token_ids(choice: Mapping[str, Any]) -> list[int] | None:
+    """The generated ids, if the server says them."""
+    ids = choice.get("token_ids")
+    if ids is None:
+        tokens = _logprobs(choice).get("tokens")
+        if not tokens or not all(isinstance(t, str) and t.startswith(_TOKEN_ID) for t in tokens):
+            return None
+        ids = [t.removeprefix(_TOKEN_ID) for t in tokens]
+    try:
+        found = [int(i) for i in ids]
+    except (TypeError, ValueError):
+        raise _malformed("whole numbers as token_ids", ids) from None
+    if any(i < 0 for i in found):
+        raise _malformed("token_ids that are not negative", ids)
+    return found
+
+
+def token_logprobs(choice: Mapping[str, Any]) -> list[float] | None:
+    """Log-probabilities of the server's own tokens, NaN for null; None if it returns none."""
+    values = _logprobs(choice).get("token_logprobs")
+    if values is None:
+        return None
+    try:
+        return [math.nan if value is None else min(float(value), 0.0) for value in values]
+    except (TypeError, ValueError):
+        raise _malformed("numbers as token_logprobs", values) from None
+
+
+def read_sample(choice: Mapping[str, Any], tokenizer: Any, eos_id: int | None, max_new_tokens: int) -> Sample:
+    """The action of a choice; text is tokenised again, and has log-probabilities only where its tokens turn out to
+    be those of the server.
+
+    Raises: EngineError in one line for a malformed answer.
+    """
+    reason = choice.get("finish_reason")
+    if reason not in ("stop", "length"):
+        raise _malformed("a finish_reason of 'stop' or 'length'", reason)
+    ids, logprobs = token_ids(choice), token_logprobs(choice)
+    exact = ids is not None
+    if ids is None:
+        ids = encode(tokenizer, choice["text"], special=False)
+        drifted = tokenizer.decode(ids, skip_special_tokens=False) != choice["text"]
+        pieces = _logprobs(choice).get("tokens")
+        if pieces is not None and not _same_tokens(pieces, ids, tokenizer):
+            drifted, logprobs = True, None
+    else:
+        drifted = False
+        if logprobs is not None and len(logprobs) != len(ids):
+            raise _malformed(f"a log-probability for each of its {len(ids)} tokens", logprobs)
+    logprobs = [math.nan] * len(ids) if logprobs is None else logprobs[: len(ids)]
+    if reason == "stop" and eos_id is not None and ids[-1:] != [eos_id]:
+        ids, logprobs = [*ids, eos_id], [*logprobs, math.nan]
+    if len(ids) > max_new_tokens:
+        if exact:
+            raise _malformed(f"at most {max_new_tokens} tokens", ids)
+        ids, logprobs, reason, drifted = ids[:max_new_tokens], logprobs[:max_new_tokens], "length", True
+    return Sample(ids, logprobs, reason, exact_tokens=exact, drifted=drifted)
+
+
+def _logprobs(choice: Mapping[str, Any]) -> Mapping[str, Any]:
+    found = choice.get("logprobs")
+    return found if isinstance(found, Mapping) else {}
+
+
+def _same_tokens(pieces: Sequence[Any], ids: Sequence[int], tokenizer: Any) -> bool:
+    """Whether the server's tokens, as text, are these. A piece of a character has no text of its own."""
+    if len(pieces) != len(ids):
+        return False
+    texts = (tokenizer.decode([i], skip_special_tokens=False) for i in ids)
+    return all(
+        piece == text or _UNDECODABLE in text or _UNDECODABLE in str(piece) or not piece
+        for piece, text in zip(pieces, texts, strict=True)
+    )
+
+
+def _malformed(wanted: str, got: Any) -> EngineError:
+    return EngineError(f"the server's answer must have {wanted}, got {' '.join(repr(got).split())[:160]}")

@@ -1,0 +1,107 @@
+"""What is asked of a rollout engine, and what it answers."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """How actions are sampled. Row r of a call draws from the stream (seed, step, turn, rows[r]), so a sample
+    of `PolicyEngine` does not depend on how the rows are split into calls.
+
+    top_k, top_p and min_p keep, one after the other and each among what is left, the k most probable tokens, the
+    fewest most probable ones whose mass reaches top_p, and those at least min_p times as probable as the most
+    probable one; tokens that tie with the last one stay, and what is kept is renormalised.
+
+    Args:
+        max_new_tokens: longest action, at least 1.
+        temperature: above 0; the limit 0 is `greedy`. It acts before the truncation.
+        greedy: the most probable token each time.
+        seed, step, turn: not negative. rows: one number for each prompt; None: 0, 1, 2, ...
+        top_k: at least 1; None: all. top_p: in (0, 1]; 1: all. min_p: in [0, 1]; 0: all.
+    Raises: ValueError for a number out of range.
+    """
+
+    max_new_tokens: int
+    temperature: float = 1.0
+    greedy: bool = False
+    seed: int = 0
+    step: int = 0
+    turn: int = 0
+    rows: Sequence[int] | None = None
+    top_k: int | None = None
+    top_p: float = 1.0
+    min_p: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.max_new_tokens < 1:
+            raise ValueError(f"max_new_tokens must be at least 1, got {self.max_new_tokens}")
+        if not 0 < self.temperature < math.inf:
+            raise ValueError(
+                f"temperature must be above 0 (greedy=True is its limit), got {self.temperature:g}"
+            )
+        if self.top_k is not None and self.top_k < 1:
+            raise ValueError(f"top_k must be at least 1, or None for all tokens, got {self.top_k}")
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p must be in (0, 1], got {self.top_p:g}")
+        if not 0 <= self.min_p <= 1:
+            raise ValueError(f"min_p must be in [0, 1], got {self.min_p:g}")
+
+    @property
+    def truncated(self) -> bool:
+        """Whether some tokens may be left out."""
+        return self.top_k is not None or self.top_p < 1 or self.min_p > 0
+
+
+def sampling_params(config: Any, **changes: Any) -> SamplingParams:
+    """How a trainer's configuration samples its rollouts; `changes` are further fields."""
+    names = ("max_new_tokens", "temperature", "top_k", "top_p", "min_p")
+    return SamplingParams(**{name: getattr(config, name) for name in names} | changes)
+
+
+@dataclass
+class Sample:
+    """One generated action.
+
+    Attributes:
+        ids: generated token ids, the end token included.
+        logprobs: log-probability of each under the sampler (its temperature and truncation included), in nats;
+            NaN where the engine does not know it.
+        finish_reason: "stop" (end token) or "length".
+        exact_tokens: false if the engine returned text that had to be tokenised again.
+        logit_floors: for each token the `logit_floor` of `token_logprobs` that keeps what the sampler kept; None
+            if it kept everything.
+        scored: the log-probabilities come from a pass over the finished sequence, not from the sampler.
+        drifted: the text that came back, or that of the prompt, does not give the same tokens again.
+        weights_version: number of the weights that the engine sampled with; None: those of the policy.
+    """
+
+    ids: list[int]
+    logprobs: list[float]
+    finish_reason: str
+    exact_tokens: bool = True
+    logit_floors: list[float] | None = None
+    scored: bool = False
+    drifted: bool = False
+    weights_version: int | None = None
+
+
+class RolloutEngine(Protocol):
+    """Anything that continues token sequences: the policy itself, or a server that holds a copy of it.
+
+    An engine that holds a copy also has `sync_weights(model, version)`; see `synchronise`.
+    """
+
+    def generate(self, prompts: Sequence[Sequence[int]], params: SamplingParams) -> list[Sample]: ...
+
+
+class EngineError(RuntimeError):
+    """A rollout engine could not do what it was asked, in one line."""
+
+
+def check_prompts(prompts: Sequence[Sequence[int]]) -> None:
+    """Raises: ValueError for a prompt without tokens."""
+    if any(len(prompt) == 0 for prompt in prompts):
+        raise ValueError("prompts must hold at least one token each, got an empty one")

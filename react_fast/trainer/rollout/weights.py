@@ -1,0 +1,45 @@
+"""Weights for a server: a Hugging Face folder that is complete as soon as it is there."""
+
+import copy
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+_KEPT = 2  # a server may still be reading the one before the newest
+
+
+class WeightFolder:
+    """Numbered folders of weights.
+
+    Args:
+        path: where they are made. tokenizer: written beside the weights.
+    """
+
+    def __init__(self, path: str | Path, tokenizer: Any) -> None:
+        self.path, self.tokenizer = Path(path), tokenizer
+
+    def write(self, model: Any, version: int) -> Path:
+        """Write a model, adapters merged, into a folder of its own; older ones but the last are removed.
+
+        Returns: the folder, which appears by one rename.
+        """
+        self.path.mkdir(parents=True, exist_ok=True)
+        target = self.path / f"version-{version:08d}"
+        temporary = self.path / f".version-{version:08d}.{os.getpid()}"
+        shutil.rmtree(temporary, ignore_errors=True)
+        if hasattr(model, "merge_and_unload"):
+            model = copy.deepcopy(model).merge_and_unload()
+        model.save_pretrained(temporary)
+        if hasattr(self.tokenizer, "save_pretrained"):
+            self.tokenizer.save_pretrained(temporary)
+        for file in temporary.iterdir():
+            with file.open("rb") as opened:
+                os.fsync(opened.fileno())
+        if target.exists():
+            shutil.rmtree(target)
+        temporary.rename(target)
+        for old in sorted(self.path.glob("version-*"))[:-_KEPT]:
+            if old != target:
+                shutil.rmtree(old, ignore_errors=True)
+        return target

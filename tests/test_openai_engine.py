@@ -1,0 +1,311 @@
+"""Rollouts over HTTP: token ids where the server has them, text counted, failures retried and told in one line."""
+
+import json
+import math
+import threading
+import time
+import warnings
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from react_fast.envs import Record, TextEnv
+from react_fast.trainer.model import fresh_model
+from react_fast.trainer.rollout import EngineError, Episodes, SamplingParams, retokenised, synchronise
+from react_fast.trainer.rollout.http import HttpError, JsonClient
+from react_fast.trainer.rollout.openai_engine import OpenAIEngine
+
+from .completion_server import Double, completion, failing, text, vllm
+
+SIZES = {"vocab_size": 280, "hidden_size": 8, "layers": 1, "heads": 1, "max_length": 32}
+MODEL, TOKENIZER = fresh_model(["say one two", "abc"], seed=0, **SIZES)
+EOS = TOKENIZER.eos_token_id
+IDS, LOGPROBS = [70, 71, EOS], [-0.5, -1.25, -0.125]
+PROMPT = TOKENIZER("say", add_special_tokens=True)["input_ids"]
+PARAMS = SamplingParams(3, seed=1)
+
+
+def _engine(server: Double, **options: Any) -> OpenAIEngine:
+    client = JsonClient(server.url, timeout=options.pop("timeout", 5.0), retries=3, backoff=0.01)
+    return OpenAIEngine(server.url, tokenizer=TOKENIZER, eos_id=EOS, client=client, **options)
+
+
+@pytest.mark.parametrize("spelled", [False, True], ids=["return_token_ids", "return_tokens_as_token_ids"])
+def test_token_ids_go_in_and_out(spelled):
+    with Double(vllm(IDS, LOGPROBS, "stop", spelled), models=["m"]) as server:
+        engine = _engine(server)
+        assert engine.capabilities.token_prompts
+        assert engine.capabilities.token_ids
+        assert engine.capabilities.logprobs
+        samples = engine.generate([PROMPT, [5, 6]], PARAMS)
+        bodies = [body for _, body in server.requests[-2:]]
+    for sample in samples:
+        assert (sample.ids, sample.logprobs, sample.finish_reason) == (IDS, LOGPROBS, "stop")
+        assert sample.exact_tokens
+        assert not sample.drifted
+        assert sample.weights_version == 0
+    assert sorted(body["prompt"] for body in bodies) == sorted([PROMPT, [5, 6]])
+    # What a server would do by itself is switched off, and every row has a seed of its own.
+    expected = {"model": "m", "max_tokens": 3, "temperature": 1.0, "top_p": 1.0, "top_k": -1, "min_p": 0.0}
+    assert all(expected.items() <= body.items() for body in bodies)
+    assert len({body["seed"] for body in bodies}) == 2
+
+
+def test_text_is_tokenised_again_and_marked():
+    pieces = TOKENIZER(" one", add_special_tokens=False)["input_ids"]
+    logprobs = {
+        "tokens": [TOKENIZER.decode([i]) for i in pieces],
+        "token_logprobs": [-0.5] * len(pieces),
+        "text_offset": [],
+        "top_logprobs": None,
+    }
+    with Double(text(" one", logprobs=logprobs), models=["m"]) as server:
+        engine = _engine(server)
+        assert not engine.capabilities.token_prompts
+        assert not engine.capabilities.token_ids
+        (sample,) = engine.generate([PROMPT], SamplingParams(8))
+        assert server.requests[-1][1]["prompt"] == "say"
+    assert sample.ids == [*pieces, EOS]
+    assert sample.logprobs[:-1] == [-0.5] * len(pieces)
+    assert math.isnan(sample.logprobs[-1])  # nobody told the end token's
+    assert not sample.exact_tokens
+    assert not sample.drifted
+
+
+def test_drift_is_counted():
+    """The server's tokens are other ones than the text's: its log-probabilities belong to none of ours."""
+    other = {
+        "tokens": ["o", "ne", "!"],
+        "token_logprobs": [-1.0] * 3,
+        "text_offset": [],
+        "top_logprobs": None,
+    }
+    with Double(text("one", logprobs=other), models=["m"]) as server:
+        engine = _engine(server)
+        env = TextEnv([Record("say", "one")], reward=lambda state, action, record: float(action == "one"))
+        trajectories = Episodes(engine, TOKENIZER, env).play([0, 0], [0, 0], SamplingParams(8))
+    assert [sum(t.rewards) for t in trajectories] == [1.0, 1.0]
+    assert retokenised(trajectories) == {
+        "rollout/retokenised": 2.0,
+        "rollout/drift": 1.0,
+        "rollout/weights_version": 0.0,
+    }
+    assert all(t.sampler_logprobs[t.action_mask].isnan().all() for t in trajectories)
+
+
+def test_text_that_is_too_long_is_cut():
+    with Double(text("one two one two"), models=["m"]) as server, pytest.warns(match="no log-probabilities"):
+        (sample,) = _engine(server).generate([PROMPT], SamplingParams(2))
+    assert (len(sample.ids), sample.finish_reason, sample.drifted) == (2, "length", True)
+
+
+def test_logprobs_of_another_temperature_are_not_used():
+    params = SamplingParams(3, temperature=0.7)
+    with Double(vllm(IDS, LOGPROBS), models=["m"]) as server:
+        with pytest.warns(UserWarning, match="--logprobs-mode processed_logprobs"):
+            (raw,) = _engine(server).generate([PROMPT], params)
+        (processed,) = _engine(server, server_logprobs="processed").generate([PROMPT], params)
+    assert all(map(math.isnan, raw.logprobs))
+    assert processed.logprobs == LOGPROBS
+
+
+def _late(handler: Any, body: dict[str, Any]) -> None:
+    time.sleep(2)
+
+
+def _drip(handler: Any, body: dict[str, Any]) -> None:
+    """A byte now and then for 20 s: each arrives within any timeout of the socket."""
+    handler.raw(200, b" ", length=100)
+    try:
+        for _ in range(400):
+            time.sleep(0.05)
+            handler.wfile.write(b" ")
+    except OSError:
+        pass
+
+
+FAILURES = {
+    "HTTP 500": failing(500),
+    "HTTP 429 with Retry-After": failing(429, Retry_After="0.05"),
+    "no answer": _late,
+    "a byte now and then": _drip,
+    "not JSON": lambda handler, body: handler.raw(200, b"<html>proxy</html>"),
+    "cut off": lambda handler, body: handler.raw(200, b'{"choices": [', length=4000),
+    "connection closed": lambda handler, body: handler.connection.close(),
+}
+
+
+@pytest.mark.parametrize("failure", FAILURES)
+def test_failures_are_retried(failure):
+    good = vllm(IDS, LOGPROBS, "stop")
+    with Double(good, FAILURES[failure], good, models=["m"]) as server:
+        engine = _engine(server)
+        engine.client.timeout = 1.0 if failure in ("no answer", "a byte now and then") else 5.0
+        start = time.monotonic()
+        (sample,) = engine.generate([PROMPT], PARAMS)
+        assert time.monotonic() - start < 4
+        assert engine.client.retried == 1
+    assert sample.ids == IDS
+
+
+ERRORS = {
+    "HTTP 500": (
+        failing(500, "out of\nmemory"),
+        r"completions: HTTP 500: out of memory \(after 4 attempts\)",
+    ),
+    "HTTP 400": (failing(400, "prompt too long"), "completions: HTTP 400: prompt too long$"),
+    "no answer": (_late, r"no answer within 0.1 s \(after 4 attempts\)"),
+    "not JSON": (lambda handler, body: handler.raw(200, b"<html>"), "the answer is not JSON: '<html>'"),
+    "no choices": (lambda handler, body: handler.send(200, {"ok": 1}), "must have one choice, got {'ok': 1}"),
+    "no reason": (vllm(IDS, LOGPROBS, "abort"), "a finish_reason of 'stop' or 'length', got 'abort'"),
+    "fewer log-probs": (vllm(IDS, LOGPROBS[:1]), "must have a log-probability for each of its 3 tokens"),
+    "ids that are none": (vllm(["x"], [0.0]), "must have whole numbers as token_ids"),
+    "negative ids": (vllm([-1], [0.0]), "must have token_ids that are not negative"),
+    "no text": (
+        lambda handler, body: handler.send(200, completion(None)),
+        "must have text or token ids in its choice",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", ERRORS)
+def test_errors_are_one_line(case):
+    reply, message = ERRORS[case]
+    with Double(vllm(IDS, LOGPROBS), reply, models=["m"]) as server:
+        engine = _engine(server)
+        engine.client.timeout = 0.1 if case == "no answer" else 5.0
+        with pytest.raises(EngineError, match=message) as error:
+            engine.generate([PROMPT], PARAMS)
+    assert "\n" not in str(error.value)
+
+
+def test_a_server_that_is_down_is_told_in_one_line():
+    client = JsonClient("http://127.0.0.1:9/v1", retries=1, backoff=0.01)
+    with pytest.raises(
+        EngineError, match=r"127.0.0.1:9/v1/models: cannot be reached: .*\(after 2 attempts\)"
+    ):
+        OpenAIEngine("", tokenizer=TOKENIZER, eos_id=EOS, client=client)
+
+
+@pytest.mark.parametrize(
+    ("models", "asked", "message"),
+    [
+        (["small", "large"], "smal", "serves small, large, not 'smal'; did you mean small?"),
+        (
+            ["small", "large"],
+            None,
+            "served_model must name one of the server's models, got None for small, large",
+        ),
+        (None, None, "served_model must name one of the server's models"),
+    ],
+)
+def test_an_unknown_model_is_told_in_one_line(models, asked, message):
+    with Double(vllm(IDS, LOGPROBS), models=models) as server, pytest.raises(EngineError, match=message):
+        _engine(server, model=asked)
+
+
+def test_a_server_that_refuses_every_form_is_told_in_one_line():
+    with (
+        Double(failing(401, "no key"), models=["m"]) as server,
+        pytest.raises(EngineError, match=r"no form of completion was accepted: .*HTTP 401: no key"),
+    ):
+        _engine(server)
+
+
+def test_no_more_requests_at_once_than_asked_for():
+    now, most, lock = 0, 0, threading.Lock()
+    good = vllm(IDS, LOGPROBS)
+
+    def counted(handler: Any, body: dict[str, Any]) -> None:
+        nonlocal now, most
+        with lock:
+            now += 1
+            most = max(most, now)
+        time.sleep(0.02)
+        with lock:
+            now -= 1
+        good(handler, body)
+
+    with Double(counted, models=["m"]) as server:
+        assert len(_engine(server, concurrency=2).generate([PROMPT] * 6, PARAMS)) == 6
+    assert most == 2
+
+
+def test_a_truncated_sampler_is_refused():
+    with (
+        Double(vllm(IDS, LOGPROBS), models=["m"]) as server,
+        pytest.raises(ValueError, match="must keep all tokens"),
+    ):
+        _engine(server).generate([PROMPT], SamplingParams(3, top_p=0.9))
+
+
+def test_weights_appear_complete_and_are_reloaded(tmp_path):
+    def reload(handler: Any, body: dict[str, Any]) -> None:
+        loaded.append(body)
+        handler.send(200, {"success": len(loaded) < 3, "message": "no room"})
+
+    loaded: list[dict[str, Any]] = []
+    with Double(vllm(IDS, LOGPROBS), models=["m"]) as server:
+        engine = _engine(
+            server, sync_dir=tmp_path / "weights", reload=f"{server.url}/update_weights_from_disk"
+        )
+        server.replies = [reload]
+        for version in (1, 1, 2):
+            synchronise(engine, MODEL, version)
+        assert [body["weight_version"] for body in loaded] == ["1", "2"]
+        with pytest.raises(EngineError, match="did not load version 3: no room"):
+            synchronise(engine, MODEL, 3)
+        assert engine.version == 2
+        server.replies = [vllm(IDS, LOGPROBS)]
+        assert engine.generate([PROMPT], PARAMS)[0].weights_version == 2
+    written = AutoModelForCausalLM.from_pretrained(loaded[1]["model_path"], dtype=torch.float32)
+    for name, value in MODEL.state_dict().items():
+        assert torch.equal(written.state_dict()[name], value), name
+    # Nothing half-written stays, and only what a server may still be reading.
+    assert sorted(path.name for path in (tmp_path / "weights").iterdir()) == [
+        "version-00000002",
+        "version-00000003",
+    ]
+
+
+def test_a_reload_may_be_a_function(tmp_path):
+    seen = []
+    with Double(vllm(IDS, LOGPROBS), models=["m"]) as server:
+        engine = _engine(
+            server, sync_dir=tmp_path, reload=lambda folder, version: seen.append((folder, version))
+        )
+        synchronise(engine, MODEL, 7)
+    assert [(folder.name, version) for folder, version in seen] == [("version-00000007", 7)]
+    assert json.loads((seen[0][0] / "config.json").read_text())["vocab_size"] == MODEL.config.vocab_size
+
+
+def test_a_server_without_new_weights_is_told():
+    with Double(vllm(IDS, LOGPROBS), models=["m"]) as server:
+        engine = _engine(server)
+        with pytest.warns(UserWarning, match="the server keeps the weights it started with"):
+            synchronise(engine, MODEL, 1)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            synchronise(engine, MODEL, 0)
+
+
+def test_the_key_is_sent():
+    seen = []
+
+    def reply(handler: Any, body: dict[str, Any]) -> None:
+        seen.append(handler.headers["Authorization"])
+        handler.send(200, {})
+
+    with Double(reply) as server:
+        JsonClient(server.url, api_key="secret").post("completions", {})
+    assert seen == ["Bearer secret"]
+
+
+def test_statuses_may_be_final():
+    with Double(failing(500), models=["m"]) as server:
+        client = JsonClient(server.url, backoff=0.01)
+        with pytest.raises(HttpError) as error:
+            client.post("completions", {}, final=(500,))
+        assert (error.value.status, client.retried, len(server.requests)) == (500, 0, 1)
