@@ -126,6 +126,8 @@ class _Run:
         line(f"run folder {self.folder.path}; {facts['isa']} core, {facts['threads']} threads")
         line(f"records: {sizes}; model: {parameters:,} parameters, {len(self.tokenizer)} tokens")
         line(self.config.trainer.batch_line())
+        if isinstance(engine := self._engine(), OpenAIEngine):
+            line(f"{engine.client.base_url} serves {engine.model}: {engine.capabilities.line()}")
 
     def _take_back(self, checkpoint: Path) -> None:
         """Go back to one checkpoint: what came after it will be done again."""
@@ -191,7 +193,7 @@ class _Run:
             reporter=self.reporter,
             phase=phase,
             eval_env=self.envs["validation"],
-            engine=self._engine(phase),
+            engine=self._engine() if phase == "rl" else None,
         )
         trainer.train(resume=start)
         self.engine = trainer.engine
@@ -200,16 +202,9 @@ class _Run:
             self._load(phase)
             self.engine = None
 
-    def _engine(self, phase: str) -> RolloutEngine | None:
-        """What generates the rollouts of a phase; None: the policy."""
-        if phase != "rl":
-            return None
-        engine = make_engine(self.config.rollout, self.model, self.tokenizer, self.folder.path / "weights")
-        if isinstance(engine, OpenAIEngine):
-            self.reporter.line(
-                f"{self.config.rollout.base_url} serves {engine.model}: {engine.capabilities.line()}"
-            )
-        return engine
+    def _engine(self) -> RolloutEngine | None:
+        """What generates the rollouts; None: the policy."""
+        return make_engine(self.config.rollout, self.model, self.tokenizer, self.folder.path / "weights")
 
     def trainer_config(self, phase: str) -> TrainerConfig:
         """The trainer's part of the configuration for one phase."""

@@ -72,7 +72,7 @@ class OpenAIEngine:
         self.tokenizer, self.eos_id, self.concurrency = tokenizer, eos_id, concurrency
         self.server_logprobs, self.reload = server_logprobs, reload
         self.weights = WeightFolder(sync_dir, tokenizer) if sync_dir is not None else None
-        self.version = 0
+        self.version, self._given = 0, False
         self.model = self._served(model)
         self.capabilities = self._probe()
 
@@ -103,11 +103,11 @@ class OpenAIEngine:
             return [task.result() for task in failed or tasks]
 
     def sync_weights(self, model: Any, version: int) -> None:
-        """Give the server the weights of a Hugging Face model, unless it has this version.
+        """Give the server the weights of a Hugging Face model, unless it has had this version from here.
 
         Raises: EngineError if it does not take them.
         """
-        if version == self.version:
+        if version == self.version and (self._given or self.weights is None):
             return
         if self.weights is None:
             _warn("the server keeps the weights it started with, since sync_dir is not set")
@@ -120,7 +120,7 @@ class OpenAIEngine:
             answer = self.client.post(self.reload, body)
             if isinstance(answer, Mapping) and answer.get("success") is False:
                 raise EngineError(f"{self.reload} did not load version {version}: {answer.get('message')}")
-        self.version = version
+        self.version, self._given = version, True
 
     def _sample(self, prompt: list[int], row: int, params: SamplingParams) -> Sample:
         seed = key(params.seed, _SERVER, params.step, params.turn, row) % _SEEDS
