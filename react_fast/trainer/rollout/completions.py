@@ -1,5 +1,6 @@
 """One answer of an OpenAI-compatible /v1/completions, as a sample."""
 
+import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -8,8 +9,10 @@ from typing import Any
 from .sampling import EngineError, Sample
 from .trajectory import encode
 
-# vLLM's and SGLang's names, then llama.cpp's, then only what every server knows. Each switches off what a server
-# would do by itself, such as llama.cpp's top-k of 40.
+_WHOLE = {"do_sample": True, "top_k": 0, "top_p": 1.0, "min_p": 0.0, "repetition_penalty": 1.0}
+# vLLM's and SGLang's names, then llama.cpp's, then those of `transformers serve`, then only what every server knows.
+# Each but the last switches off what a server would do by itself: llama.cpp has a top-k of 40, transformers a greedy
+# search.
 DIALECTS: tuple[Mapping[str, Any], ...] = (
     {
         "top_k": -1,
@@ -19,6 +22,7 @@ DIALECTS: tuple[Mapping[str, Any], ...] = (
         "return_tokens_as_token_ids": True,
     },
     {"top_k": 0, "min_p": 0.0, "repeat_penalty": 1.0},
+    {"generation_config": json.dumps(_WHOLE)},
     {},
 )
 _TOKEN_ID = "token_id:"  # vLLM's spelling of tokens under return_tokens_as_token_ids
