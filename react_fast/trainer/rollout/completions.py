@@ -10,8 +10,8 @@ from .sampling import EngineError, Sample
 from .trajectory import encode
 
 _WHOLE = {"do_sample": True, "top_k": 0, "top_p": 1.0, "min_p": 0.0, "repetition_penalty": 1.0}
-# vLLM's and SGLang's names, then llama.cpp's, then those of `transformers serve`, then only what every server knows.
-# Each but the last switches off what a server would do by itself: llama.cpp has a top-k of 40, transformers a greedy
+# Names of vLLM and SGLang, of llama.cpp, of `transformers serve`, and only those that every server knows. Each but
+# the last switches off what a server would do by itself, such as llama.cpp's top-k of 40 or transformers' greedy
 # search.
 DIALECTS: tuple[Mapping[str, Any], ...] = (
     {
