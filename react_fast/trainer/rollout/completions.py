@@ -65,7 +65,7 @@ def choice_of(answer: Any) -> Mapping[str, Any]:
 
 def token_ids(choice: Mapping[str, Any]) -> list[int] | None:
     """The generated ids, if the server says them."""
-    ids = choice.get("token_ids")
+    ids = choice.get("token_ids", _logprobs(choice).get("ids"))
     if ids is None:
         tokens = _logprobs(choice).get("tokens")
         if not tokens or not all(isinstance(t, str) and t.startswith(_TOKEN_ID) for t in tokens):
@@ -123,8 +123,20 @@ def read_sample(choice: Mapping[str, Any], tokenizer: Any, eos_id: int | None, m
 
 
 def _logprobs(choice: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The choice's log-probabilities as lists: tokens, token_logprobs, and ids if there are any. llama.cpp's server
+    itself (not that of its Python bindings) has one list of tokens instead."""
     found = choice.get("logprobs")
-    return found if isinstance(found, Mapping) else {}
+    if not isinstance(found, Mapping):
+        return {}
+    content = found.get("content")
+    if not isinstance(content, Sequence) or not all(isinstance(token, Mapping) for token in content):
+        return found
+    names = {"tokens": "token", "token_logprobs": "logprob", "ids": "id"}
+    return {
+        name: [token[key] for token in content]
+        for name, key in names.items()
+        if all(key in token for token in content)
+    }
 
 
 def _same_tokens(pieces: Sequence[Any], ids: Sequence[int], tokenizer: Any) -> bool:
