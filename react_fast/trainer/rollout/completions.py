@@ -123,8 +123,8 @@ def read_sample(choice: Mapping[str, Any], tokenizer: Any, eos_id: int | None, m
 
 
 def _logprobs(choice: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The choice's log-probabilities as lists: tokens, token_logprobs, and ids if there are any. llama.cpp's server
-    itself (not that of its Python bindings) has one list of tokens instead."""
+    """The choice's log-probabilities as lists: tokens, token_logprobs, and ids if there are any. The server of
+    llama.cpp itself (not of its Python bindings) has one list of tokens instead."""
     found = choice.get("logprobs")
     if not isinstance(found, Mapping):
         return {}
