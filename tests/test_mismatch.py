@@ -74,7 +74,7 @@ def test_parity_with_the_reference(case):
 
 
 @pytest.mark.parametrize(
-    "changes", [{"top_k": 5}, {"top_p": 0.7, "temperature": 0.8}, {"min_p": 0.05, "kl_coef": 0.1}]
+    "changes", [{"top_k": 5, "kl_coef": 0.1}, {"top_p": 0.7, "min_p": 0.02, "temperature": 0.8}]
 )
 def test_truncated_sampling_is_scored_over_what_was_kept(changes):
     """The reference draws the same tokens by itself, from the same kept sets, and ends with the same weights."""
