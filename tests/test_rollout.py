@@ -9,8 +9,7 @@ import transformers
 
 from react_fast.ops.logprob import token_logprobs
 from react_fast.reference.rollout import kept_tokens
-from react_fast.trainer.rollout import PolicyEngine, SamplingParams
-from react_fast.trainer.rollout.generate_engine import ContinuousBatchingEngine, GenerateEngine
+from react_fast.trainer.rollout import ContinuousBatchingEngine, GenerateEngine, PolicyEngine, SamplingParams
 from react_fast.trainer.rollout.truncation import choose, kept_floors
 
 PROMPTS = [[1, 2, 3], [4, 5, 6, 7, 8, 9, 10], [11]]

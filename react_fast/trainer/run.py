@@ -25,8 +25,7 @@ from .explain import make_tracker, open_run, quiet_libraries, restore, write_rep
 from .folder import CONFIG, ENVIRONMENT, PHASES, REPORT, RESULTS, RunFolder, UserError
 from .reporter import CURVES, METRICS, Reporter, print_table
 from .results import MODES, TITLES, Answers, compare, measure, table
-from .rollout import EngineError, RolloutEngine, make_engine
-from .rollout.openai_engine import OpenAIEngine
+from .rollout import EngineError, OpenAIEngine, RolloutEngine, make_engine
 from .section import ConfigError
 from .sources import load_environments, load_policy, make_algorithm, texts, user_input
 
