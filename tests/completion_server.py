@@ -94,6 +94,19 @@ def vllm(
     return reply
 
 
+def llama_cpp(ids: list[int], logprobs: list[float], finish_reason: str = "length") -> Reply:
+    """llama.cpp's own server: a list of tokens with their ids in the place of the log-probabilities."""
+
+    def reply(handler: Handler, body: dict[str, Any]) -> None:
+        pairs = list(zip(ids, logprobs, strict=True))[: body["max_tokens"]]
+        content = [
+            {"id": i, "token": "?", "bytes": [63], "logprob": lp, "top_logprobs": []} for i, lp in pairs
+        ]
+        handler.send(200, completion("?", finish_reason, logprobs={"content": content}))
+
+    return reply
+
+
 def text(answer: str, finish_reason: str = "stop", logprobs: dict[str, Any] | None = None) -> Reply:
     """A server that takes texts alone and refuses token ids, as llama-cpp-python does."""
 

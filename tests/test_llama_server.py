@@ -2,9 +2,6 @@
 
 import json
 import math
-import socket
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +11,9 @@ import transformers
 
 from react_fast.trainer.model import fresh_model
 from react_fast.trainer.rollout import EngineError, PolicyEngine, SamplingParams
-from react_fast.trainer.rollout.http import JsonClient
 from react_fast.trainer.rollout.openai_engine import OpenAIEngine
+
+from . import serving
 
 for _needed in ("llama_cpp", "gguf", "uvicorn"):
     pytest.importorskip(_needed, reason=f"{_needed} is not installed; pip install 'react-fast[servers]'")
@@ -51,13 +49,7 @@ def _policy() -> tuple[Any, Any]:
         for name, parameter in model.named_parameters():
             if name.endswith("bias"):
                 parameter.normal_(0, 0.3)
-        # Tokens that are no text by themselves get logit 0, so that text survives being tokenised again.
-        for i in range(len(tokenizer)):
-            if (
-                not (tokenizer.decode([i]).isascii() and tokenizer.decode([i]).isprintable())
-                or i in tokenizer.all_special_ids
-            ):
-                model.lm_head.weight[i] = 0
+    serving.only_text(model, tokenizer)
     return model, tokenizer
 
 
@@ -105,35 +97,15 @@ def served(tmp_path_factory):
     model, tokenizer = _policy()
     folder = tmp_path_factory.mktemp("llama")
     _write_gguf(folder / "tiny.gguf", model, tokenizer)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    words = [
-        "--model",
-        str(folder / "tiny.gguf"),
-        "--port",
-        str(port),
-        "--model_alias",
-        "tiny",
-        "--n_ctx",
-        "64",
-    ]
+    words = ["--model", str(folder / "tiny.gguf"), "--model_alias", "tiny", "--n_ctx", "64"]
     words += ["--type_k", "0", "--type_v", "0"]  # float32, GGML_TYPE_F32
-    words += ["--logits_all", "True", "--n_threads", "1", "--n_threads_batch", "1", "--host", "127.0.0.1"]
-    with (folder / "server.log").open("wb") as log:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "llama_cpp.server", *words], stdout=log, stderr=subprocess.STDOUT
-        )
-    try:
-        client = JsonClient(f"http://127.0.0.1:{port}/v1", timeout=60, retries=9, backoff=0.25)
+    words += ["--logits_all", "True", "--n_threads", "1", "--n_threads_batch", "1"]
+    with serving.served("llama_cpp.server", words, folder / "server.log") as client:
         yield (
             OpenAIEngine("", tokenizer=tokenizer, eos_id=tokenizer.eos_token_id, client=client),
             model,
             tokenizer,
         )
-    finally:
-        process.terminate()
-        process.wait(20)
 
 
 def test_the_probe_finds_what_this_server_does(served):

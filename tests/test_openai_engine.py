@@ -17,7 +17,7 @@ from react_fast.trainer.rollout import EngineError, Episodes, SamplingParams, re
 from react_fast.trainer.rollout.http import HttpError, JsonClient
 from react_fast.trainer.rollout.openai_engine import OpenAIEngine
 
-from .completion_server import Double, completion, failing, text, vllm
+from .completion_server import Double, completion, failing, llama_cpp, text, vllm
 
 SIZES = {"vocab_size": 280, "hidden_size": 8, "layers": 1, "heads": 1, "max_length": 32}
 MODEL, TOKENIZER = fresh_model(["say one two", "abc"], seed=0, **SIZES)
@@ -32,9 +32,16 @@ def _engine(server: Double, **options: Any) -> OpenAIEngine:
     return OpenAIEngine(server.url, tokenizer=TOKENIZER, eos_id=EOS, client=client, **options)
 
 
-@pytest.mark.parametrize("spelled", [False, True], ids=["return_token_ids", "return_tokens_as_token_ids"])
-def test_token_ids_go_in_and_out(spelled):
-    with Double(vllm(IDS, LOGPROBS, "stop", spelled), models=["m"]) as server:
+FORMS = {
+    "vLLM, return_token_ids": vllm(IDS, LOGPROBS, "stop"),
+    "vLLM, return_tokens_as_token_ids": vllm(IDS, LOGPROBS, "stop", spelled=True),
+    "llama.cpp": llama_cpp(IDS, LOGPROBS, "stop"),
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_token_ids_go_in_and_out(form):
+    with Double(FORMS[form], models=["m"]) as server:
         engine = _engine(server)
         assert engine.capabilities.token_prompts
         assert engine.capabilities.token_ids
@@ -51,6 +58,12 @@ def test_token_ids_go_in_and_out(spelled):
     expected = {"model": "m", "max_tokens": 3, "temperature": 1.0, "top_p": 1.0, "top_k": -1, "min_p": 0.0}
     assert all(expected.items() <= body.items() for body in bodies)
     assert len({body["seed"] for body in bodies}) == 2
+
+
+def test_an_action_may_have_no_tokens():
+    with Double(vllm([], [], "length"), models=["m"]) as server:
+        (sample,) = _engine(server).generate([PROMPT], PARAMS)
+    assert (sample.ids, sample.logprobs, sample.exact_tokens) == ([], [], True)
 
 
 def test_text_is_tokenised_again_and_marked():

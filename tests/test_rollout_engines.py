@@ -7,10 +7,14 @@ import pytest
 from react_fast.cli import main
 from react_fast.trainer.algorithms import GRPO
 from react_fast.trainer.config import RolloutConfig, RunConfig
-from react_fast.trainer.rollout import PolicyEngine, make_engine
+from react_fast.trainer.rollout import (
+    ContinuousBatchingEngine,
+    GenerateEngine,
+    OpenAIEngine,
+    PolicyEngine,
+    make_engine,
+)
 from react_fast.trainer.rollout.engines import ENGINES
-from react_fast.trainer.rollout.generate_engine import ContinuousBatchingEngine, GenerateEngine
-from react_fast.trainer.rollout.openai_engine import OpenAIEngine
 from react_fast.trainer.section import ConfigError
 from react_fast.trainer.trainer import Trainer
 

@@ -38,7 +38,8 @@ def kept_tokens(logits: torch.Tensor, config: Any) -> set[int]:
     if config.top_k is not None:
         order = _with_ties(logits, order, order[: config.top_k])
     if config.top_p < 1:
-        whole, mass, chosen = sum(float(p[i]) for i in order), 0.0, []
+        whole, mass = sum(float(p[i]) for i in order), 0.0
+        chosen: list[int] = []
         for i in order:
             if chosen and mass >= config.top_p * whole:
                 break

@@ -27,8 +27,7 @@ from .folder import CONFIG, ENVIRONMENT, PHASES, REPORT, RESULTS, RunFolder, Use
 from .ranks import Ranks
 from .reporter import CURVES, METRICS, Reporter, Silent, print_table
 from .results import MODES, TITLES, Answers, compare, joined, measure, table
-from .rollout import EngineError, RolloutEngine, make_engine
-from .rollout.openai_engine import OpenAIEngine
+from .rollout import EngineError, OpenAIEngine, RolloutEngine, make_engine
 from .section import ConfigError
 from .sources import adapt, load_environments, load_policy, make_algorithm, metric_names, texts, user_input
 

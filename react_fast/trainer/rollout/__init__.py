@@ -1,16 +1,25 @@
 """Rollouts: engines that continue token sequences, and the episodes that are played with them."""
 
+from typing import TYPE_CHECKING, Any
+
 from .engines import make_engine, synchronise
 from .episodes import Episodes, answered
+from .openai_engine import OpenAIEngine
 from .policy_engine import PolicyEngine
 from .sampling import EngineError, RolloutEngine, Sample, SamplingParams, sampling_params
 from .streams import key, permutation, uniforms
 from .trajectory import Trajectory, demonstration, encode, retokenised, state_id
 from .truncation import choose
 
+if TYPE_CHECKING:
+    from .generate_engine import ContinuousBatchingEngine, GenerateEngine
+
 __all__ = [
+    "ContinuousBatchingEngine",
     "EngineError",
     "Episodes",
+    "GenerateEngine",
+    "OpenAIEngine",
     "PolicyEngine",
     "RolloutEngine",
     "Sample",
@@ -29,3 +38,12 @@ __all__ = [
     "synchronise",
     "uniforms",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """transformers' engines, when they are asked for: transformers takes seconds to import."""
+    if name in ("ContinuousBatchingEngine", "GenerateEngine"):
+        from . import generate_engine
+
+        return getattr(generate_engine, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,5 +1,6 @@
 """One answer of an OpenAI-compatible /v1/completions, as a sample."""
 
+import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -8,8 +9,10 @@ from typing import Any
 from .sampling import EngineError, Sample
 from .trajectory import encode
 
-# vLLM's and SGLang's names, then llama.cpp's, then only what every server knows. Each switches off what a server
-# would do by itself, such as llama.cpp's top-k of 40.
+_WHOLE = {"do_sample": True, "top_k": 0, "top_p": 1.0, "min_p": 0.0, "repetition_penalty": 1.0}
+# Names of vLLM and SGLang, of llama.cpp, of `transformers serve`, and only those that every server knows. Each but
+# the last switches off what a server would do by itself, such as llama.cpp's top-k of 40 or transformers' greedy
+# search.
 DIALECTS: tuple[Mapping[str, Any], ...] = (
     {
         "top_k": -1,
@@ -19,6 +22,7 @@ DIALECTS: tuple[Mapping[str, Any], ...] = (
         "return_tokens_as_token_ids": True,
     },
     {"top_k": 0, "min_p": 0.0, "repeat_penalty": 1.0},
+    {"generation_config": json.dumps(_WHOLE)},
     {},
 )
 _TOKEN_ID = "token_id:"  # vLLM's spelling of tokens under return_tokens_as_token_ids
@@ -61,7 +65,7 @@ def choice_of(answer: Any) -> Mapping[str, Any]:
 
 def token_ids(choice: Mapping[str, Any]) -> list[int] | None:
     """The generated ids, if the server says them."""
-    ids = choice.get("token_ids")
+    ids = choice.get("token_ids", _logprobs(choice).get("ids"))
     if ids is None:
         tokens = _logprobs(choice).get("tokens")
         if not tokens or not all(isinstance(t, str) and t.startswith(_TOKEN_ID) for t in tokens):
@@ -119,8 +123,20 @@ def read_sample(choice: Mapping[str, Any], tokenizer: Any, eos_id: int | None, m
 
 
 def _logprobs(choice: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The choice's log-probabilities as lists: tokens, token_logprobs, and ids if there are any. The server of
+    llama.cpp itself (not of its Python bindings) has one list of tokens instead."""
     found = choice.get("logprobs")
-    return found if isinstance(found, Mapping) else {}
+    if not isinstance(found, Mapping):
+        return {}
+    content = found.get("content")
+    if not isinstance(content, Sequence) or not all(isinstance(token, Mapping) for token in content):
+        return found
+    names = {"tokens": "token", "token_logprobs": "logprob", "ids": "id"}
+    return {
+        name: [token[key] for token in content]
+        for name, key in names.items()
+        if all(key in token for token in content)
+    }
 
 
 def _same_tokens(pieces: Sequence[Any], ids: Sequence[int], tokenizer: Any) -> bool:

@@ -71,8 +71,8 @@ class GenerateEngine:
         ]
 
     def _sample(self, ids: list[int], logprobs: list[float], floors: list[float], truncated: bool) -> Sample:
-        ended = self.eos_id in ids
-        length = ids.index(self.eos_id) + 1 if ended else len(ids)
+        ended = self.eos_id is not None and self.eos_id in ids
+        length = ids.index(self.eos_id) + 1 if self.eos_id is not None and ended else len(ids)
         kept = floors[:length] if truncated else None
         return Sample(ids[:length], logprobs[:length], "stop" if ended else "length", logit_floors=kept)
 

@@ -75,6 +75,8 @@ class OpenAIEngine:
         self.version, self._given = 0, False
         self.model = self._served(model)
         self.capabilities = self._probe()
+        if not self.capabilities.dialect:
+            _warn("the server knows no option that switches off its own top-k, penalties and the like")
 
     def generate(self, prompts: Sequence[Sequence[int]], params: SamplingParams) -> list[Sample]:
         """Raises: ValueError for a truncated sampler: a server does not say which tokens it kept, so that its

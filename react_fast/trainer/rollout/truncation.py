@@ -1,8 +1,12 @@
 """Sampling from all tokens or from the most probable ones, and what the trainer needs to score it exactly."""
 
+import math
+
 import torch
 
 from .sampling import SamplingParams
+
+_CANDIDATES = 1024  # most nuclei are smaller, and finding so many is faster than sorting a vocabulary
 
 
 def choose(
@@ -40,21 +44,29 @@ def kept_floors(logits: torch.Tensor, params: SamplingParams) -> torch.Tensor:
     trainer's then moves no token over it.
     Source: top-p: Holtzman et al. 2020 (arXiv:1904.09751); min-p: Nguyen et al. 2024 (arXiv:2407.01082).
     """
-    ordered = logits.sort(-1, descending=True).values
-    p = torch.softmax(ordered.double() / params.temperature, -1)
-    count = torch.full_like(logits[:, :1], logits.shape[-1], dtype=torch.int64)
-    if params.top_k is not None:
-        count = count.clamp_max(params.top_k)
-        count = _with_ties(ordered, count)
+    largest = logits.amax(-1, keepdim=True)
+    smallest = torch.full_like(largest, -torch.inf)
+    if params.top_k is not None and params.top_k < logits.shape[-1]:
+        smallest = logits.topk(params.top_k).values[:, -1:]
     if params.top_p < 1:
-        mass = p.cumsum(-1)
-        whole = mass.gather(1, count - 1)
-        before = torch.nn.functional.pad(mass[:, :-1], (1, 0))
-        count = torch.minimum(count, (before < params.top_p * whole).sum(-1, keepdim=True).clamp_min(1))
+        left = logits.masked_fill(logits < smallest, -torch.inf)
+        smallest = torch.maximum(smallest, _nucleus(left / params.temperature, left, params.top_p))
     if params.min_p > 0:
-        count = torch.minimum(count, (p >= params.min_p * p[:, :1]).sum(-1, keepdim=True))
-    count = _with_ties(ordered, count)
-    return _between(ordered, count).squeeze(1)
+        smallest = torch.maximum(smallest, largest + params.temperature * math.log(params.min_p))
+    return floors_between(logits, logits >= smallest)
+
+
+def _nucleus(z: torch.Tensor, logits: torch.Tensor, top_p: float) -> torch.Tensor:
+    """[B, 1] smallest logit among the fewest most probable tokens whose mass under softmax(z) reaches top_p."""
+    total = torch.logsumexp(z.double(), -1, keepdim=True)
+    for size in (min(_CANDIDATES, z.shape[-1]), z.shape[-1]):
+        ordered, places = z.topk(size)
+        mass = (ordered.double() - total).exp().cumsum(-1)
+        if bool((mass[:, -1] >= top_p).all()):
+            break
+    # What lies before a kept token has not reached top_p yet; the first is always kept.
+    last = (mass < top_p).sum(-1, keepdim=True).clamp_max(size - 1)
+    return logits.gather(1, places.gather(1, last))
 
 
 def floors_between(logits: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
@@ -62,15 +74,6 @@ def floors_between(logits: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
     smallest = logits.float().masked_fill(~kept, torch.inf).amin(-1)
     largest = logits.float().masked_fill(kept, -torch.inf).amax(-1)
     return torch.where(smallest > largest, _middle(smallest, largest), -torch.inf)
-
-
-def _with_ties(ordered: torch.Tensor, count: torch.Tensor) -> torch.Tensor:
-    return (ordered >= ordered.gather(1, count - 1)).sum(-1, keepdim=True)
-
-
-def _between(ordered: torch.Tensor, count: torch.Tensor) -> torch.Tensor:
-    padded = torch.nn.functional.pad(ordered, (0, 1), value=-torch.inf)
-    return _middle(ordered.gather(1, count - 1), padded.gather(1, count))
 
 
 def _middle(kept: torch.Tensor, dropped: torch.Tensor) -> torch.Tensor:
