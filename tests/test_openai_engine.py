@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from react_fast.envs import Record, TextEnv
 from react_fast.trainer.model import fresh_model
-from react_fast.trainer.rollout import EngineError, Episodes, SamplingParams, retokenised, synchronise
+from react_fast.trainer.rollout import EngineError, Episodes, SamplingParams, retokenised
 from react_fast.trainer.rollout.http import HttpError, JsonClient
 from react_fast.trainer.rollout.openai_engine import OpenAIEngine
 
@@ -266,10 +266,10 @@ def test_weights_appear_complete_and_are_reloaded(tmp_path):
         )
         server.replies = [reload]
         for version in (1, 1, 2):
-            synchronise(engine, MODEL, version)
+            engine.sync_weights(MODEL, version)
         assert [body["weight_version"] for body in loaded] == ["1", "2"]
         with pytest.raises(EngineError, match="did not load version 3: no room"):
-            synchronise(engine, MODEL, 3)
+            engine.sync_weights(MODEL, 3)
         assert engine.version == 2
         server.replies = [vllm(IDS, LOGPROBS)]
         assert engine.generate([PROMPT], PARAMS)[0].weights_version == 2
@@ -289,7 +289,7 @@ def test_a_reload_may_be_a_function(tmp_path):
         engine = _engine(
             server, sync_dir=tmp_path, reload=lambda folder, version: seen.append((folder, version))
         )
-        synchronise(engine, MODEL, 7)
+        engine.sync_weights(MODEL, 7)
     assert [(folder.name, version) for folder, version in seen] == [("version-00000007", 7)]
     assert json.loads((seen[0][0] / "config.json").read_text())["vocab_size"] == MODEL.config.vocab_size
 
@@ -298,10 +298,10 @@ def test_a_server_without_new_weights_is_told():
     with Double(vllm(IDS, LOGPROBS), models=["m"]) as server:
         engine = _engine(server)
         with pytest.warns(UserWarning, match="the server keeps the weights it started with"):
-            synchronise(engine, MODEL, 1)
+            engine.sync_weights(MODEL, 1)
         with warnings.catch_warnings():
             warnings.simplefilter("error")
-            synchronise(engine, MODEL, 0)
+            engine.sync_weights(MODEL, 0)
 
 
 def test_the_key_is_sent():

@@ -150,8 +150,9 @@ class Trainer:
                 answer = [*answer, self.tokenizer.eos_token_id]
             actions = [False] * len(prompt) + [True] * len(answer)
             nothing = [0] * len(actions)
-            rest = {"sampler_logprobs": nothing}
-            found.append(Trajectory(prompt + answer, actions, nothing, [reward], record, **rest))
+            found.append(
+                Trajectory(prompt + answer, actions, nothing, [reward], record, sampler_logprobs=nothing)
+            )
         return found
 
     def _episode(self, record: int, row: int, group: int) -> Trajectory:
@@ -159,7 +160,7 @@ class Trainer:
         seed = philox_key(self.config.seed, _ENVIRONMENT, self.step, row)
         state, _ = env.reset(seed=seed, options={"index": record})
         ids = self.encode(state, True)
-        episode = Trajectory([], [], [], [], group, record, seed, [], [])
+        episode = Trajectory([], [], [], [], group, record, seed, logit_floor=[])
         _extend(episode, [(i, 0.0, -math.inf) for i in ids], False, 0)
         over, turn = False, 0
         while not over:

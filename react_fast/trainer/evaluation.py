@@ -9,7 +9,7 @@ import torch
 from ..envs import TextEnv
 from ..envs.rewards import right_answers
 from .results import Answers
-from .rollout import Episodes, PolicyEngine, SamplingParams, key, synchronise
+from .rollout import Episodes, PolicyEngine, SamplingParams, key
 
 # Keeps the draws of a test apart from those of the training rollouts of the same seed.
 _TEST = 3
@@ -60,7 +60,7 @@ def answer(
 
 def held_out_reward(trainer: Any, env: TextEnv, *, greedy: bool) -> float:
     """Mean return of the trainer's policy, one episode of every record."""
-    synchronise(trainer.engine, trainer.model, trainer.updates)
+    trainer.synchronise()
     config = trainer.config
     returns = []
     for rows in torch.arange(len(env.records)).split(config.eval_batch):

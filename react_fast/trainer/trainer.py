@@ -27,6 +27,7 @@ from .interrupt import StopRequest
 from .meters import Clock, describe, samples
 from .ranks import Ranks, gathered, shard
 from .rollout import (
+    EngineError,
     Episodes,
     PolicyEngine,
     RolloutEngine,
@@ -34,7 +35,6 @@ from .rollout import (
     Trajectory,
     retokenised,
     sampling_params,
-    synchronise,
 )
 from .schedule import prompts
 from .scoring import Scorer, Scores, reference_policy
@@ -259,9 +259,20 @@ class Trainer:
         size = self.config.group_size
         records = [record for record in self.records_of(step) for _ in range(size)]
         groups = [row // size for row in range(len(records))]
-        synchronise(self.engine, self.model, self.updates)
+        self.synchronise()
         params = sampling_params(self.config, seed=self.config.seed, step=step)
         return self.play(self.env, records, groups, params)
+
+    def synchronise(self) -> None:
+        """Give an engine that holds a copy of the policy the weights of now. Every rank has to ask.
+
+        Raises: EngineError, on every rank, if it does not take them.
+        """
+        engine: Any = self.engine
+        if hasattr(engine, "sync_weights"):
+            weights = self._whole_weights()
+            self.ranks.once(lambda: engine.sync_weights(self.model, self.updates, weights), EngineError)
+            engine.version = self.ranks.joined([engine.version], self.ranks.world)[0]
 
     def play(
         self, env: TextEnv, records: Sequence[int], groups: Sequence[int], params: SamplingParams
@@ -297,10 +308,7 @@ class Trainer:
             "tracker": tracker.state_dict() if tracker is not None else None,
         }
         tree = whole(tree, keep=self.ranks.first)
-        weights = None
-        if self.config.sharded:
-            weights = whole(self.model.state_dict(), keep=self.ranks.first)
-            weights = {name: weights[min(self._tied[name])] for name in weights}
+        weights = self._whole_weights()
         return self.ranks.once(lambda: self._write(tree, weights), CheckpointError)
 
     def _write(self, tree: dict[str, Any], weights: Any) -> Path:
@@ -316,6 +324,13 @@ class Trainer:
             state={"trainer": rest, "phase": self.phase},
             keep=self.config.keep_checkpoints,
         )
+
+    def _whole_weights(self) -> dict[str, torch.Tensor] | None:
+        """The model's weights by name on the first rank, where the ranks hold shards; every rank has to ask."""
+        if not self.config.sharded:
+            return None
+        weights = whole(self.model.state_dict(), keep=self.ranks.first)
+        return {name: weights[min(self._tied[name])] for name in weights}
 
     def load(self, path: str | Path) -> None:
         """Go back to a checkpoint of `save`.

@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING, Any
 
-from .engines import make_engine, synchronise
+from .engines import make_engine
 from .episodes import Episodes, answered
 from .openai_engine import OpenAIEngine
 from .policy_engine import PolicyEngine
@@ -35,7 +35,6 @@ __all__ = [
     "retokenised",
     "sampling_params",
     "state_id",
-    "synchronise",
     "uniforms",
 ]
 

@@ -67,9 +67,3 @@ def make_engine(config: Any, model: Any, tokenizer: Any, folder: Path | None = N
     Raises: EngineError in one line for a server that cannot be used.
     """
     return ENGINES[config.engine](config, model, tokenizer, folder)
-
-
-def synchronise(engine: RolloutEngine, model: Any, version: int) -> None:
-    """Give an engine that holds a copy of the policy the weights of now; `version` numbers them."""
-    if hasattr(engine, "sync_weights"):
-        engine.sync_weights(model, version)

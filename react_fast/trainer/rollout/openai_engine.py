@@ -8,6 +8,8 @@ from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from .completions import DIALECTS, Capabilities, choice_of, read_sample, token_ids, token_logprobs
 from .http import HttpError, JsonClient
 from .sampling import EngineError, Sample, SamplingParams, check_prompts
@@ -104,17 +106,24 @@ class OpenAIEngine:
             failed = [task for task in tasks if task.done() and not task.cancelled() and task.exception()]
             return [task.result() for task in failed or tasks]
 
-    def sync_weights(self, model: Any, version: int) -> None:
+    def sync_weights(
+        self, model: Any, version: int, weights: Mapping[str, torch.Tensor] | None = None
+    ) -> None:
         """Give the server the weights of a Hugging Face model, unless it has had this version from here.
 
-        Raises: EngineError if it does not take them.
+        Args:
+            weights: whole ones by name, where the model holds shards; None: the model's.
+        Raises: EngineError if they cannot be written or the server does not take them.
         """
         if version == self.version and (self._given or self.weights is None):
             return
         if self.weights is None:
             _warn("the server keeps the weights it started with, since sync_dir is not set")
             return
-        folder = self.weights.write(model, version)
+        try:
+            folder = self.weights.write(model, version, weights)
+        except OSError as error:
+            raise EngineError(f"sync_dir {self.weights.path} cannot be written: {error}") from None
         if callable(self.reload):
             self.reload(folder, version)
         elif self.reload is not None:

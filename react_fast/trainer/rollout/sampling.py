@@ -91,7 +91,9 @@ class Sample:
 class RolloutEngine(Protocol):
     """Anything that continues token sequences: the policy itself, or a server that holds a copy of it.
 
-    An engine that holds a copy also has `sync_weights(model, version)`; see `synchronise`.
+    An engine that holds a copy has `version`, the number of the weights it samples with, and
+    `sync_weights(model, version, weights)`, which gives it those of now: the model's, or `weights` by name where
+    the model holds shards of them. One process calls it; the engines of the others are told the version.
     """
 
     def generate(self, prompts: Sequence[Sequence[int]], params: SamplingParams) -> list[Sample]: ...

@@ -3,8 +3,11 @@
 import copy
 import os
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+import torch
 
 _KEPT = 2  # a server may still be reading the one before the newest
 
@@ -19,9 +22,10 @@ class WeightFolder:
     def __init__(self, path: str | Path, tokenizer: Any) -> None:
         self.path, self.tokenizer = Path(path), tokenizer
 
-    def write(self, model: Any, version: int) -> Path:
+    def write(self, model: Any, version: int, weights: Mapping[str, torch.Tensor] | None = None) -> Path:
         """Write a model, adapters merged, into a folder of its own; older ones but the last are removed.
 
+        Args: weights: whole ones by name, where the model holds shards; None: the model's.
         Returns: the folder, which appears by one rename.
         """
         self.path.mkdir(parents=True, exist_ok=True)
@@ -30,7 +34,7 @@ class WeightFolder:
         shutil.rmtree(temporary, ignore_errors=True)
         if hasattr(model, "merge_and_unload"):
             model = copy.deepcopy(model).merge_and_unload()
-        model.save_pretrained(temporary)
+        model.save_pretrained(temporary, state_dict=weights)
         if hasattr(self.tokenizer, "save_pretrained"):
             self.tokenizer.save_pretrained(temporary)
         for file in temporary.iterdir():
