@@ -105,7 +105,7 @@ def test_metrics_are_those_of_their_equations_for_every_micro_batch():
             model, tokenizer, _env(), algorithm=GRPO(), config=config, reporter=log, engine=engine
         )
         batch = trainer.score(trainer.collect())
-        policy = trainer.logprobs(model, batch)
+        policy = trainer.scores(batch).logprobs
         trainer.train_step()
         results.append(log.metrics[-1])
     known = batch.mask & ~batch.sampler_logprobs.isnan()
@@ -141,7 +141,7 @@ def test_what_nobody_told_is_neither_weighed_nor_measured():
     trainer = Trainer(model, tokenizer, _env(), algorithm=GRPO(), config=config)
     batch = trainer.score(trainer.collect())
     batch.sampler_logprobs = torch.full_like(batch.sampler_logprobs, math.nan)
-    metrics, count = correct(config, batch, trainer.logprobs(model, batch))
+    metrics, count = correct(config, batch, trainer.scores(batch).logprobs)
     assert (metrics, count) == ({}, 0.0)
     assert batch.importance is not None
     assert torch.equal(batch.importance, batch.mask.double())
