@@ -22,6 +22,7 @@ THREADS = 1  # tests of threads set their own
 interpreter.quicken()
 
 
+@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """One worker starts the gloo processes, not every one."""
     for item in items:

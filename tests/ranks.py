@@ -5,7 +5,7 @@ import traceback
 from collections.abc import Callable
 from contextlib import suppress
 from datetime import timedelta
-from multiprocessing import get_context
+from multiprocessing import get_context, set_forkserver_preload
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
@@ -69,7 +69,8 @@ class Ranks:
                 raise AssertionError(failure)
 
     def _start(self) -> None:
-        context = get_context("spawn")
+        set_forkserver_preload(["torch.distributed.fsdp", "tests.conftest"])  # imported once, not by every rank
+        context = get_context("forkserver")
         self._starts += 1
         store = str(
             self._folder / f"store{self._starts}"
