@@ -18,6 +18,20 @@ SECONDS = (
     120  # a collective that waits longer hangs; starting four processes takes ten seconds on a loaded machine
 )
 
+_LIBRARIES = [
+    "matplotlib.figure",
+    "react_fast.trainer.run",
+    "react_fast.trainer.trainer",
+    "torch.utils.tensorboard",
+    "transformers.models.llama.modeling_llama",
+]
+
+
+def processes() -> Any:
+    """Where processes start with everything imported: once, not by each of them."""
+    set_forkserver_preload(["torch.distributed.fsdp", "tests.conftest", *_LIBRARIES])
+    return get_context("forkserver")
+
 
 def _serve(rank: int, world: int, store: str, pipe: Connection) -> None:
     """Runs what comes through the pipe, and answers None or a traceback."""
@@ -69,8 +83,7 @@ class Ranks:
                 raise AssertionError(failure)
 
     def _start(self) -> None:
-        set_forkserver_preload(["torch.distributed.fsdp", "tests.conftest"])  # imported once, not by every rank
-        context = get_context("forkserver")
+        context = processes()
         self._starts += 1
         store = str(
             self._folder / f"store{self._starts}"

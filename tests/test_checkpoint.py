@@ -3,11 +3,11 @@
 import errno
 import json
 import random
-import signal
 import subprocess
 import sys
 import time
 import warnings
+from contextlib import suppress
 
 import pytest
 import torch
@@ -23,6 +23,7 @@ from react_fast.trainer.checkpoint import (
 )
 
 from . import contract
+from .ranks import processes
 
 
 class _Tied(nn.Module):
@@ -210,34 +211,34 @@ def test_state_that_json_cannot_hold_leaves_nothing_behind(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-_SAVE_FOR_EVER = """
-import sys, torch
-from react_fast.trainer.checkpoint import save_checkpoint
-torch.set_num_threads(1)
-model, step = torch.nn.Linear(128, 128), 1
-while True:
-    for _ in range(2):  # the second write of a step takes the replacing path
-        tensors = {"step": torch.full((1000,), step)}
-        save_checkpoint(sys.argv[1], step, model=model, tensors=tensors, state={"step": step}, keep=2)
-        print(step, flush=True)
-    step += 1
-"""
+def _save_for_ever(folder, out):
+    model, step = nn.Linear(128, 128), 1
+    while True:
+        for _ in range(2):  # the second write of a step takes the replacing path
+            tensors = {"step": torch.full((1000,), step)}
+            save_checkpoint(folder, step, model=model, tensors=tensors, state={"step": step}, keep=2)
+            out.send(step)
+        step += 1
 
 
 def test_killed_at_any_moment_the_newest_loads(tmp_path):
-    random.seed(0)
-    for _ in range(4):
-        process = subprocess.Popen(
-            [sys.executable, "-c", _SAVE_FOR_EVER, tmp_path], stdout=subprocess.PIPE, text=True
-        )
-        process.stdout.readline()
-        time.sleep(random.uniform(0, 0.15))
-        process.send_signal(signal.SIGKILL)
-        finished = process.communicate()[0].split()
+    draw, context = random.Random(0), processes()
+    for _ in range(8):
+        ours, theirs = context.Pipe(duplex=False)
+        process = context.Process(target=_save_for_ever, args=(tmp_path, theirs))
+        process.start()
+        theirs.close()
+        finished = ours.recv()
+        time.sleep(draw.uniform(0, 0.15))
+        process.kill()
+        process.join()
+        with suppress(EOFError):
+            while True:
+                finished = ours.recv()
         with warnings.catch_warnings():
             warnings.simplefilter("error")  # a kill never leaves a damaged folder under a final name
             loaded = load_checkpoint(newest_complete(tmp_path))
-        assert loaded.step >= (int(finished[-1]) if finished else 1)
+        assert loaded.step >= finished
         assert loaded.state == {"step": loaded.step}
         assert torch.equal(loaded.tensors["step"], torch.full((1000,), loaded.step))
 

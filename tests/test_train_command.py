@@ -136,21 +136,6 @@ def test_ctrl_c_saves_exits_cleanly_and_resumes_to_the_same_weights(whole, tmp_p
     assert _same(_weights(run), _weights(whole))
 
 
-def test_a_killed_run_resumes_to_the_same_weights(whole, tmp_path):
-    """Nothing is saved on a kill: the newest complete checkpoint is what there is."""
-    words = [*train_words(tmp_path), "--trainer.credit", "attribution"]
-    process = subprocess.Popen([sys.executable, "-m", "react_fast.cli", *words], stdout=subprocess.DEVNULL)
-    deadline = time.monotonic() + 100
-    while newest_complete(tmp_path / "run" / "checkpoints" / "warm_start") is None:
-        assert process.poll() is None
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-    process.kill()
-    process.wait()
-    assert cli.main([*words, "--resume", "auto"]) == 0
-    assert _same(_weights(tmp_path / "run"), _weights(whole))
-
-
 def test_explain_and_report_name_what_they_cannot_read_or_write(whole, tmp_path, capsys):
     assert cli.main(["explain", str(whole), "--text", "say 1:", "--html", str(tmp_path)]) == 2
     assert capsys.readouterr().err == f"react-fast: html {tmp_path} cannot be written: Is a directory\n"

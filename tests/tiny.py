@@ -21,6 +21,11 @@ TINY: dict[str, Any] = {
 }
 
 
+def odd(state: str, action: str, record: Any) -> float:
+    """The share of letters with odd numbers: a reward that random letters have, too."""
+    return sum(ord(letter) % 2 for letter in action) / max(len(action), 1)
+
+
 def records(path: Path, count: int = 6) -> str:
     """Write a JSONL file; returns its path."""
     lines = [json.dumps({"prompt": f"say {i}:", "reference": f"word{i}"}) for i in range(count)]
@@ -30,8 +35,14 @@ def records(path: Path, count: int = 6) -> str:
 
 def train_words(folder: Path, **changes: Any) -> list[str]:
     """Write the tiny configuration, with changes, and return the words of its `train` command."""
-    files = {split: records(folder / f"{split}.jsonl") for split in ("train", "validation", "test")}
-    tree: dict[str, Any] = {"run_dir": str(folder / "run"), "env": files, **TINY}
+    files: dict[str, Any] = {
+        split: records(folder / f"{split}.jsonl") for split in ("train", "validation", "test")
+    }
+    tree: dict[str, Any] = {
+        "run_dir": str(folder / "run"),
+        "env": {**files, "reward": "tests.tiny:odd"},
+        **TINY,
+    }
     for key, value in changes.items():
         tree[key] = {**tree.get(key, {}), **value} if isinstance(value, dict) else value
     path = folder / "tiny.yaml"
