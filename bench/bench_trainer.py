@@ -54,7 +54,7 @@ def test_update(benchmark, demo):
     def plain(loss_of: Any) -> None:
         trainer.updater.optimizer.zero_grad(set_to_none=True)
         scored = trainer.score(trajectories)
-        advantages = trainer.algorithm.advantages(scored)
+        advantages = trainer.credit(scored).advantages
         logits = model(
             input_ids=scored.input_ids, attention_mask=scored.attention_mask, use_cache=False
         ).logits
