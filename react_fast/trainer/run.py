@@ -195,6 +195,7 @@ class _Run:
             engine=self._engine() if phase == "rl" else None,
         )
         trainer.train(resume=start)
+        trainer.synchronise()
         self.engine = trainer.engine
         if self.ranks.world > 1:  # training wrapped the model, and the tests want it as it was
             self._build()
