@@ -1,10 +1,10 @@
 """A whole GRPO step beside TRL's GRPOTrainer: `python -m bench.grpo_step [--vocab 32000] [--threads 1]`.
 
-One Qwen2-style model (4 layers, width 256), the same prompts, lengths and batch, float32 on CPU. Both trainers live
-in one process and take turns step by step: ours runs in a callback of TRL's. TRL is as its documentation has it,
-but for gradient checkpointing, which is off for both. The limit is the model's forward and backward with the head,
-the loss, the gradient's norm and AdamW, as plain calls on a step's batch. Peak memory is of processes of their own. Writes
-bench/results/grpo_step.md.
+One Qwen2-style model (4 layers, width 256), the same prompts, lengths and batch, float32 on CPU. Both trainers
+live in one process and take turns step by step: ours runs in a callback of TRL's. TRL is as its documentation has
+it, but for gradient checkpointing, which is off for both. The limit is the model's forward and backward with the
+head, the loss, the gradient's norm and AdamW, as plain calls on a step's batch. Peak memory is of processes of
+their own. Writes bench/results/grpo_step.md.
 """
 
 import argparse
@@ -32,11 +32,25 @@ from .report import RESULTS
 
 PROMPTS, GROUP, LENGTH, PROMPT_WORDS = 2, 8, 64, 64
 OURS, TRL = "react_fast", "TRL GRPOTrainer"
-_WORDS = "the quick brown fox jumps over a lazy dog while seven wizards brew strong black tea".split()
+_WORDS = (
+    "amber",
+    "brook",
+    "cedar",
+    "delta",
+    "ember",
+    "fjord",
+    "grove",
+    "harbor",
+    "island",
+    "jungle",
+    "knoll",
+)
 
 
 def _texts() -> list[str]:
-    return [" ".join(_WORDS[(i * 7 + j * (i + 1)) % len(_WORDS)] for j in range(PROMPT_WORDS)) for i in range(8)]
+    return [
+        " ".join(_WORDS[(i * 7 + j * (i + 1)) % len(_WORDS)] for j in range(PROMPT_WORDS)) for i in range(8)
+    ]
 
 
 def _vowels(text: str) -> float:
@@ -152,7 +166,9 @@ def _trl(vocab: int, steps: int, after_step: Callable[[], None]) -> Steps:
 
     tokens = [0]
 
-    def reward(prompts: Any, completions: list[str], completion_ids: list[list[int]], **_: Any) -> list[float]:
+    def reward(
+        prompts: Any, completions: list[str], completion_ids: list[list[int]], **_: Any
+    ) -> list[float]:
         tokens[0] = sum(map(len, completion_ids))
         return [_vowels(text) for text in completions]
 
@@ -257,7 +273,10 @@ def main() -> None:
             for name in (OURS, TRL):
                 words = ["--memory", name, "--vocab", str(vocab), "--threads", str(threads)]
                 done = subprocess.run(
-                    [sys.executable, "-m", "bench.grpo_step", *words], check=True, capture_output=True, text=True
+                    [sys.executable, "-m", "bench.grpo_step", *words],
+                    check=True,
+                    capture_output=True,
+                    text=True,
                 )
                 memory[name] = int(done.stdout.splitlines()[-1])
             lines.append(_row(vocab, threads, found, memory))

@@ -108,11 +108,15 @@ def _app() -> Any:
         make_table(configs, out, quick=quick)
 
     @app.command(context_settings=anything)
-    def evaluate(context: typer.Context, folder: str = typer.Argument(metavar="RUN")) -> None:
+    def evaluate(
+        context: typer.Context,
+        folder: str = typer.Argument(metavar="RUN"),
+        best: bool = typer.Option(False, help="The checkpoint that trainer.best_by chose."),
+    ) -> None:
         """Evaluate a run's newest checkpoint on its test records, sampled and greedy."""
         from .trainer import run
 
-        run.evaluate(folder, overrides=context.args)
+        run.evaluate(folder, context.args, best=best)
 
     @app.command()
     def explain(

@@ -14,7 +14,7 @@ from react_fast.envs import Record, TextEnv
 from react_fast.reference.trainer import Trainer as ReferenceTrainer
 from react_fast.tracker.policy import cache_argument
 from react_fast.trainer.algorithms import GRPO, REINFORCE, SFT
-from react_fast.trainer.checkpoint import newest_complete
+from react_fast.trainer.checkpoint import CheckpointError, best_complete, newest_complete
 from react_fast.trainer.config import TrackerConfig
 from react_fast.trainer.explain import make_tracker
 from react_fast.trainer.rollout import Episodes, SamplingParams
@@ -287,6 +287,47 @@ def test_ctrl_c_while_the_last_step_is_saved_is_not_lost(tmp_path):
     with pytest.raises(KeyboardInterrupt):
         trainer.train()
     assert newest_complete(tmp_path) == tmp_path / "step-00000002"
+
+
+def _evaluated(folder: Any, values: dict[int, float], **changes: Any) -> Trainer:
+    """A trainer whose evaluation behind a step gives what stands there."""
+
+    class Scripted(GRPO):
+        def held_out(self, trainer: Trainer, env: TextEnv) -> tuple[dict[str, float], float]:
+            return {"eval/reward": values[trainer.step]}, -values[trainer.step]
+
+    few = {"checkpoint_dir": str(folder), "keep_checkpoints": 1, "eval_every": 1, "save_every": 2}
+    config = _config(**{**few, "best_by": "eval/reward", "steps": len(values), **changes})
+    return Trainer(*_policy(), _env(), algorithm=Scripted(), config=config, eval_env=_env())
+
+
+def test_the_best_checkpoint_is_kept_beside_the_newest(tmp_path):
+    values = {1: 0.1, 2: 0.3, 3: 0.9, 4: 0.2, 5: 0.9}
+    _evaluated(tmp_path, dict(list(values.items())[:4])).train()
+    assert best_complete(tmp_path) == tmp_path / "step-00000003"
+    going_on = _evaluated(tmp_path, values)
+    going_on.train(resume="auto")
+    assert going_on.best.step == 3
+    assert sorted(path.name for path in tmp_path.glob("step-*")) == ["step-00000003", "step-00000005"]
+    assert best_complete(tmp_path) == tmp_path / "step-00000003"
+    (tmp_path / "step-00000003" / "model.safetensors").write_bytes(b"")
+    with pytest.raises(CheckpointError, match=r"model.safetensors is damaged: 0 bytes"):
+        best_complete(tmp_path)
+    (tmp_path / "best.json").write_text("{}")
+    with pytest.raises(CheckpointError, match=r"best.json is damaged: it must name a step"):
+        best_complete(tmp_path)
+
+
+def test_best_by_may_ask_for_the_lowest_and_must_be_a_metric(tmp_path):
+    values = {1: 0.3, 2: 0.1, 3: 0.2}
+    _evaluated(tmp_path, values, best_by="-eval/reward").train()
+    assert best_complete(tmp_path) == tmp_path / "step-00000002"
+    with pytest.raises(
+        ValueError, match=r"best_by must be a metric of evaluations \(eval/reward\), got 'chrf'"
+    ):
+        _evaluated(tmp_path / "other", values, best_by="chrf").train()
+    with pytest.raises(ValueError, match=r"eval_every must be given when config\.best_by is"):
+        _evaluated(tmp_path / "other", values, eval_every=0)
 
 
 def test_rollouts_ask_for_the_cache_by_its_own_name():

@@ -27,7 +27,7 @@ from .adapters import adapter_weights, has_adapters
 from .state import shard_like
 
 MANIFEST, TENSORS, STATE, WEIGHTS = "manifest.json", "tensors.safetensors", "state.json", "model.safetensors"
-ADAPTERS = "adapter_model.safetensors"
+ADAPTERS, BEST = "adapter_model.safetensors", "best.json"
 _FOLDER = re.compile(r"step-(\d+)(\.old)?")
 _BLOCK = 1 << 20
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
@@ -64,6 +64,7 @@ def save_checkpoint(
     tensors: Mapping[str, torch.Tensor] | None = None,
     state: Mapping[str, Any] | None = None,
     keep: int | None = None,
+    best: int | None = None,
 ) -> Path:
     """Write a checkpoint and remove the ones that are no longer kept.
 
@@ -77,12 +78,13 @@ def save_checkpoint(
         tensors: any tensors by name, any dtype; scalars are kept as they are.
         state: values that JSON holds; NaN and infinity are allowed.
         keep: newest checkpoints kept, the new one included; None: all.
+        best: step of a checkpoint that is kept beside them; `best.json` will name it. None: no best one.
     Returns: the checkpoint's folder.
     Raises: CheckpointError when the disk is full or a file cannot be written; earlier checkpoints stay as
         they were, and nothing of the failed one is left.
     """
     folder = Path(folder)
-    target = folder / f"step-{step:08d}"
+    target = _folder(folder, step)
     temporary = folder / f".{target.name}.tmp"
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -93,6 +95,8 @@ def save_checkpoint(
         _write_text(temporary / STATE, json.dumps(dict(state or {}), indent=1))
         _write_manifest(temporary, step)
         _publish(temporary, target)
+        if best is not None:
+            _name_best(folder, best)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(temporary, ignore_errors=True)
         raise CheckpointError(f"checkpoint {target} was not written: {_reason(error)}") from error
@@ -100,7 +104,7 @@ def save_checkpoint(
         shutil.rmtree(temporary, ignore_errors=True)
         raise
     if keep is not None:
-        _keep_newest(folder, keep, target)
+        _keep_newest(folder, keep, target, best)
     return target
 
 
@@ -115,6 +119,24 @@ def newest_complete(folder: str | Path) -> Path | None:
             return path
         warnings.warn(f"checkpoint passed over: {problem}", stacklevel=2)
     return None
+
+
+def best_complete(folder: str | Path) -> Path | None:
+    """The checkpoint that `best.json` names, or None if there is none.
+
+    Raises: CheckpointError in one line when it is damaged.
+    """
+    named = Path(folder) / BEST
+    if not named.is_file():
+        return None
+    try:
+        path = _folder(Path(folder), int(json.loads(named.read_text())["step"]))
+    except (ValueError, KeyError, TypeError):
+        raise CheckpointError(f"{named} is damaged: it must name a step") from None
+    problem = damage(path)
+    if problem is not None:
+        raise CheckpointError(problem)
+    return path
 
 
 def load_checkpoint(path: str | Path) -> Checkpoint:
@@ -176,6 +198,10 @@ def damage(path: Path) -> str | None:
         if _sha256(file) != digest:
             return f"{file} is damaged: its SHA-256 is not the one written"
     return None
+
+
+def _folder(folder: Path, step: int) -> Path:
+    return folder / f"step-{step:08d}"
 
 
 def _checkpoints(folder: Path) -> list[Path]:
@@ -268,9 +294,16 @@ def _remove_leftovers(folder: Path) -> None:
             aside.rename(successor)
 
 
-def _keep_newest(folder: Path, keep: int, written: Path) -> None:
+def _name_best(folder: Path, step: int) -> None:
+    temporary = folder / f".{BEST}.tmp"
+    _write_text(temporary, json.dumps({"step": step}))
+    temporary.replace(folder / BEST)
+
+
+def _keep_newest(folder: Path, keep: int, written: Path, best: int | None) -> None:
     """`written` stays whatever its step: after a fall-back a damaged one may carry a higher number."""
-    others = [path for path in _checkpoints(folder) if path != written]
+    kept = (written, *([] if best is None else [_folder(folder, best)]))
+    others = [path for path in _checkpoints(folder) if path not in kept]
     for path in others[max(keep - 1, 0) :]:
         shutil.rmtree(path, ignore_errors=True)
 

@@ -231,6 +231,9 @@ class TrainerConfig(Section):
     """Steps between checkpoints; 0: at the end only."""
     keep_checkpoints: Count = 2
     """Newest checkpoints kept."""
+    best_by: str | None = None
+    """Metric whose best evaluation is saved and kept, too, such as eval/reward; "-" in front: the lowest is best;
+    none: no best checkpoint."""
     checkpoint_dir: str | None = None
     """Folder of the checkpoints; none: no checkpoints."""
     sample_every: Natural = 0

@@ -1,6 +1,7 @@
 """Early stopping: stop when the held-out quality no longer improves, and hand back the best weights."""
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -39,6 +40,38 @@ class EarlyStopping:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.best, self.waited, self.weights = state["best"], state["waited"], state["weights"]
+
+
+class BestStep:
+    """The step with the best evaluation.
+
+    Args: metric: such as "eval/reward", or "-eval/loss" where the lowest is best; None: no step is.
+    """
+
+    def __init__(self, metric: str | None) -> None:
+        self._sign, self._name = (-1, metric[1:]) if metric and metric.startswith("-") else (1, metric)
+        self.step: int | None = None
+        self._value = -math.inf
+
+    def see(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Take note of an evaluation.
+
+        Raises: ValueError if the metric is not among its numbers.
+        """
+        if self._name is None:
+            return
+        if self._name not in metrics:
+            known = ", ".join(name for name in metrics if name.startswith("eval/"))
+            raise ValueError(f"config.best_by must be a metric of evaluations ({known}), got {self._name!r}")
+        value = self._sign * metrics[self._name]
+        if self.step is None or value > self._value:
+            self.step, self._value = step, value
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"step": self.step, "value": self._value}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.step, self._value = state["step"], state["value"]
 
 
 def _trained(model: torch.nn.Module) -> list[tuple[str, torch.nn.Parameter]]:

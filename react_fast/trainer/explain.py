@@ -34,10 +34,12 @@ def quiet_libraries() -> None:
     logging.disable_progress_bar()
 
 
-def open_run(path: str | Path, overrides: Sequence[str] = ()) -> tuple[RunConfig, Path, Any, Any]:
-    """(configuration, newest complete checkpoint, its model, its tokenizer) of a run.
+def open_run(
+    path: str | Path, overrides: Sequence[str] = (), *, best: bool = False
+) -> tuple[RunConfig, Path, Any, Any]:
+    """(configuration, newest complete or best checkpoint, its model, its tokenizer) of a run.
 
-    Raises: UserError if there is no run or no complete checkpoint.
+    Raises: UserError if there is no run or no such checkpoint.
     """
     quiet_libraries()
     folder = RunFolder(path)
@@ -46,7 +48,7 @@ def open_run(path: str | Path, overrides: Sequence[str] = ()) -> tuple[RunConfig
         config = RunConfig.from_yaml(folder.path / CONFIG, overrides)
     if config.trainer.threads is not None:
         torch.set_num_threads(config.trainer.threads)
-    checkpoint = folder.newest_checkpoint()
+    checkpoint = folder.best_checkpoint() if best else folder.newest_checkpoint()
     return (
         config,
         checkpoint,

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from .adapters import BASE
-from .checkpoint import newest_complete
+from .checkpoint import CheckpointError, best_complete, newest_complete
 from .config import RunConfig
 from .reporter import METRICS
 
@@ -95,6 +95,19 @@ class RunFolder:
             if found is not None:
                 return found
         raise UserError(f"run {self.path} has no complete checkpoint")
+
+    def best_checkpoint(self) -> Path:
+        """The checkpoint that `trainer.best_by` chose.
+
+        Raises: UserError if there is none, or if it is damaged.
+        """
+        try:
+            found = best_complete(self.checkpoints(PHASES[-1]))
+        except CheckpointError as error:
+            raise UserError(str(error)) from error
+        if found is None:
+            raise UserError(f"run {self.path} has no best checkpoint: trainer.best_by chooses one")
+        return found
 
     def keep_base(self, model: Any, tokenizer: Any) -> Path:
         """Folder of a model that adapters are trained on, written once."""

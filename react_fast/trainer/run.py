@@ -213,7 +213,14 @@ class _Run:
             return common
         warm = self.config.warm_start.model_dump()
         batch = warm.pop("batch_size")
-        single = {"group_size": 1, "minibatches": 1, "epochs": 1, "kl_coef": 0.0, "entropy_coef": 0.0}
+        single = {
+            "group_size": 1,
+            "minibatches": 1,
+            "epochs": 1,
+            "kl_coef": 0.0,
+            "entropy_coef": 0.0,
+            "best_by": None,
+        }
         return common.replace(prompts_per_step=batch, credit="uniform", **single, **warm)
 
     def _warm_start(self) -> Any:
@@ -284,16 +291,17 @@ def _changes(before: RunConfig, after: RunConfig) -> list[str]:
     ]
 
 
-def evaluate(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
-    """Test the newest checkpoint of a run again and print the result table.
+def evaluate(path: str | Path, overrides: Sequence[str] = (), *, best: bool = False) -> dict[str, Any]:
+    """Test the newest checkpoint of a run again, or the best one, and print the result table.
 
     Args:
         path: run folder.
         overrides: changes of its configuration, such as ["--env.test_prompts", "100"].
+        best: the checkpoint that `trainer.best_by` chose.
     Returns: test metrics by mode, by metric: [value, low, high].
-    Raises: UserError if there is no run or no complete checkpoint.
+    Raises: UserError if there is no run or no such checkpoint.
     """
-    config, checkpoint, model, tokenizer = open_run(path, overrides)
+    config, checkpoint, model, tokenizer = open_run(path, overrides, best=best)
     env = load_environments(config.env)["test"]
     result = {
         mode: measure(_test_answers(config, model, tokenizer, env, mode), metric_names(config.env))

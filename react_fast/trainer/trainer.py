@@ -21,7 +21,7 @@ from .batch import Batch, collate, group_numbers
 from .checkpoint import CheckpointError, load_checkpoint, load_weights, newest_complete, save_checkpoint, tied
 from .config import TrainerConfig
 from .credit import REPLAYS
-from .early_stopping import EarlyStopping
+from .early_stopping import BestStep, EarlyStopping
 from .evaluation import held_out_loss, held_out_reward
 from .interrupt import StopRequest
 from .meters import Clock, describe, samples
@@ -81,10 +81,9 @@ class Trainer:
         self.config = config or TrainerConfig()
         if self.config.credit == "attribution" and tracker is None:
             raise ValueError("tracker must be given when config.credit is 'attribution', got None")
-        if self.config.early_stopping and (eval_env is None or not self.config.eval_every):
-            raise ValueError(
-                "eval_env and config.eval_every must be given when config.early_stopping is not 0"
-            )
+        for name in ("early_stopping", "best_by"):
+            if getattr(self.config, name) and (eval_env is None or not self.config.eval_every):
+                raise ValueError(f"eval_env and config.eval_every must be given when config.{name} is")
         if self.config.threads is not None:
             torch.set_num_threads(self.config.threads)
         self.tokenizer, self.env, self.eval_env = tokenizer, env, eval_env
@@ -108,7 +107,7 @@ class Trainer:
         self.engine = engine or algorithm.engine(self) or self.policy_engine
         self.memory = algorithm.memory(self)
         self.step = 0  # finished steps
-        self.stopping = EarlyStopping(self.config.early_stopping)
+        self.stopping, self.best = EarlyStopping(self.config.early_stopping), BestStep(self.config.best_by)
         self.replays = REPLAYS["uniform" if algorithm.supervised else self.config.credit](self)
 
     # ---- the four phases -----------------------------------------------------------------------------------
@@ -186,7 +185,8 @@ class Trainer:
                 metrics = self.train_step()
                 finished = self.step >= self.config.steps or self.stopping.over
                 asked = self.ranks.any(stop())  # once: a signal from here on waits for the next step's save
-                if finished or asked or (self.config.save_every and self.step % self.config.save_every == 0):
+                due = self.config.save_every and self.step % self.config.save_every == 0
+                if finished or asked or due or self.best.step == self.step:
                     if finished:
                         self.stopping.restore(self.model)
                     self.save()
@@ -215,6 +215,7 @@ class Trainer:
         if self.config.eval_every and self.eval_env is not None and self.step % self.config.eval_every == 0:
             held_out, value = self.algorithm.held_out(self, self.eval_env)
             metrics |= held_out
+            self.best.see(self.step, held_out)
             self.stopping.see(value, self.model)
         if self.reporter is not None:
             self.reporter.log(self.step, self.phase, metrics)
@@ -304,6 +305,7 @@ class Trainer:
             "memory": self.memory.state_dict() if self.memory is not None else None,
             "replays": self.replays.state_dict(),
             "stopping": self.stopping.state_dict(),
+            "best": self.best.state_dict(),
             "reference": self.reference.state_dict() if self.reference is not None else None,
             "tracker": tracker.state_dict() if tracker is not None else None,
         }
@@ -323,6 +325,7 @@ class Trainer:
             tensors=tensors,
             state={"trainer": rest, "phase": self.phase},
             keep=self.config.keep_checkpoints,
+            best=self.best.step,
         )
 
     def _whole_weights(self) -> dict[str, torch.Tensor] | None:
@@ -359,6 +362,7 @@ class Trainer:
         self.step, self.updater.updates = tree["step"], tree["updates"]
         self.replays.load_state_dict(tree.get("replays") or {})
         self.stopping.load_state_dict(tree["stopping"])
+        self.best.load_state_dict(tree["best"])
         load_optimizer_state(self.updater.optimizer, tree["optimizer"])
         load_module_state(self.policy.heads, tree["heads"])
         if self.memory is not None:
