@@ -2,6 +2,7 @@
 
 from .conll import load_conll
 from .jsonl import load_jsonl
+from .reward_functions import RewardError, RewardFunction, WeightedRewards, reward
 from .slots import GroundTruth, ground_truth
 from .spaces import UnicodeText
 from .squad import load_squad
@@ -10,10 +11,14 @@ from .text_env import Record, TextEnv
 __all__ = [
     "GroundTruth",
     "Record",
+    "RewardError",
+    "RewardFunction",
     "TextEnv",
     "UnicodeText",
+    "WeightedRewards",
     "ground_truth",
     "load_conll",
     "load_jsonl",
     "load_squad",
+    "reward",
 ]

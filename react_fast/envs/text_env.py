@@ -7,6 +7,7 @@ from typing import Any
 
 import gymnasium
 
+from .reward_functions import Action, Payment, WeightedRewards, needs_care, nothing_applies
 from .rewards import exact_match
 from .spaces import UnicodeText, as_text
 
@@ -23,6 +24,7 @@ class Record:
 Transition = Callable[[str, str, Record], str]
 Reward = Callable[[str, str, Record], float]
 Terminal = Callable[[str, Record], bool]
+Step = tuple[str, float, bool, bool, dict[str, Any]]
 
 
 def append(state: str, action: str, record: Record) -> str:
@@ -42,7 +44,10 @@ class TextEnv(gymnasium.Env[str, str]):
     Args:
         records: the tasks, at least one. Shared between clones, never written to.
         transition: f(state, action, record) -> next state. Called after every action, the last one too.
-        reward: g(state, action, record) -> number; `state` is the one in which the action was taken.
+        reward: g(state, action, record) -> number; `state` is the one in which the action was taken. Or a function
+            in another form of `RewardFunction` (TRL's, `async def`, marked with `@reward`), `WeightedRewards`, or
+            a list of such functions. An episode needs a reward: several functions may give None for a turn, and
+            then add nothing, but not for all of its turns.
         max_turns: actions in an episode, at least 1.
         terminal: terminal(next_state, record) -> bool, asked after every transition.
         max_length: longest state or action in characters.
@@ -57,7 +62,7 @@ class TextEnv(gymnasium.Env[str, str]):
         records: Sequence[Record],
         *,
         transition: Transition = append,
-        reward: Reward = exact_match,
+        reward: Reward | WeightedRewards | Sequence[Any] = exact_match,
         max_turns: int = 1,
         terminal: Terminal | None = None,
         max_length: int = 1 << 20,
@@ -70,7 +75,9 @@ class TextEnv(gymnasium.Env[str, str]):
             raise ValueError(f"max_turns must be at least 1, got {max_turns}")
         self.records = records
         self.transition = transition
-        self.reward = reward
+        self.reward = _as_reward(reward)
+        several = isinstance(self.reward, WeightedRewards)
+        self._columns = tuple(dict.fromkeys(key for r in records for key in r.metadata)) if several else ()
         self.max_turns = max_turns
         self.terminal = terminal
         self.observation_space = UnicodeText(max_length)
@@ -79,6 +86,7 @@ class TextEnv(gymnasium.Env[str, str]):
         self._state = ""
         self._turn = 0
         self._over = True
+        self._paid = False
 
     def reset(
         self, *, seed: int | None = None, options: Mapping[str, Any] | None = None
@@ -96,7 +104,7 @@ class TextEnv(gymnasium.Env[str, str]):
         self._index = int(self.np_random.integers(len(self.records))) if index is None else self._known(index)
         self._state = as_text("prompt", self.records[self._index].prompt, self.observation_space)
         self._turn = 0
-        self._over = False
+        self._over = self._paid = False
         return self._state, self._info()
 
     def _known(self, index: Any) -> int:
@@ -106,25 +114,70 @@ class TextEnv(gymnasium.Env[str, str]):
             raise IndexError(f"options['index'] must be in [0, {len(self.records)}), got {int(index)}")
         return int(index)
 
-    def step(self, action: str) -> tuple[str, float, bool, bool, dict[str, Any]]:
+    def step(self, action: str) -> Step:
         """Takes one action: reward from g, next state from f.
 
+        Returns: (state, reward, terminated, truncated, info); with several rewards info["rewards"] has each by
+            name, None where it does not apply; info["counts"], if there is anything to count, holds numbers
+            such as {"rewards/judge/failed": 1}.
         Raises: gymnasium.error.ResetNeeded without an episode under way; TypeError or ValueError if the
             action, the state that f returned, or the reward that g returned is not what it has to be.
         """
+        return self._step(*_payments(self.reward, [self._taken(action, None)])[0])
+
+    @staticmethod
+    def step_many(
+        envs: "Sequence[TextEnv]", actions: Sequence[str], ids: Sequence[list[int]] | None = None
+    ) -> list[Step]:
+        """`step` of many environments, with the same results; if they share a reward of several functions, or
+        of one that is batched, asynchronous or marked, it is called for all of them at once.
+
+        Args:
+            ids: tokens of the actions, for functions that ask for `completion_ids`; None: not known.
+        Raises: what `step` raises; then no environment's state has changed, if it comes from an action or reward.
+        """
+        shared = envs[0].reward if envs else None
+        together = isinstance(shared, WeightedRewards) and all(
+            env.reward is shared and type(env).step is TextEnv.step for env in envs
+        )
+        if not together:
+            return [env.step(action) for env, action in zip(envs, actions, strict=True)]
+        known = [None] * len(envs) if ids is None else ids
+        taken = [env._taken(a, i) for env, a, i in zip(envs, actions, known, strict=True)]
+        payments = _payments(shared, taken)
+        return [env._step(action, payment) for env, (action, payment) in zip(envs, payments, strict=True)]
+
+    def _taken(self, action: Any, ids: list[int] | None) -> Action:
         if self._over or self._index is None:
             raise gymnasium.error.ResetNeeded("call reset() before step(): no episode is under way")
-        action = as_text("action", action, self.action_space)
-        record = self.records[self._index]
-        reward = _number(self.reward(self._state, action, record))
-        self._state = as_text(
-            "the state from transition", self.transition(self._state, action, record), self.observation_space
-        )
+        text = as_text("action", action, self.action_space)
+        return Action(self._state, text, self.records[self._index], ids, self._columns)
+
+    def _step(self, action: Action, payment: Payment) -> Step:
+        state, counts = self._moved(action)
+        self._state = as_text("the state from transition", state, self.observation_space)
         self._turn += 1
-        out_of_turns = self._turn >= self.max_turns
-        terminated = out_of_turns if self.terminal is None else bool(self.terminal(self._state, record))
+        over, out_of_turns = self._ended(action), self._turn >= self.max_turns
+        terminated = out_of_turns if over is None else over
         self._over = terminated or out_of_turns
-        return self._state, reward, terminated, self._over and not terminated, self._info()
+        self._paid = self._paid or payment.total is not None
+        if self._over and not self._paid:
+            raise nothing_applies(action.record)
+        info = self._info()
+        if payment.parts:
+            info["rewards"] = payment.parts
+        counts = {**counts, **{f"rewards/{name}/failed": 1 for name in payment.failed}}
+        if counts:
+            info["counts"] = counts
+        return self._state, payment.total or 0.0, terminated, self._over and not terminated, info
+
+    def _moved(self, action: Action) -> tuple[str, dict[str, float]]:
+        """The next state, and what info["counts"] adds."""
+        return self.transition(action.state, action.text, action.record), {}
+
+    def _ended(self, action: Action) -> bool | None:
+        """Whether the task is over; None: with the last turn."""
+        return None if self.terminal is None else bool(self.terminal(self._state, action.record))
 
     def clone(self) -> "TextEnv":
         """An independent copy that goes on from here: same state, turn and random numbers; shared records."""
@@ -136,6 +189,23 @@ class TextEnv(gymnasium.Env[str, str]):
 
     def _info(self) -> dict[str, Any]:
         return {"index": self._index, "turn": self._turn}
+
+
+def _as_reward(reward: Any) -> Any:
+    if isinstance(reward, (list, tuple)):
+        return WeightedRewards(reward)
+    if not callable(reward):
+        raise TypeError(f"reward must be a function or a list of functions, got {type(reward).__name__}")
+    if isinstance(reward, WeightedRewards) or not needs_care(reward):
+        return reward
+    return WeightedRewards([reward])
+
+
+def _payments(reward: Any, actions: Sequence[Action]) -> list[tuple[Action, Payment]]:
+    if isinstance(reward, WeightedRewards):
+        return list(zip(actions, reward.many(actions), strict=True))
+    paid = (_number(reward(action.state, action.text, action.record)) for action in actions)
+    return [(action, Payment(total, {}, ())) for action, total in zip(actions, paid, strict=True)]
 
 
 def _number(value: Any) -> float:
