@@ -7,9 +7,15 @@ import pickle
 import threading
 import time
 
+import numpy as np
 import pytest
 
 from react_fast.envs import Record, RewardError, RewardFunction, TextEnv, WeightedRewards, calls, reward
+from react_fast.trainer.algorithms import GRPO
+from react_fast.trainer.trainer import Trainer
+
+from . import training
+from .training import vowels
 
 RECORDS = [Record("ab", "AB", {"level": 1}), Record("cde", None, {"level": 2, "kind": "x"}), Record("f", "F")]
 
@@ -20,6 +26,10 @@ def length(state, action, record):
 
 def trl(prompts, completions, level, **columns):
     return [len(p) + len(c) + (n or 0) for p, c, n in zip(prompts, completions, level, strict=True)]
+
+
+def constant(state, action, record):
+    return 1
 
 
 @reward(weight=0.5, name="upper")
@@ -256,3 +266,49 @@ def test_weighted_rewards_refuse(error, match, arguments):
 def test_env_refuses_what_is_no_reward():
     with pytest.raises(TypeError, match="reward must be a function or a list of functions, got str"):
         TextEnv(RECORDS, reward="chrf")
+
+
+# --- in the trainer
+
+
+def test_trainer_logs_every_part_and_counts_failures():
+    async def shaky(state, action, record):
+        if record.metadata["rejected"] == "J":
+            raise ConnectionError("busy")
+        return len(action)
+
+    def sometimes(completions, completion_ids, **columns):
+        assert all(ids and isinstance(ids[0], int) for ids in completion_ids)
+        return [vowels("", c, None) if len(c) % 2 else None for c in completions]
+
+    def never(state, action, record):
+        return None
+
+    judge = RewardFunction(shaky, name="judge", on_error="skip", weight=0.1)
+    env = TextEnv(training.RECORDS, reward=[judge, sometimes, never, constant])
+    model, tokenizer = training.make_policy()
+    log = training.Log()
+    config = training.make_config(steps=2, prompts_per_step=5, group_size=4)
+    trainer = Trainer(model, tokenizer, env, algorithm=GRPO(), config=config, reporter=log)
+    played = trainer.collect()
+    trainer.train()
+    texts = [tokenizer.decode(t.token_ids[t.action_mask].tolist(), skip_special_tokens=True) for t in played]
+    lengths = [len(x) for x, t in zip(texts, played, strict=True) if t.record != 4]
+    odd = [vowels("", x, None) for x in texts if len(x) % 2]
+    logged = log.metrics[0]
+    assert logged["rewards/judge/mean"] == pytest.approx(np.mean(lengths))
+    assert logged["rewards/judge/std"] == pytest.approx(np.std(lengths, ddof=1))
+    assert logged["rewards/judge/failed"] == 4
+    assert logged["rewards/sometimes/mean"] == pytest.approx(np.mean(odd))
+    assert logged["rewards/constant/std"] == 0
+    assert logged["reward"] == pytest.approx(1 + (0.1 * sum(lengths) + sum(odd)) / 20)
+    assert not any(name.startswith("rewards/never") for name in logged)
+    assert all(math.isfinite(value) for metrics in log.metrics for value in metrics.values())
+
+
+def test_parts_of_turns_add_up():
+    env = TextEnv(training.RECORDS, reward=[RewardFunction(lambda s, a, r: len(s), name="seen")], max_turns=3)
+    model, tokenizer = training.make_policy()
+    played = Trainer(model, tokenizer, env, algorithm=GRPO(), config=training.make_config()).collect()
+    assert len({len(t.rewards) for t in played}) == 1
+    assert [t.reward_parts for t in played] == [{"seen": sum(t.rewards)} for t in played]
