@@ -3,6 +3,7 @@
 from .conll import load_conll
 from .jsonl import load_jsonl
 from .reward_functions import RewardError, RewardFunction, WeightedRewards, reward
+from .rules import Rules, rules_of, terminal, transition
 from .slots import GroundTruth, ground_truth
 from .spaces import UnicodeText
 from .squad import load_squad
@@ -13,6 +14,7 @@ __all__ = [
     "Record",
     "RewardError",
     "RewardFunction",
+    "Rules",
     "TextEnv",
     "UnicodeText",
     "WeightedRewards",
@@ -21,4 +23,7 @@ __all__ = [
     "load_jsonl",
     "load_squad",
     "reward",
+    "rules_of",
+    "terminal",
+    "transition",
 ]
