@@ -24,6 +24,15 @@ def brief(state, action, record):
 def right(prompts, completions, reference, **columns):
     return [float(c == r) for c, r in zip(completions, reference)]
 
+def add(a: int, b: int) -> int:
+    '''Adds.
+
+    Args:
+        a: one
+        b: another
+    '''
+    return a + b
+
 def plain(state, action, record):
     return 0.25
 
@@ -71,6 +80,20 @@ def test_functions_by_import_path_and_weights_by_name(config):
         assert step[:4] == ("say 0:[stop]", 1.0, True, False)
         assert step[4]["rewards"] == {"short": 0, "plain": 0.25, "exact_match": 0}
     assert load_environments(config(reward="chrf"))["test"].reward is chrf
+
+
+def test_tools_by_import_path(config):
+    env = load_environments(config(tools=["my_rules:add"], tool_timeout=5.0))["train"]
+    start, _ = env.reset(options={"index": 0})
+    assert start.endswith("say 0:")
+    assert '"name": "add"' in start
+    state, _, terminated, _, _ = env.step(
+        '<tool_call>{"name": "add", "arguments": {"a": 1, "b": 2}}</tool_call>'
+    )
+    assert state.endswith("<tool_response>\n3\n</tool_response>\n")
+    assert not terminated
+    bare = load_environments(config(tools=["my_rules:add"], tools_described=False))["train"]
+    assert bare.reset(options={"index": 0})[0] == "say 0:"
 
 
 def test_a_key_comes_before_a_marked_function(config):

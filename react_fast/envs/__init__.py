@@ -8,6 +8,7 @@ from .slots import GroundTruth, ground_truth
 from .spaces import UnicodeText
 from .squad import load_squad
 from .text_env import Record, TextEnv
+from .tools import ToolCall, ToolEnv, tool_calls, tools_preface
 
 __all__ = [
     "GroundTruth",
@@ -16,6 +17,8 @@ __all__ = [
     "RewardFunction",
     "Rules",
     "TextEnv",
+    "ToolCall",
+    "ToolEnv",
     "UnicodeText",
     "WeightedRewards",
     "ground_truth",
@@ -25,5 +28,7 @@ __all__ = [
     "reward",
     "rules_of",
     "terminal",
+    "tool_calls",
+    "tools_preface",
     "transition",
 ]

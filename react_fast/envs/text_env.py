@@ -1,6 +1,7 @@
 """A Gymnasium environment of texts: S_t = f(S_{t-1}, A_{t-1}, I), R_t = g(S_t, A_t, I, T)."""
 
 import copy
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -123,29 +124,23 @@ class TextEnv(gymnasium.Env[str, str]):
         Raises: gymnasium.error.ResetNeeded without an episode under way; TypeError or ValueError if the
             action, the state that f returned, or the reward that g returned is not what it has to be.
         """
-        return self._step(*_payments(self.reward, [self._taken(action, None)])[0])
+        return _together([self], [action], None)[0]
 
     @staticmethod
     def step_many(
         envs: "Sequence[TextEnv]", actions: Sequence[str], ids: Sequence[list[int]] | None = None
     ) -> list[Step]:
-        """`step` of many environments, with the same results; if they share a reward of several functions, or
-        of one that is batched, asynchronous or marked, it is called for all of them at once.
+        """`step` of many environments, with the same results; for clones of one environment, whose class does not
+        replace `step`, rewards that are batched or asynchronous are called for all of them at once, and so are
+        tools.
 
         Args:
             ids: tokens of the actions, for functions that ask for `completion_ids`; None: not known.
         Raises: what `step` raises; then no environment's state has changed, if it comes from an action or reward.
         """
-        shared = envs[0].reward if envs else None
-        together = isinstance(shared, WeightedRewards) and all(
-            env.reward is shared and type(env).step is TextEnv.step for env in envs
-        )
-        if not together:
+        if len({env._alike() for env in envs}) != 1 or type(envs[0]).step is not TextEnv.step:
             return [env.step(action) for env, action in zip(envs, actions, strict=True)]
-        known = [None] * len(envs) if ids is None else ids
-        taken = [env._taken(a, i) for env, a, i in zip(envs, actions, known, strict=True)]
-        payments = _payments(shared, taken)
-        return [env._step(action, payment) for env, (action, payment) in zip(envs, payments, strict=True)]
+        return _together(envs, actions, ids)
 
     def _taken(self, action: Any, ids: list[int] | None) -> Action:
         if self._over or self._index is None:
@@ -153,8 +148,7 @@ class TextEnv(gymnasium.Env[str, str]):
         text = as_text("action", action, self.action_space)
         return Action(self._state, text, self.records[self._index], ids, self._columns)
 
-    def _step(self, action: Action, payment: Payment) -> Step:
-        state, counts = self._moved(action)
+    def _step(self, action: Action, payment: Payment, state: str, counts: dict[str, float]) -> Step:
         self._state = as_text("the state from transition", state, self.observation_space)
         self._turn += 1
         over, out_of_turns = self._ended(action), self._turn >= self.max_turns
@@ -171,9 +165,14 @@ class TextEnv(gymnasium.Env[str, str]):
             info["counts"] = counts
         return self._state, payment.total or 0.0, terminated, self._over and not terminated, info
 
-    def _moved(self, action: Action) -> tuple[str, dict[str, float]]:
-        """The next state, and what info["counts"] adds."""
-        return self.transition(action.state, action.text, action.record), {}
+    def _alike(self) -> tuple[Any, ...]:
+        """Equal for environments that may be stepped together."""
+        return type(self), id(self.reward)
+
+    @classmethod
+    def _moved(cls, envs: "Sequence[Any]", actions: Sequence[Action]) -> list[tuple[str, dict[str, float]]]:
+        """The next state of every environment, and what info["counts"] adds."""
+        return [(env.transition(*action[:3]), {}) for env, action in zip(envs, actions, strict=True)]
 
     def _ended(self, action: Action) -> bool | None:
         """Whether the task is over; None: with the last turn."""
@@ -201,15 +200,27 @@ def _as_reward(reward: Any) -> Any:
     return WeightedRewards([reward])
 
 
-def _payments(reward: Any, actions: Sequence[Action]) -> list[tuple[Action, Payment]]:
+def _together(envs: Sequence[TextEnv], actions: Sequence[str], ids: Sequence[list[int]] | None) -> list[Step]:
+    """A step of environments that are alike."""
+    known = [None] * len(envs) if ids is None else ids
+    taken = [env._taken(a, i) for env, a, i in zip(envs, actions, known, strict=True)]
+    payments = _payments(envs[0].reward, taken)
+    moved = type(envs[0])._moved(envs, taken)
+    steps = zip(envs, taken, payments, moved, strict=True)
+    return [env._step(action, payment, *where) for env, action, payment, where in steps]
+
+
+def _payments(reward: Any, actions: Sequence[Action]) -> list[Payment]:
     if isinstance(reward, WeightedRewards):
-        return list(zip(actions, reward.many(actions), strict=True))
-    paid = (_number(reward(action.state, action.text, action.record)) for action in actions)
-    return [(action, Payment(total, {}, ())) for action, total in zip(actions, paid, strict=True)]
+        return reward.many(actions)
+    return [Payment(_number(reward(*action[:3])), {}, ()) for action in actions]
 
 
 def _number(value: Any) -> float:
     try:
-        return float(value)
+        number = float(value)
     except (TypeError, ValueError) as error:
         raise TypeError(f"the result of reward must be a number, got {type(value).__name__}") from error
+    if not math.isfinite(number):
+        raise ValueError(f"the result of reward must be a finite number, got {number}")
+    return number

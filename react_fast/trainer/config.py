@@ -90,6 +90,12 @@ class EnvConfig(Section):
     """Module whose functions marked with @reward, @transition and @terminal are taken."""
     metrics: list[str] | None = None
     """Columns of the result table, such as chrf, bleu, squad_em; none: the task's."""
+    tools: list[str] = Field(default=[])
+    """Functions that the policy can call, as module:function; an action without a call ends the episode."""
+    tool_timeout: Positive | None = None
+    """Seconds for a tool's answer; none: no limit."""
+    tools_described: bool = True
+    """Begin every prompt with the tools' schemas."""
     max_turns: Count = 1
     """Turns of an episode."""
     eval_prompts: Count = 128

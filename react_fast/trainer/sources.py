@@ -1,6 +1,7 @@
 """What a run starts from, as its configuration names it: environments, model and tokenizer, algorithm."""
 
 import dataclasses
+import functools
 import importlib
 import os
 import sys
@@ -14,11 +15,13 @@ from ..envs import (
     Record,
     Rules,
     TextEnv,
+    ToolEnv,
     WeightedRewards,
     load_conll,
     load_jsonl,
     load_squad,
     rules_of,
+    tools_preface,
 )
 from ..envs.calls import cause
 from ..envs.metrics import CORPUS_METRICS
@@ -47,11 +50,16 @@ def load_environments(config: EnvConfig) -> dict[str, TextEnv]:
     """
     with user_input():
         metric_names(config)
+        make: Callable[..., TextEnv] = TextEnv
         rules = _rules(config)
+        if config.tools:
+            tools = [_function("env.tools", name) for name in config.tools]
+            preface = tools_preface(tools) if config.tools_described else ""
+            make = functools.partial(ToolEnv, tools=tools, timeout=config.tool_timeout, preface=preface)
         records = _files(config) if config.train else _task(config)
         limits = {"validation": config.eval_prompts, "test": config.test_prompts}
         return {
-            split: TextEnv(_spread(found, limits.get(split)), max_turns=config.max_turns, **rules)
+            split: make(_spread(found, limits.get(split)), max_turns=config.max_turns, **rules)
             for split, found in records.items()
         }
 
