@@ -1,5 +1,6 @@
 """Environments of texts. They import nothing else of this package."""
 
+from . import registry
 from .conll import load_conll
 from .jsonl import load_jsonl
 from .reward_functions import RewardError, RewardFunction, WeightedRewards, reward
@@ -32,3 +33,5 @@ __all__ = [
     "tools_preface",
     "transition",
 ]
+
+registry.register()
