@@ -2,6 +2,7 @@
 
 from . import registry
 from .conll import load_conll
+from .gym_adapter import GymTextEnv
 from .jsonl import load_jsonl
 from .reward_functions import RewardError, RewardFunction, WeightedRewards, reward
 from .rules import Rules, rules_of, terminal, transition
@@ -13,6 +14,7 @@ from .tools import ToolCall, ToolEnv, tool_calls, tools_preface
 
 __all__ = [
     "GroundTruth",
+    "GymTextEnv",
     "Record",
     "RewardError",
     "RewardFunction",
