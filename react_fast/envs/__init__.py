@@ -10,6 +10,7 @@ from .slots import GroundTruth, ground_truth
 from .spaces import UnicodeText
 from .squad import load_squad
 from .text_env import Record, TextEnv
+from .token_view import TokenView
 from .tools import ToolCall, ToolEnv, tool_calls, tools_preface
 
 __all__ = [
@@ -20,6 +21,7 @@ __all__ = [
     "RewardFunction",
     "Rules",
     "TextEnv",
+    "TokenView",
     "ToolCall",
     "ToolEnv",
     "UnicodeText",
