@@ -9,6 +9,7 @@ import time
 
 import numpy as np
 import pytest
+from gymnasium.vector import AsyncVectorEnv, SyncVectorEnv
 
 from react_fast.envs import Record, RewardError, RewardFunction, TextEnv, WeightedRewards, calls, reward
 from react_fast.trainer.algorithms import GRPO
@@ -266,6 +267,21 @@ def test_weighted_rewards_refuse(error, match, arguments):
 def test_env_refuses_what_is_no_reward():
     with pytest.raises(TypeError, match="reward must be a function or a list of functions, got str"):
         TextEnv(RECORDS, reward="chrf")
+
+
+@pytest.mark.parametrize("vector", [SyncVectorEnv, functools.partial(AsyncVectorEnv, shared_memory=False)])
+def test_in_vector_environments(vector):
+    """Asynchronous functions run in the processes of AsyncVectorEnv, too, which inherit none of the loop."""
+    assert begun(slowly)[0].step("abc")[1] == 3
+    envs = vector([functools.partial(TextEnv, RECORDS, reward=[slowly, only_with_reference])] * 2)
+    try:
+        envs.reset(options={"index": 1})
+        _, rewards, _, _, info = envs.step(("x", "four"))
+        assert rewards.tolist() == [1, 4]
+        assert info["rewards"]["slowly"].tolist() == [1, 4]
+        assert info["rewards"]["upper"].tolist() == [None, None]
+    finally:
+        envs.close()
 
 
 # --- in the trainer

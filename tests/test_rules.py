@@ -1,17 +1,19 @@
 """Users' f, g and end of episode: by import path, by decorator, by the configuration."""
 
+import json
 import sys
 import types
 
 import pytest
 
+from react_fast.cli import main
 from react_fast.envs import TextEnv, reward, rules_of, terminal, transition
 from react_fast.envs.rewards import chrf
 from react_fast.trainer.config import EnvConfig
 from react_fast.trainer.folder import UserError
 from react_fast.trainer.sources import load_environments
 
-from .tiny import records
+from .tiny import records, train_words
 
 SOURCE = """
 from react_fast.envs import reward, terminal, transition
@@ -32,6 +34,9 @@ def add(a: int, b: int) -> int:
         b: another
     '''
     return a + b
+
+def broken(state, action, record):
+    return 1 / 0
 
 def plain(state, action, record):
     return 0.25
@@ -80,6 +85,22 @@ def test_functions_by_import_path_and_weights_by_name(config):
         assert step[:4] == ("say 0:[stop]", 1.0, True, False)
         assert step[4]["rewards"] == {"short": 0, "plain": 0.25, "exact_match": 0}
     assert load_environments(config(reward="chrf"))["test"].reward is chrf
+
+
+def test_train_command_logs_them_and_says_in_one_line_what_fails(config, tmp_path, capsys):
+    words = train_words(tmp_path, warm_start={"steps": 0}, trainer={"steps": 1})
+    rewards = ["--env.rewards", "{my_rules:plain: 4, chrf: 2}", "--tracker.enabled", "false"]
+    assert main([*words, *rewards]) == 0
+    (line,) = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    logged = json.loads(line)
+    assert logged["rewards/plain/mean"] == 0.25
+    assert logged["reward"] == pytest.approx(1 + 2 * logged["rewards/chrf/mean"])
+    capsys.readouterr()
+    broken = ["--env.rewards", "{my_rules:broken: 1, chrf: 2}", "--run_dir", str(tmp_path / "other")]
+    assert main([*words, *broken]) == 2
+    shown = capsys.readouterr().err
+    assert "reward 'broken' failed on row 0, prompt 'say " in shown
+    assert "ZeroDivisionError: division by zero" in shown
 
 
 def test_tools_by_import_path(config):

@@ -52,7 +52,7 @@ class TextEnv(gymnasium.Env[str, str]):
         max_turns: actions in an episode, at least 1.
         terminal: terminal(next_state, record) -> bool, asked after every transition.
         max_length: longest state or action in characters.
-    Raises: ValueError for no records or max_turns below 1, TypeError if a record is no `Record`.
+    Raises: ValueError for no records or max_turns below 1, TypeError for what is no `Record` or function.
 
     To be pickled, f, g and `terminal` must be importable functions. `AsyncVectorEnv` needs
     `shared_memory=False`.
@@ -74,6 +74,9 @@ class TextEnv(gymnasium.Env[str, str]):
             raise TypeError(f"records must hold Record objects, got {type(records[0]).__name__}")
         if max_turns < 1:
             raise ValueError(f"max_turns must be at least 1, got {max_turns}")
+        for name, function in (("transition", transition), ("terminal", terminal)):
+            if not callable(function) and (name, function) != ("terminal", None):
+                raise TypeError(f"{name} must be a function, got {type(function).__name__}")
         self.records = records
         self.transition = transition
         self.reward = _as_reward(reward)
