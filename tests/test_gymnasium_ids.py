@@ -1,6 +1,6 @@
 """The shipped tasks by Gymnasium id, alone and in vectors."""
 
-import email
+import json
 import warnings
 from pathlib import Path
 
@@ -18,7 +18,7 @@ TINY = "react_fast/SemanticRoles-v0"
 @pytest.mark.parametrize("name", TASKS)
 def test_every_id_passes_the_checker_without_a_warning(name):
     # The whole standard library takes seconds to read.
-    few = {"sources": Path(email.__file__).parent} if "Summ" in name else {}
+    few = {"sources": Path(json.__file__).parent} if "Summ" in name else {}
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         env = gymnasium.make(f"react_fast.envs:{name}", split="train", **few)

@@ -140,6 +140,28 @@ def test_rows_of_an_asynchronous_function_run_together_up_to_the_limit():
     assert most == 4
 
 
+def test_slow_functions_run_beside_each_other_and_beside_plain_ones():
+    order, meet = [], threading.Barrier(3, timeout=5)  # passed by three that run at one time alone
+
+    async def first(state, action, record):
+        await asyncio.get_running_loop().run_in_executor(None, meet.wait)
+        return 1
+
+    def second(completions, **columns):
+        meet.wait()
+        return [2] * len(completions)
+
+    def third(state, action, record):
+        meet.wait()
+        order.append(threading.current_thread() is threading.main_thread())
+        return 3
+
+    functions = [first, RewardFunction(second, timeout=5), third]
+    assert begun(functions)[0].step("x")[1] == 6
+    assert order == [True]
+    assert WeightedRewards(functions).many([]) == []
+
+
 def test_works_inside_a_running_loop():
     async def notebook():
         return begun(slowly)[0].step("abc")[1]

@@ -16,6 +16,10 @@ T = TypeVar("T")
 FIRST_WAIT = 0.5
 
 
+# By name or by place.
+Arguments = dict[str, Any] | tuple[Any, ...]
+
+
 @dataclass(frozen=True)
 class Calls:
     """How a function is called.
@@ -45,17 +49,9 @@ class Calls:
             if value < least:
                 raise ValueError(f"{name} must be at least {least}, got {value}")
 
-    def many(
-        self, function: Callable[..., Any], calls: Sequence[dict[str, Any] | tuple[Any, ...]]
-    ) -> list[Any]:
-        """The result of every call, or the exception of its last attempt; arguments by place or by name."""
-        bound = [
-            functools.partial(function, **c) if isinstance(c, dict) else functools.partial(function, *c)
-            for c in calls
-        ]
-        if self.timeout is None and not is_async(function):
-            return [self._plain(call) for call in bound]
-        return _wait(self._together(bound, is_async(function)))
+    def many(self, function: Callable[..., Any], calls: Sequence[Arguments]) -> list[Any]:
+        """The result of every call, or the exception of its last attempt."""
+        return run([(self, function, calls)])[0]
 
     def _plain(self, call: Callable[[], Any]) -> Any:
         for attempt in range(self.retries + 1):
@@ -91,6 +87,36 @@ class Calls:
         return error
 
 
+def run(jobs: Sequence[tuple[Calls, Callable[..., Any], Sequence[Arguments]]]) -> list[list[Any]]:
+    """For every (how, function, calls): the result of every call, or the exception of its last attempt.
+
+    Functions that are asynchronous or have a timeout run at one time, beside the others, which run in the caller's
+    thread; the loop is the process's own, so that this works inside a notebook's.
+    """
+    waiting: dict[int, Future[list[Any]]] = {}
+    plain: dict[int, list[Any]] = {}
+    bound = [[_bound(function, call) for call in calls] for _, function, calls in jobs]
+    try:
+        for i, (how, function, _) in enumerate(jobs):
+            if how.timeout is not None or is_async(function):
+                work = how._together(bound[i], is_async(function))
+                waiting[i] = asyncio.run_coroutine_threadsafe(work, _loop(os.getpid()))
+        for i, (how, _, _) in enumerate(jobs):
+            if i not in waiting:
+                plain[i] = [how._plain(call) for call in bound[i]]
+        return [waiting[i].result() if i in waiting else plain[i] for i in range(len(jobs))]
+    except BaseException:  # Ctrl-C: nothing goes on behind the caller's back
+        for future in waiting.values():
+            future.cancel()
+        raise
+
+
+def _bound(function: Callable[..., Any], call: Arguments) -> Callable[[], Any]:
+    return (
+        functools.partial(function, **call) if isinstance(call, dict) else functools.partial(function, *call)
+    )
+
+
 def is_async(function: Any) -> bool:
     """Whether a call of it must be awaited: `async def`, or an object whose `__call__` is."""
     while isinstance(function, functools.partial):
@@ -110,16 +136,6 @@ def _number(name: str, value: Any, kinds: tuple[type, ...]) -> None:
     if isinstance(value, bool) or not isinstance(value, kinds):
         wanted = "an integer" if kinds == (int,) else "a number"
         raise TypeError(f"{name} must be {wanted}, got {type(value).__name__}")
-
-
-def _wait(work: Any) -> Any:
-    """The result of a coroutine, run by the process's loop, so that it also works inside a notebook's."""
-    future = asyncio.run_coroutine_threadsafe(work, _loop(os.getpid()))
-    try:
-        return future.result()
-    except BaseException:  # Ctrl-C: nothing goes on behind the caller's back
-        future.cancel()
-        raise
 
 
 @functools.lru_cache(maxsize=1)

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from .calls import Calls, cause, is_async
+from .calls import Arguments, Calls, cause, is_async, run
 
 if TYPE_CHECKING:
     from .text_env import Record
@@ -109,21 +109,25 @@ class RewardFunction:
             function = function.func
         return getattr(function, "__name__", type(function).__name__)
 
-    def many(self, actions: Sequence[Action]) -> list[tuple[float | None, bool]]:
-        """(reward, whether the call failed) of every row.
+    def asked(self, actions: Sequence[Action]) -> list[Arguments]:
+        """The arguments of every call that is needed: one call for all rows, or one for each."""
+        if self._is_trl:
+            return [self._columns(actions, _parameters(self.function))]
+        rows = [(a.state, a.text, a.record) for a in actions]
+        return [tuple(map(list, zip(*rows, strict=True)))] if self.batched else list(rows)
+
+    def answered(self, results: list[Any], actions: Sequence[Action]) -> list[tuple[float | None, bool]]:
+        """(reward, whether the call failed) of every row, from the results of the calls.
 
         Raises: RewardError.
         """
-        names = _parameters(self.function)
-        trl = "completions" in names
-        if self.batched or (self.batched is None and trl):
-            lists = tuple(map(list, zip(*(a[:3] for a in actions), strict=True)))
-            arguments = self._columns(actions, names) if trl else lists
-            found = self._spread(self.calls.many(self.function, [arguments])[0], len(actions))
-        else:
-            rows = [(a.state, a.text, a.record) for a in actions]
-            found = self.calls.many(self.function, rows)
-        return [self._checked(value, row, actions[row]) for row, value in enumerate(found)]
+        if self.batched or self._is_trl:
+            results = self._spread(results[0], len(actions))
+        return [self._checked(value, row, actions[row]) for row, value in enumerate(results)]
+
+    @property
+    def _is_trl(self) -> bool:
+        return self.batched is not False and "completions" in _parameters(self.function)
 
     def _columns(self, actions: Sequence[Action], names: Mapping[str, Any]) -> dict[str, Any]:
         """Arguments of a call in TRL's form."""
@@ -200,11 +204,15 @@ class WeightedRewards:
 
     def many(self, actions: Sequence[Action]) -> list[Payment]:
         """What every action earned. A function is called once for all of them if it is batched; asynchronous
-        functions, and those with a timeout, run over the rows at one time.
+        functions, and those with a timeout, run at one time.
 
         Raises: RewardError if a function fails that may not.
         """
-        found = [function.many(actions) for function in self.functions]
+        if not actions:
+            return []
+        results = run([(one.calls, one.function, one.asked(actions)) for one in self.functions])
+        answers = zip(self.functions, results, strict=True)
+        found = [function.answered(result, actions) for function, result in answers]
         return [self._payment(row) for row in zip(*found, strict=True)]
 
     def _payment(self, row: Sequence[tuple[float | None, bool]]) -> Payment:
