@@ -1,7 +1,6 @@
 """A Gymnasium environment of texts: S_t = f(S_{t-1}, A_{t-1}, I), R_t = g(S_t, A_t, I, T)."""
 
 import copy
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -45,8 +44,8 @@ class TextEnv(gymnasium.Env[str, str]):
     Args:
         records: the tasks, at least one. Shared between clones, never written to.
         transition: f(state, action, record) -> next state. Called after every action, the last one too.
-        reward: g(state, action, record) -> number; `state` is the one in which the action was taken. Or a function
-            in another form of `RewardFunction` (TRL's, `async def`, marked with `@reward`), `WeightedRewards`, or
+        reward: g(state, action, record) -> number; `state` is the one in which the action was taken; NaN and
+            infinity are handed on, and left out where the trainer compares. Or a function in another form of `RewardFunction` (TRL's, `async def`, marked with `@reward`), `WeightedRewards`, or
             a list of such functions. An episode needs a reward: several functions may give None for a turn, and
             then add nothing, but not for all of its turns.
         max_turns: actions in an episode, at least 1.
@@ -221,9 +220,6 @@ def _payments(reward: Any, actions: Sequence[Action]) -> list[Payment]:
 
 def _number(value: Any) -> float:
     try:
-        number = float(value)
+        return float(value)
     except (TypeError, ValueError) as error:
         raise TypeError(f"the result of reward must be a number, got {type(value).__name__}") from error
-    if not math.isfinite(number):
-        raise ValueError(f"the result of reward must be a finite number, got {number}")
-    return number
