@@ -1,14 +1,18 @@
 """Tools that answer in text: what they say is seen, is no action, and never ends a run."""
 
 import asyncio
+import itertools
 import json
 import time
 
+import numpy as np
 import pytest
 import torch
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from react_fast.envs import Record, TextEnv, ToolCall, ToolEnv, tools_preface
 from react_fast.trainer.algorithms import GRPO
+from react_fast.trainer.config import TrainerConfig
 from react_fast.trainer.meters import describe
 from react_fast.trainer.rollout import Episodes, Sample, SamplingParams
 from react_fast.trainer.trainer import Trainer
@@ -224,3 +228,45 @@ def test_the_trainer_scores_actions_alone():
     assert tokenizer.decode(chosen) == eos.join(turns) + eos
     assert int((~batch.mask & batch.attention_mask[:, 1:].bool()).sum()) > 0
     assert torch.equal(batch.rewards, torch.tensor([1.0], dtype=batch.rewards.dtype))
+
+
+class Characters:
+    """A token a character."""
+
+    alphabet = "?abc>"
+    eos_token_id, pad_token_id = None, 0
+
+    def __call__(self, text, add_special_tokens=True):
+        return {"input_ids": [self.alphabet.index(letter) for letter in text]}
+
+    def decode(self, ids, skip_special_tokens=True):
+        return "".join(self.alphabet[i] for i in ids)
+
+
+def test_a_policy_learns_to_ask_a_tool():
+    """Only the tool knows the letter, another one each time: chance asks and repeats it in 1 of 25 episodes."""
+    letters = itertools.cycle("abccab")
+
+    def look():
+        return next(letters)
+
+    def parse(action):
+        return [ToolCall("look", {})] if action == "?" else []
+
+    def repeated(state, action, record):
+        return float(state[-1] in "abc" and action == state[-1])
+
+    env = ToolEnv([Record(">")], [look], parse=parse, response="{answer}", reward=repeated, max_turns=2)
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = LlamaForCausalLM(LlamaConfig(vocab_size=5, max_position_embeddings=8, **sizes))
+    steps = {"prompts_per_step": 1, "group_size": 32, "max_new_tokens": 1, "learning_rate": 3e-2, "steps": 20}
+    config = TrainerConfig(**steps, max_grad_norm=None, threads=1)
+    trainer = Trainer(model, Characters(), env, algorithm=GRPO(), config=config)
+    before = np.mean([sum(t.rewards) for t in trainer.collect()])
+    metrics = trainer.train()
+    after = [sum(t.rewards) for t in trainer.collect()]
+    assert before < 0.2
+    assert np.mean(after) > 0.8
+    assert metrics["tools/calls"] > 0.8 * 32
