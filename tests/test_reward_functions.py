@@ -97,10 +97,12 @@ def test_trls_form_gets_the_columns_in_one_call():
     seen = []
 
     def judge(prompts, completions, completion_ids=None, trainer_state="?", **columns):
+        columns.pop("log_metric")("n", 2)
         seen.append((prompts, completions, completion_ids, trainer_state, columns))
         return [1.0] * len(prompts)
 
-    TextEnv.step_many(begun(judge), ANSWERS, ids=[[1, 2], [3], []])
+    steps = TextEnv.step_many(begun(judge), ANSWERS, ids=[[1, 2], [3], []])
+    assert [step[4]["logged"] for step in steps] == [{"n": 2}] * 3
     columns = {"level": [1, 2, None], "kind": [None, "x", None], "reference": ["AB", None, "F"]}
     assert seen == [(["ab", "cde", "f"], ANSWERS, [[1, 2], [3], []], None, columns)]
 
@@ -228,6 +230,10 @@ def test_retries(kind):
         (lambda completions, **_: [1.0], "must give a list of 3 rewards, got list of 1"),
         (lambda completions, **_: 1.0, "must give a list of 3 rewards, got float"),
         (lambda completions, **_: "abc", "must give a list of 3 rewards, got str of 3"),
+        (
+            lambda completions, log_metric: log_metric("n", math.nan),
+            "log_metric needs a finite number for 'n', got nan",
+        ),
         (lambda completions, **_: exec("raise SystemExit(3)"), "RuntimeError: SystemExit(3)"),
     ],
 )
@@ -315,7 +321,9 @@ def test_trainer_logs_every_part_and_counts_failures():
             raise ConnectionError("busy")
         return len(action)
 
-    def sometimes(completions, completion_ids, **columns):
+    def sometimes(completions, completion_ids, log_metric, **columns):
+        log_metric("judge/rows", len(completions))
+        log_metric("judge/rows", 0)
         assert all(ids and isinstance(ids[0], int) for ids in completion_ids)
         return [vowels("", c, None) if len(c) % 2 else None for c in completions]
 
@@ -339,6 +347,7 @@ def test_trainer_logs_every_part_and_counts_failures():
     assert logged["rewards/judge/failed"] == 4
     assert logged["rewards/sometimes/mean"] == pytest.approx(np.mean(odd))
     assert logged["rewards/constant/std"] == 0
+    assert logged["judge/rows"] == 10
     assert logged["reward"] == pytest.approx(1 + (0.1 * sum(lengths) + sum(odd)) / 20)
     assert not any(name.startswith("rewards/never") for name in logged)
     assert all(math.isfinite(value) for metrics in log.metrics for value in metrics.values())

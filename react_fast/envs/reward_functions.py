@@ -43,11 +43,13 @@ class Payment(NamedTuple):
         total: sum of weight x reward over the functions that apply; None if none does.
         parts: reward of every function by name, without its weight; None where it does not apply or was skipped.
         failed: names of functions whose call failed and was skipped or replaced.
+        logged: means of what the functions gave to `log_metric` in the call that paid this action.
     """
 
     total: float | None
     parts: dict[str, float | None]
     failed: tuple[str, ...]
+    logged: Mapping[str, float] = {}
 
 
 @dataclass(frozen=True)
@@ -109,10 +111,10 @@ class RewardFunction:
             function = function.func
         return getattr(function, "__name__", type(function).__name__)
 
-    def asked(self, actions: Sequence[Action]) -> list[Arguments]:
+    def asked(self, actions: Sequence[Action], log: Callable[[str, float], None]) -> list[Arguments]:
         """The arguments of every call that is needed: one call for all rows, or one for each."""
         if self._is_trl:
-            return [self._columns(actions, _parameters(self.function))]
+            return [self._columns(actions, log)]
         rows = [(a.state, a.text, a.record) for a in actions]
         return [tuple(map(list, zip(*rows, strict=True)))] if self.batched else list(rows)
 
@@ -129,8 +131,9 @@ class RewardFunction:
     def _is_trl(self) -> bool:
         return self.batched is not False and "completions" in _parameters(self.function)
 
-    def _columns(self, actions: Sequence[Action], names: Mapping[str, Any]) -> dict[str, Any]:
+    def _columns(self, actions: Sequence[Action], log: Callable[[str, float], None]) -> dict[str, Any]:
         """Arguments of a call in TRL's form."""
+        names = _parameters(self.function)
         keys = list(dict.fromkeys(key for a in actions for key in (*a.columns, *a.record.metadata)))
         columns: dict[str, Any] = {str(key): [a.record.metadata.get(key) for a in actions] for key in keys}
         columns |= {
@@ -139,6 +142,7 @@ class RewardFunction:
             "reference": [a.record.reference for a in actions],
             "completion_ids": [a.ids for a in actions],
             "trainer_state": None,
+            "log_metric": log,
         }
         takes_all = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in names.values())
         return {key: value for key, value in columns.items() if takes_all or key in names}
@@ -210,17 +214,26 @@ class WeightedRewards:
         """
         if not actions:
             return []
-        results = run([(one.calls, one.function, one.asked(actions)) for one in self.functions])
+        notes: dict[str, list[float]] = {}
+
+        def log(name: str, value: float) -> None:
+            number = _as_number(value)
+            if number is None or not math.isfinite(number):
+                raise ValueError(f"log_metric needs a finite number for {name!r}, got {value!r:.60}")
+            notes.setdefault(name, []).append(number)
+
+        results = run([(one.calls, one.function, one.asked(actions, log)) for one in self.functions])
         answers = zip(self.functions, results, strict=True)
         found = [function.answered(result, actions) for function, result in answers]
-        return [self._payment(row) for row in zip(*found, strict=True)]
+        logged = {name: sum(values) / len(values) for name, values in notes.items()}
+        return [self._payment(row, logged) for row in zip(*found, strict=True)]
 
-    def _payment(self, row: Sequence[tuple[float | None, bool]]) -> Payment:
+    def _payment(self, row: Sequence[tuple[float | None, bool]], logged: Mapping[str, float]) -> Payment:
         named = list(zip(self.functions, row, strict=True))
         due = [function.weight * value for function, (value, _) in named if value is not None]
         parts = {function.label: value for function, (value, _) in named}
         failed = tuple(function.label for function, (_, wrong) in named if wrong)
-        return Payment(math.fsum(due) if due else None, parts, failed)
+        return Payment(math.fsum(due) if due else None, parts, failed, logged)
 
 
 def reward(function: Callable[..., Any] | None = None, **options: Any) -> Any:

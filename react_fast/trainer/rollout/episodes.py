@@ -95,6 +95,7 @@ class _Row:
         self.truncated = False
         self.parts: dict[str, float | None] = {}
         self.counts: dict[str, float] = {}
+        self.logged: dict[str, list[float]] = {}
 
     def note(self, info: Mapping[str, Any]) -> None:
         """Adds what the environment says about a turn."""
@@ -103,6 +104,8 @@ class _Row:
             self.parts[name] = before if value is None else value + (before or 0.0)
         for name, value in info.get("counts", {}).items():
             self.counts[name] = self.counts.get(name, 0.0) + value
+        for name, value in info.get("logged", {}).items():
+            self.logged.setdefault(name, []).append(value)
 
     def act(self, tokenizer: Any, sample: Sample, action: str, state: str, reward: float, over: bool) -> None:
         turn = len(self.rewards)
@@ -149,6 +152,7 @@ class _Row:
             retokenised=sum(not sample.exact_tokens for sample in self.samples),
             reward_parts=self.parts,
             counts=self.counts,
+            logged=self.logged,
             drifted=sum(sample.drifted for sample in self.samples),
             weights_version=min(versions, default=None),
         )

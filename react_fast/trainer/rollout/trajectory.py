@@ -32,6 +32,7 @@ class Trajectory:
         reward_parts: return of every reward function by name, without its weight, where the environment has
             `WeightedRewards`; None if it applied in no turn.
         counts: sums of what the environment counted, such as "rewards/judge/failed", "tools/calls".
+        logged: what the reward functions logged, a value a turn.
         weights_version: oldest weights that an action was sampled with; None: the policy's own.
     """
 
@@ -51,6 +52,7 @@ class Trajectory:
     drifted: int = 0
     reward_parts: dict[str, float | None] = field(default_factory=dict)
     counts: dict[str, float] = field(default_factory=dict)
+    logged: dict[str, list[float]] = field(default_factory=dict)
     weights_version: int | None = None
 
 
