@@ -227,9 +227,10 @@ def test_retries(kind):
         (lambda s, a, r: math.nan, "must give a finite number or None, got 'nan'"),
         (lambda s, a, r: -math.inf, "must give a finite number or None, got '-inf'"),
         (lambda s, a, r: "1", "must give a finite number or None, got '1'"),
-        (lambda completions, **_: [1.0], "must give a list of 3 rewards, got list of 1"),
-        (lambda completions, **_: 1.0, "must give a list of 3 rewards, got float"),
-        (lambda completions, **_: "abc", "must give a list of 3 rewards, got str of 3"),
+        (lambda completions, **_: [1.0], "must give a list of 3 rewards, got list [1.0]"),
+        (lambda completions, **_: 1.0, "must give a list of 3 rewards, got float 1.0"),
+        (lambda completions, **_: "abc", "must give a list of 3 rewards, got str 'abc'"),
+        (lambda completions, **_: np.array(1.0), "must give a list of 3 rewards, got ndarray array(1.)"),
         (
             lambda completions, log_metric: log_metric("n", math.nan),
             "log_metric needs a finite number for 'n', got nan",

@@ -261,7 +261,7 @@ def test_a_policy_learns_to_ask_a_tool():
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = LlamaForCausalLM(LlamaConfig(vocab_size=5, max_position_embeddings=8, **sizes))
-    steps = {"prompts_per_step": 1, "group_size": 32, "max_new_tokens": 1, "learning_rate": 3e-2, "steps": 20}
+    steps = {"prompts_per_step": 1, "group_size": 32, "max_new_tokens": 1, "learning_rate": 3e-2, "steps": 30}
     config = TrainerConfig(**steps, max_grad_norm=None, threads=1)
     trainer = Trainer(model, Characters(), env, algorithm=GRPO(), config=config)
     before = np.mean([sum(t.rewards) for t in trainer.collect()])

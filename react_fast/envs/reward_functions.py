@@ -150,11 +150,14 @@ class RewardFunction:
     def _spread(self, result: Any, rows: int) -> list[Any]:
         if isinstance(result, Exception):
             return [result] * rows
-        if not hasattr(result, "__len__") or isinstance(result, (str, bytes, Mapping)) or len(result) != rows:
-            size = f" of {len(result)}" if hasattr(result, "__len__") else ""
-            wrong = f"must give a list of {rows} rewards, got {type(result).__name__}{size}"
-            return [ValueError(wrong)] * rows
-        return list(result)
+        try:
+            values = [] if isinstance(result, (str, bytes, Mapping)) else list(result)
+        except TypeError:
+            values = []
+        if len(values) == rows:
+            return values
+        wrong = f"must give a list of {rows} rewards, got {type(result).__name__} {result!r:.40}"
+        return [ValueError(wrong)] * rows
 
     def _checked(self, value: Any, row: int, action: Action) -> tuple[float | None, bool]:
         if value is None:
@@ -225,7 +228,7 @@ class WeightedRewards:
         results = run([(one.calls, one.function, one.asked(actions, log)) for one in self.functions])
         answers = zip(self.functions, results, strict=True)
         found = [function.answered(result, actions) for function, result in answers]
-        logged = {name: sum(values) / len(values) for name, values in notes.items()}
+        logged = {name: sum(values) / len(values) for name, values in dict(notes).items()}
         return [self._payment(row, logged) for row in zip(*found, strict=True)]
 
     def _payment(self, row: Sequence[tuple[float | None, bool]], logged: Mapping[str, float]) -> Payment:
