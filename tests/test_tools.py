@@ -5,7 +5,6 @@ import itertools
 import json
 import time
 
-import numpy as np
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -256,17 +255,22 @@ def test_a_policy_learns_to_ask_a_tool():
     def repeated(state, action, record):
         return float(state[-1] in "abc" and action == state[-1])
 
-    env = ToolEnv([Record(">")], [look], parse=parse, response="{answer}", reward=repeated, max_turns=2)
+    def asked(state, action, record):
+        return 0.25 * (state == ">" and action == "?")
+
+    env = ToolEnv(
+        [Record(">")], [look], parse=parse, response="{answer}", reward=[repeated, asked], max_turns=2
+    )
     sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = LlamaForCausalLM(LlamaConfig(vocab_size=5, max_position_embeddings=8, **sizes))
-    steps = {"prompts_per_step": 1, "group_size": 32, "max_new_tokens": 1, "learning_rate": 3e-2, "steps": 30}
+    steps = {"prompts_per_step": 1, "group_size": 32, "max_new_tokens": 1, "learning_rate": 2e-2, "steps": 40}
     config = TrainerConfig(**steps, max_grad_norm=None, threads=1)
     trainer = Trainer(model, Characters(), env, algorithm=GRPO(), config=config)
-    before = np.mean([sum(t.rewards) for t in trainer.collect()])
-    metrics = trainer.train()
-    after = [sum(t.rewards) for t in trainer.collect()]
-    assert before < 0.2
-    assert np.mean(after) > 0.8
-    assert metrics["tools/calls"] > 0.8 * 32
+    before = describe(trainer.collect(), supervised=False)
+    trainer.train()
+    after = describe(trainer.collect(), supervised=False)
+    assert before["rewards/repeated/mean"] < 0.2
+    assert after["rewards/repeated/mean"] > 0.8
+    assert after["tools/calls"] > 0.8 * 32
