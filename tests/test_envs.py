@@ -202,6 +202,8 @@ def test_space_samples_are_seeded_members():
         (TypeError, "records must hold Record objects, got dict", {"records": [{"prompt": "x"}]}),
         (ValueError, "max_turns must be at least 1, got 0", {"max_turns": 0}),
         (ValueError, "max_length must be at least 1, got 0", {"max_length": 0}),
+        (TypeError, "transition must be a function, got str", {"transition": "append"}),
+        (TypeError, "terminal must be a function, got bool", {"terminal": True}),
     ],
 )
 def test_constructor_refuses(error, match, arguments):

@@ -7,6 +7,7 @@ from typing import Any
 
 import gymnasium
 
+from .reward_functions import Action, Payment, WeightedRewards, needs_care, nothing_applies
 from .rewards import exact_match
 from .spaces import UnicodeText, as_text
 
@@ -23,6 +24,7 @@ class Record:
 Transition = Callable[[str, str, Record], str]
 Reward = Callable[[str, str, Record], float]
 Terminal = Callable[[str, Record], bool]
+Step = tuple[str, float, bool, bool, dict[str, Any]]
 
 
 def append(state: str, action: str, record: Record) -> str:
@@ -42,11 +44,14 @@ class TextEnv(gymnasium.Env[str, str]):
     Args:
         records: the tasks, at least one. Shared between clones, never written to.
         transition: f(state, action, record) -> next state. Called after every action, the last one too.
-        reward: g(state, action, record) -> number; `state` is the one in which the action was taken.
+        reward: g(state, action, record) -> number; `state` is the one in which the action was taken; NaN and
+            infinity are handed on. Or a function in another form of `RewardFunction` (TRL's, `async def`, marked
+            with `@reward`), `WeightedRewards`, or a list of such functions. An episode needs a reward: such
+            functions may give None for a turn, and then add nothing, but not all of them for all turns.
         max_turns: actions in an episode, at least 1.
         terminal: terminal(next_state, record) -> bool, asked after every transition.
         max_length: longest state or action in characters.
-    Raises: ValueError for no records or max_turns below 1, TypeError if a record is no `Record`.
+    Raises: ValueError for no records or max_turns below 1, TypeError for what is no `Record` or function.
 
     To be pickled, f, g and `terminal` must be importable functions. `AsyncVectorEnv` needs
     `shared_memory=False`.
@@ -57,7 +62,7 @@ class TextEnv(gymnasium.Env[str, str]):
         records: Sequence[Record],
         *,
         transition: Transition = append,
-        reward: Reward = exact_match,
+        reward: Reward | WeightedRewards | Sequence[Any] = exact_match,
         max_turns: int = 1,
         terminal: Terminal | None = None,
         max_length: int = 1 << 20,
@@ -68,9 +73,14 @@ class TextEnv(gymnasium.Env[str, str]):
             raise TypeError(f"records must hold Record objects, got {type(records[0]).__name__}")
         if max_turns < 1:
             raise ValueError(f"max_turns must be at least 1, got {max_turns}")
+        for name, function in (("transition", transition), ("terminal", terminal)):
+            if not callable(function) and (name, function) != ("terminal", None):
+                raise TypeError(f"{name} must be a function, got {type(function).__name__}")
         self.records = records
         self.transition = transition
-        self.reward = reward
+        self.reward = _as_reward(reward)
+        several = isinstance(self.reward, WeightedRewards)
+        self._columns = tuple(dict.fromkeys(key for r in records for key in r.metadata)) if several else ()
         self.max_turns = max_turns
         self.terminal = terminal
         self.observation_space = UnicodeText(max_length)
@@ -79,6 +89,7 @@ class TextEnv(gymnasium.Env[str, str]):
         self._state = ""
         self._turn = 0
         self._over = True
+        self._paid = False
 
     def reset(
         self, *, seed: int | None = None, options: Mapping[str, Any] | None = None
@@ -96,7 +107,7 @@ class TextEnv(gymnasium.Env[str, str]):
         self._index = int(self.np_random.integers(len(self.records))) if index is None else self._known(index)
         self._state = as_text("prompt", self.records[self._index].prompt, self.observation_space)
         self._turn = 0
-        self._over = False
+        self._over = self._paid = False
         return self._state, self._info()
 
     def _known(self, index: Any) -> int:
@@ -106,25 +117,70 @@ class TextEnv(gymnasium.Env[str, str]):
             raise IndexError(f"options['index'] must be in [0, {len(self.records)}), got {int(index)}")
         return int(index)
 
-    def step(self, action: str) -> tuple[str, float, bool, bool, dict[str, Any]]:
+    def step(self, action: str) -> Step:
         """Takes one action: reward from g, next state from f.
 
+        Returns: (state, reward, terminated, truncated, info); with several rewards info["rewards"] has each by
+            name, None where it does not apply, and info["logged"] what they logged; info["counts"], if there is
+            anything to count, holds numbers such as {"rewards/judge/failed": 1}.
         Raises: gymnasium.error.ResetNeeded without an episode under way; TypeError or ValueError if the
             action, the state that f returned, or the reward that g returned is not what it has to be.
         """
+        return _together([self], [action], None)[0]
+
+    @staticmethod
+    def step_many(
+        envs: "Sequence[TextEnv]", actions: Sequence[str], ids: Sequence[list[int]] | None = None
+    ) -> list[Step]:
+        """`step` of many environments, with the same results; for clones of one environment, whose class does not
+        replace `step`, rewards that are batched or asynchronous are called for all of them at once, and so are
+        tools.
+
+        Args:
+            ids: tokens of the actions, for functions that ask for `completion_ids`; None: not known.
+        Raises: what `step` raises; then no environment's state has changed, if it comes from an action or reward.
+        """
+        if len({env._alike() for env in envs}) != 1 or type(envs[0]).step is not TextEnv.step:
+            return [env.step(action) for env, action in zip(envs, actions, strict=True)]
+        return _together(envs, actions, ids)
+
+    def _taken(self, action: Any, ids: list[int] | None) -> Action:
         if self._over or self._index is None:
             raise gymnasium.error.ResetNeeded("call reset() before step(): no episode is under way")
-        action = as_text("action", action, self.action_space)
-        record = self.records[self._index]
-        reward = _number(self.reward(self._state, action, record))
-        self._state = as_text(
-            "the state from transition", self.transition(self._state, action, record), self.observation_space
-        )
+        text = as_text("action", action, self.action_space)
+        return Action(self._state, text, self.records[self._index], ids, self._columns)
+
+    def _step(self, action: Action, payment: Payment, state: str, counts: dict[str, float]) -> Step:
+        self._state = as_text("the state from transition", state, self.observation_space)
         self._turn += 1
-        out_of_turns = self._turn >= self.max_turns
-        terminated = out_of_turns if self.terminal is None else bool(self.terminal(self._state, record))
+        over, out_of_turns = self._ended(action), self._turn >= self.max_turns
+        terminated = out_of_turns if over is None else over
         self._over = terminated or out_of_turns
-        return self._state, reward, terminated, self._over and not terminated, self._info()
+        self._paid = self._paid or payment.total is not None
+        if self._over and not self._paid:
+            raise nothing_applies(action.record)
+        info = self._info()
+        if payment.parts:
+            info["rewards"] = payment.parts
+        if payment.logged:
+            info["logged"] = dict(payment.logged)
+        counts = {**counts, **{f"rewards/{name}/failed": 1 for name in payment.failed}}
+        if counts:
+            info["counts"] = counts
+        return self._state, payment.total or 0.0, terminated, self._over and not terminated, info
+
+    def _alike(self) -> tuple[Any, ...]:
+        """Equal for environments that may be stepped together."""
+        return type(self), id(self.reward)
+
+    @classmethod
+    def _moved(cls, envs: "Sequence[Any]", actions: Sequence[Action]) -> list[tuple[str, dict[str, float]]]:
+        """The next state of every environment, and what info["counts"] adds."""
+        return [(env.transition(*action[:3]), {}) for env, action in zip(envs, actions, strict=True)]
+
+    def _ended(self, action: Action) -> bool | None:
+        """Whether the task is over; None: with the last turn."""
+        return None if self.terminal is None else bool(self.terminal(self._state, action.record))
 
     def clone(self) -> "TextEnv":
         """An independent copy that goes on from here: same state, turn and random numbers; shared records."""
@@ -136,6 +192,32 @@ class TextEnv(gymnasium.Env[str, str]):
 
     def _info(self) -> dict[str, Any]:
         return {"index": self._index, "turn": self._turn}
+
+
+def _as_reward(reward: Any) -> Any:
+    if isinstance(reward, (list, tuple)):
+        return WeightedRewards(reward)
+    if not callable(reward):
+        raise TypeError(f"reward must be a function or a list of functions, got {type(reward).__name__}")
+    if isinstance(reward, WeightedRewards) or not needs_care(reward):
+        return reward
+    return WeightedRewards([reward])
+
+
+def _together(envs: Sequence[TextEnv], actions: Sequence[str], ids: Sequence[list[int]] | None) -> list[Step]:
+    """A step of environments that are alike."""
+    known = [None] * len(envs) if ids is None else ids
+    taken = [env._taken(a, i) for env, a, i in zip(envs, actions, known, strict=True)]
+    payments = _payments(envs[0].reward, taken)
+    moved = type(envs[0])._moved(envs, taken)
+    steps = zip(envs, taken, payments, moved, strict=True)
+    return [env._step(action, payment, *where) for env, action, payment, where in steps]
+
+
+def _payments(reward: Any, actions: Sequence[Action]) -> list[Payment]:
+    if isinstance(reward, WeightedRewards):
+        return reward.many(actions)
+    return [Payment(_number(reward(*action[:3])), {}, ()) for action in actions]
 
 
 def _number(value: Any) -> float:

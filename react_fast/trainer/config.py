@@ -80,8 +80,22 @@ class EnvConfig(Section):
     """Of the files."""
     reward: str | None = None
     """Name such as chrf, squad_f1, rouge_l, span_f1, or module:function; none: the task's."""
+    rewards: dict[str, float] = Field(default={})
+    """Several rewards in place of one: their weights by such names."""
+    transition: str | None = None
+    """Next state f as module:function; none: the text so far and the action."""
+    terminal: str | None = None
+    """End of an episode as module:function; none: the last turn."""
+    rules: str | None = None
+    """Module whose functions marked with @reward, @transition and @terminal are taken."""
     metrics: list[str] | None = None
     """Columns of the result table, such as chrf, bleu, squad_em; none: the task's."""
+    tools: list[str] = Field(default=[])
+    """Functions that the policy can call, as module:function; an action without a call ends the episode."""
+    tool_timeout: Positive | None = None
+    """Seconds for a tool's answer; none: no limit."""
+    tools_described: bool = True
+    """Begin every prompt with the tools' schemas."""
     max_turns: Count = 1
     """Turns of an episode."""
     eval_prompts: Count = 128

@@ -15,19 +15,50 @@ from .rollout import Trajectory
 
 
 def describe(trajectories: Sequence[Trajectory], supervised: bool) -> dict[str, float]:
-    """Lengths of the responses and, unless `supervised`, their rewards, by TRL's names."""
+    """Lengths of the responses and, unless `supervised`, their rewards, by TRL's names.
+
+    Where the environment has several reward functions, "rewards/<name>/mean" and "/std" (as in TRL of all that it
+    applied to, with N - 1, 0 for a single one; no entry if it applied to none); means of what they logged, sums of
+    what it counted.
+    """
     metrics = {"completions/mean_length": float(np.mean([int(t.action_mask.sum()) for t in trajectories]))}
     if supervised:
         return metrics
     rewards = np.array([float(sum(t.rewards)) for t in trajectories])
     groups = np.array([t.group for t in trajectories])
     spreads = np.array([rewards[groups == g].std() for g in np.unique(groups)])
-    return metrics | {
-        "reward": float(rewards.mean()),
-        "reward_std": float(spreads.mean()),
-        "frac_reward_zero_std": float((spreads == 0).mean()),
-        "completions/clipped_ratio": float(np.mean([not t.finished for t in trajectories])),
-    }
+    return (
+        metrics
+        | _logged(trajectories)
+        | {
+            "reward": float(rewards.mean()),
+            "reward_std": float(spreads.mean()),
+            "frac_reward_zero_std": float((spreads == 0).mean()),
+            "completions/clipped_ratio": float(np.mean([not t.finished for t in trajectories])),
+            **_parts(trajectories),
+            **_counts(trajectories),
+        }
+    )
+
+
+def _logged(trajectories: Sequence[Trajectory]) -> dict[str, float]:
+    names = dict.fromkeys(name for t in trajectories for name in t.logged)
+    return {name: float(np.mean([x for t in trajectories for x in t.logged.get(name, [])])) for name in names}
+
+
+def _counts(trajectories: Sequence[Trajectory]) -> dict[str, float]:
+    names = dict.fromkeys(name for t in trajectories for name in t.counts)
+    return {name: float(sum(t.counts.get(name, 0) for t in trajectories)) for name in names}
+
+
+def _parts(trajectories: Sequence[Trajectory]) -> dict[str, float]:
+    metrics = {}
+    for name in dict.fromkeys(name for t in trajectories for name in t.reward_parts):
+        parts = [part for t in trajectories if (part := t.reward_parts.get(name)) is not None]
+        if parts:
+            metrics[f"rewards/{name}/mean"] = float(np.mean(parts))
+            metrics[f"rewards/{name}/std"] = float(np.std(parts, ddof=1)) if len(parts) > 1 else 0.0
+    return metrics
 
 
 def samples(

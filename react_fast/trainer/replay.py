@@ -57,11 +57,12 @@ def replay(
     running, turn = list(range(len(wanted))), 0
     while running:
         actions = _actions(engine, tokenizer, [(texts[i], wanted[i]) for i in running], turn, params, count)
+        decoded = [tokenizer.decode(ids, skip_special_tokens=True) for ids in actions]
+        steps = TextEnv.step_many([envs[i] for i in running], decoded, actions)
         still = []
-        for i, ids in zip(running, actions, strict=True):
-            action = tokenizer.decode(ids, skip_special_tokens=True)
+        for i, ids, action, step in zip(running, actions, decoded, steps, strict=True):
             before = states[i] + action
-            states[i], reward, terminated, truncated, _ = envs[i].step(action)
+            states[i], reward, terminated, truncated, _ = step
             count.environment_steps += 1
             returns[i] += float(reward)
             if not (terminated or truncated):

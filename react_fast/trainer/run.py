@@ -16,7 +16,7 @@ import yaml
 from accelerate import Accelerator
 from rich.console import Console
 
-from ..envs import TextEnv
+from ..envs import RewardError, TextEnv
 from ..info import environment
 from .checkpoint import DISK_FULL, CheckpointError, load_checkpoint, load_weights, newest_complete
 from .config import RunConfig, TrainerConfig
@@ -63,7 +63,7 @@ def run(config: RunConfig, *, resume: str | Path = "none", console: Console | No
     folder.open(resume=str(resume) != "none")
     try:
         return _Run(config, folder, console, Ranks(accelerator)).go(str(resume))
-    except (CheckpointError, ConfigError, EngineError) as error:
+    except (CheckpointError, ConfigError, EngineError, RewardError) as error:
         raise UserError(str(error)) from error
     except OSError as error:
         if error.errno not in DISK_FULL:

@@ -1,14 +1,29 @@
 """What a run starts from, as its configuration names it: environments, model and tokenizer, algorithm."""
 
 import dataclasses
+import functools
 import importlib
-from collections.abc import Callable, Iterator, Sequence
+import os
+import sys
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
 
-from ..envs import Record, TextEnv, load_conll, load_jsonl, load_squad
+from ..envs import (
+    Record,
+    Rules,
+    TextEnv,
+    ToolEnv,
+    WeightedRewards,
+    load_conll,
+    load_jsonl,
+    load_squad,
+    rules_of,
+    tools_preface,
+)
+from ..envs.calls import cause
 from ..envs.metrics import CORPUS_METRICS
 from ..envs.rewards import REWARDS
 from ..envs.tasks.splits import SPLITS
@@ -35,11 +50,16 @@ def load_environments(config: EnvConfig) -> dict[str, TextEnv]:
     """
     with user_input():
         metric_names(config)
-        reward = _reward(config.reward or _module(config).REWARD)
+        make: Callable[..., TextEnv] = TextEnv
+        rules = _rules(config)
+        if config.tools:
+            tools = [_function("env.tools", name) for name in config.tools]
+            preface = tools_preface(tools) if config.tools_described else ""
+            make = functools.partial(ToolEnv, tools=tools, timeout=config.tool_timeout, preface=preface)
         records = _files(config) if config.train else _task(config)
         limits = {"validation": config.eval_prompts, "test": config.test_prompts}
         return {
-            split: TextEnv(_spread(found, limits.get(split)), reward=reward, max_turns=config.max_turns)
+            split: make(_spread(found, limits.get(split)), max_turns=config.max_turns, **rules)
             for split, found in records.items()
         }
 
@@ -110,17 +130,48 @@ def _module(config: EnvConfig) -> Any:
     return importlib.import_module(f"react_fast.envs.tasks.{config.task}")
 
 
-def _reward(name: str) -> Callable[[str, str, Record], float]:
-    if name in REWARDS:
-        return REWARDS[name]
+def _rules(config: EnvConfig) -> dict[str, Any]:
+    """Reward, transition and terminal of the environments; what a key names comes before the marked functions."""
+    if config.reward and config.rewards:
+        raise ConfigError("env.rewards", "must not stand beside env.reward; give one of them")
+    marked = rules_of(_imported("env.rules", config.rules)) if config.rules else Rules((), None, None)
+    found: dict[str, Any] = {"terminal": marked.terminal, "reward": list(marked.rewards)}
+    if marked.transition:
+        found["transition"] = marked.transition
+    if config.rewards:
+        functions = [_reward("env.rewards", name) for name in config.rewards]
+        found["reward"] = WeightedRewards(functions, list(config.rewards.values()))
+    elif config.reward or not marked.rewards:
+        found["reward"] = _reward("env.reward", config.reward or _module(config).REWARD)
+    for key in ("transition", "terminal"):
+        if name := getattr(config, key):
+            found[key] = _function(f"env.{key}", name)
+    return found
+
+
+def _reward(key: str, name: str) -> Callable[..., Any]:
+    return REWARDS[name] if name in REWARDS else _function(key, name, REWARDS)
+
+
+def _function(key: str, name: str, known: Collection[str] = ()) -> Callable[..., Any]:
     module, _, attribute = name.partition(":")
     if not attribute:
-        problem = f"must be {', '.join(REWARDS)} or module:function, got {name!r}"
-        raise ConfigError("env.reward", problem, nearest(name, REWARDS))
-    function = getattr(importlib.import_module(module), attribute, None)
+        wanted = f"{', '.join(known)} or module:function" if known else "module:function"
+        raise ConfigError(key, f"must be {wanted}, got {name!r}", nearest(name, known))
+    function = getattr(_imported(key, module), attribute, None)
     if not callable(function):
-        raise ConfigError("env.reward", f"names no function of {module}, got {name!r}")
+        raise ConfigError(key, f"names no function of {module}, got {name!r}")
     return function
+
+
+def _imported(key: str, module: str) -> Any:
+    """A module, looked for in the working directory too."""
+    if not {"", os.getcwd()} & set(sys.path):
+        sys.path.append(os.getcwd())
+    try:
+        return importlib.import_module(module)
+    except Exception as error:  # whatever a user's module does
+        raise ConfigError(key, f"names a module that cannot be imported: {cause(error)}") from error
 
 
 def _spread(records: Sequence[Record], limit: int | None) -> Sequence[Record]:

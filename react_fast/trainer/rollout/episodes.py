@@ -1,7 +1,7 @@
 """Episodes of a text environment: token ids in, token ids out."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -62,12 +62,14 @@ class Episodes:
         while running:
             keyed = SamplingParams(**{**vars(params), "turn": turn, "rows": [numbers[i] for i in running]})
             samples = self.engine.generate([rows[i].ids for i in running], keyed)
+            actions = [self.tokenizer.decode(sample.ids, skip_special_tokens=True) for sample in samples]
+            steps = TextEnv.step_many([envs[i] for i in running], actions, [s.ids for s in samples])
             still = []
-            for i, sample in zip(running, samples, strict=True):
-                action = self.tokenizer.decode(sample.ids, skip_special_tokens=True)
-                state, reward, terminated, truncated, _ = envs[i].step(action)
+            for i, sample, action, step in zip(running, samples, actions, steps, strict=True):
+                state, reward, terminated, truncated, info = step
                 over = terminated or truncated
                 rows[i].act(self.tokenizer, sample, action, state, float(reward), over)
+                rows[i].note(info)
                 rows[i].truncated = truncated and not terminated
                 if not over:
                     still.append(i)
@@ -91,6 +93,19 @@ class _Row:
         self.states = [state_id(state)]
         self.record, self.group, self.seed, self.finished = record, group, seed, True
         self.truncated = False
+        self.parts: dict[str, float | None] = {}
+        self.counts: dict[str, float] = {}
+        self.logged: dict[str, list[float]] = {}
+
+    def note(self, info: Mapping[str, Any]) -> None:
+        """Adds what the environment says about a turn."""
+        for name, value in info.get("rewards", {}).items():
+            before = self.parts.get(name)
+            self.parts[name] = before if value is None else value + (before or 0.0)
+        for name, value in info.get("counts", {}).items():
+            self.counts[name] = self.counts.get(name, 0.0) + value
+        for name, value in info.get("logged", {}).items():
+            self.logged.setdefault(name, []).append(value)
 
     def act(self, tokenizer: Any, sample: Sample, action: str, state: str, reward: float, over: bool) -> None:
         turn = len(self.rewards)
@@ -135,6 +150,9 @@ class _Row:
             seed=self.seed,
             logit_floor=torch.tensor(self.floors) if truncated else None,
             retokenised=sum(not sample.exact_tokens for sample in self.samples),
+            reward_parts=self.parts,
+            counts=self.counts,
+            logged=self.logged,
             drifted=sum(sample.drifted for sample in self.samples),
             weights_version=min(versions, default=None),
         )

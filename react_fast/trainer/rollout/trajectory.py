@@ -29,6 +29,10 @@ class Trajectory:
             sampler kept all tokens.
         retokenised: actions that came back as text and were tokenised again; drifted: those of them whose text,
             or whose prompt's, does not give the same tokens again.
+        reward_parts: return of every reward function by name, without its weight, where the environment has
+            `WeightedRewards`; None if it applied in no turn.
+        counts: sums of what the environment counted, such as "rewards/judge/failed", "tools/calls".
+        logged: what the reward functions logged, a value a turn.
         weights_version: oldest weights that an action was sampled with; None: the policy's own.
     """
 
@@ -46,6 +50,9 @@ class Trajectory:
     logit_floor: torch.Tensor | None = None
     retokenised: int = 0
     drifted: int = 0
+    reward_parts: dict[str, float | None] = field(default_factory=dict)
+    counts: dict[str, float] = field(default_factory=dict)
+    logged: dict[str, list[float]] = field(default_factory=dict)
     weights_version: int | None = None
 
 
