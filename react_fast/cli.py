@@ -96,14 +96,17 @@ def _app() -> Any:
         context: typer.Context,
         config: str = typer.Option(None, help="YAML file with any of the keys; none: the defaults."),
         resume: str = typer.Option("none", help="auto: newest complete checkpoint; PATH: that one; none."),
-        dry_run: bool = typer.Option(False, help="Print the resolved config and batch numbers, then stop."),
+        dry_run: bool = typer.Option(
+            False, help="Print the resolved config, numbers of steps and tokens and the memory, then stop."
+        ),
     ) -> None:
         """Train a policy. Any key of the config, all explained below, can be given as --key value or
         --section.key value."""
+        from .trainer import dry_run as dry
         from .trainer import run
 
         resolved = run.read_config(config, context.args)
-        run.describe(resolved) if dry_run else run.run(resolved, resume=resume)
+        dry.describe(resolved) if dry_run else run.run(resolved, resume=resume)
 
     @app.command()
     def applications(

@@ -343,6 +343,16 @@ class RunConfig(Section):
                 raise ConfigError(f"trainer.{name}", problem)
         return self
 
+    def training(self, phase: str, checkpoints: str | Path | None = None) -> TrainerConfig:
+        """The trainer's part for the phase "warm_start" or "rl", with its folder of checkpoints."""
+        common = self.trainer.replace(checkpoint_dir=None if checkpoints is None else str(checkpoints))
+        if phase == "rl":
+            return common
+        warm = self.warm_start.model_dump()
+        batch = warm.pop("batch_size")
+        single = {"group_size": 1, "minibatches": 1, "epochs": 1, "kl_coef": 0.0, "entropy_coef": 0.0}
+        return common.replace(prompts_per_step=batch, credit="uniform", **single, **warm)
+
     @classmethod
     def from_yaml(cls, path: str | Path | None, overrides: Sequence[str] = ()) -> "RunConfig":
         """Read a YAML file and apply command-line overrides.
