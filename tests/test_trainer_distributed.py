@@ -51,7 +51,9 @@ def _outcome(trainer: Trainer) -> dict[str, Any]:
     }
     tracker = trainer.tracker.gather() if trainer.ranks.world > 1 else trainer.tracker
     return {
-        "metrics": {name: value for name, value in metrics.items() if "time" not in name},
+        "metrics": {
+            name: value for name, value in metrics.items() if "time" not in name and "second" not in name
+        },
         "weights": {name: x.detach().clone() for name, x in weights.items()},
         "observed": float(tracker.observed.by_position.count.sum()),
     }

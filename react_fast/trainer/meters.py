@@ -27,6 +27,7 @@ def describe(trajectories: Sequence[Trajectory], supervised: bool) -> dict[str, 
         "reward_std": float(spreads.mean()),
         "frac_reward_zero_std": float((spreads == 0).mean()),
         "completions/clipped_ratio": float(np.mean([not t.finished for t in trajectories])),
+        "episodes/truncated_ratio": float(np.mean([t.truncated for t in trajectories])),
     }
 
 
@@ -91,5 +92,8 @@ class Clock:
         now = time.perf_counter()
         self._laps[f"time/{name}"], self._last = now - self._last, now
 
-    def metrics(self) -> dict[str, float]:
-        return {**self._laps, "step_time": time.perf_counter() - self._start}
+    def metrics(self, trajectories: Sequence[Trajectory]) -> dict[str, float]:
+        """Seconds of the laps and of all; response tokens of the step that were got and trained on in a second."""
+        seconds = time.perf_counter() - self._start
+        tokens = sum(int(t.action_mask.sum()) for t in trajectories)
+        return {**self._laps, "step_time": seconds, "tokens_per_second": tokens / seconds}

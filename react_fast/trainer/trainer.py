@@ -39,6 +39,7 @@ from .rollout import (
 from .schedule import prompts
 from .scoring import Scorer, Scores, reference_policy
 from .state import join, load_module_state, load_optimizer_state, split, whole
+from .symptoms import Watch
 from .updater import Updater, sampling_temperature
 
 # Of the configuration, as accelerate calls them.
@@ -57,7 +58,8 @@ class Trainer:
         tracker: CausalityTracker that observes the training backward; needed by credit="attribution". If it has
             groups, every record's metadata names one of them as "group".
         config: TrainerConfig.
-        reporter: anything with `.log(step, phase, metrics)` and `.samples(rows)`; None: nothing is shown.
+        reporter: anything with `.log(step, phase, metrics)`, `.samples(rows)`, perhaps `.warn(name, text)` for
+            what seems to go wrong; None: nothing is shown.
         phase: name of this training in logs, such as "warm_start" or "rl".
         eval_env: environment of held-out records for `evaluate` and early stopping; None: no evaluation.
         engine: rollout engine; None: the policy itself generates.
@@ -107,6 +109,7 @@ class Trainer:
         self.policy_engine = PolicyEngine(self.model, eos_id=self.eos_id, pad_id=self.pad_id)
         self.engine = engine or algorithm.engine(self) or self.policy_engine
         self.memory = algorithm.memory(self)
+        self.watch = Watch(self.config)
         self.step = 0  # finished steps
         self.stopping = EarlyStopping(self.config.early_stopping)
         self.replays = REPLAYS["uniform" if algorithm.supervised else self.config.credit](self)
@@ -209,7 +212,7 @@ class Trainer:
         metrics = self.update(batch)
         clock.lap("update")
         self.step += 1
-        metrics |= describe(trajectories, self.algorithm.supervised) | clock.metrics()
+        metrics |= describe(trajectories, self.algorithm.supervised) | clock.metrics(trajectories)
         if not self.algorithm.supervised:
             metrics |= self.replays.metrics | retokenised(trajectories)
         if self.config.eval_every and self.eval_env is not None and self.step % self.config.eval_every == 0:
@@ -218,6 +221,9 @@ class Trainer:
             self.stopping.see(value, self.model)
         if self.reporter is not None:
             self.reporter.log(self.step, self.phase, metrics)
+            warnings = self.watch.see(metrics) if hasattr(self.reporter, "warn") else {}
+            for name, text in warnings.items():
+                self.reporter.warn(name, text)
             if self.config.sample_every and self.step % self.config.sample_every == 0:
                 self.reporter.samples(samples(trajectories, self.env.records, self.tokenizer))
         return metrics
