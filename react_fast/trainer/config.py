@@ -312,6 +312,15 @@ class RolloutConfig(Section):
     /update_weights_from_disk)."""
 
 
+class LoggingConfig(Section):
+    """Where the numbers of metrics.jsonl go, too."""
+
+    trackers: list[Literal["tensorboard", "wandb", "trackio"]] = Field(default=["tensorboard"])
+    """Through accelerate; wandb and trackio need their packages and log every phase as PHASE/metric."""
+    project: Annotated[str, Field(min_length=1)] = "react_fast"
+    """wandb, trackio: the project; a run has the name of its folder, one gone on with begins another."""
+
+
 class RunConfig(Section):
     """A whole run: what `react-fast train` does."""
 
@@ -324,6 +333,7 @@ class RunConfig(Section):
     tracker: TrackerConfig = TrackerConfig()
     trainer: TrainerConfig = TrainerConfig()
     rollout: RolloutConfig = RolloutConfig()
+    logging: LoggingConfig = LoggingConfig()
 
     @model_validator(mode="after")
     def _attribution_is_tracked(self) -> "RunConfig":

@@ -47,6 +47,8 @@ class Reporter:
         console: where to print; None: standard output. Off a terminal, plain lines replace the progress bar.
         every_seconds: least time between two plain lines of a phase.
         tensorboard: write TensorBoard events into run_dir/tensorboard/<phase>.
+        trackers: started trackers of accelerate; they get every phase's metrics as PHASE/NAME, at steps counted
+            over the phases of total_steps, and are finished with the reporter.
     """
 
     def __init__(
@@ -57,13 +59,14 @@ class Reporter:
         console: Console | None = None,
         every_seconds: float = 10.0,
         tensorboard: bool = True,
+        trackers: Sequence[Any] = (),
     ) -> None:
         self.run_dir = Path(run_dir)
         self.run_dir.mkdir(parents=True, exist_ok=True)
         self.console = console or _default_console()
         self._totals = dict(total_steps or {})
         self._every_seconds = every_seconds
-        self._tensorboard = tensorboard
+        self._tensorboard, self._trackers = tensorboard, trackers
         self._writers: dict[str, Any] = {}
         self._progress: Progress | None = None
         self._task: TaskID | None = None
@@ -98,6 +101,7 @@ class Reporter:
         self._enter(phase, step)
         append(self._metrics, {"phase": phase, "step": step, "time": round(time.time(), 3), **values})
         self._plot(step, phase, values, time.time())
+        self._send(step, phase, values)
         self._shown |= {shown: float(values[name]) for name, shown in HEADLINES.items() if name in values}
         self._show(step, phase)
 
@@ -138,6 +142,8 @@ class Reporter:
         self._close_writers()
         if self._metrics.closed:
             return
+        for tracker in self._trackers:
+            tracker.finish()
         self._metrics.close()
         self._samples.close()
         self._warnings.close()
@@ -196,6 +202,13 @@ class Reporter:
             self._writers[phase] = SummaryWriter(str(self.run_dir / TENSORBOARD / phase))
         for name, value in values.items():
             self._writers[phase].add_scalar(name, value, step, walltime=when)
+
+    def _send(self, step: int, phase: str, values: Mapping[str, Any]) -> None:
+        phases = list(self._totals)
+        before = phases[: phases.index(phase)] if phase in phases else []
+        for tracker in self._trackers:
+            named = {f"{phase}/{name}": value for name, value in values.items()}
+            tracker.log(named, step=sum(self._totals[name] for name in before) + step)
 
     def _rewrite_tensorboard(self) -> None:
         """Event files only grow, so after a cut they are written again from the record."""

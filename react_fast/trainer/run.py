@@ -29,6 +29,7 @@ from .results import MODES, TITLES, Answers, compare, joined, measure, table
 from .rollout import EngineError, OpenAIEngine, RolloutEngine, make_engine
 from .section import ConfigError
 from .sources import adapt, load_environments, load_policy, make_algorithm, metric_names, texts, user_input
+from .trackers import open_trackers
 
 
 def read_config(path: str | None, overrides: Sequence[str] = ()) -> RunConfig:
@@ -81,7 +82,17 @@ class _Run:
         self.engine: Any = None  # that of the newest training; None: the model itself
         self.algorithm = make_algorithm(config)
         self.steps = {"warm_start": config.warm_start.steps, "rl": config.trainer.steps}
-        self.reporter: Any = Reporter(folder.path, self.steps, console=console) if ranks.first else Silent()
+        self.reporter: Any = self._reporter(console) if ranks.first else Silent()
+
+    def _reporter(self, console: Console | None) -> Reporter:
+        names = self.config.logging.trackers
+        return Reporter(
+            self.folder.path,
+            self.steps,
+            console=console,
+            tensorboard="tensorboard" in names,
+            trackers=open_trackers(self.config),
+        )
 
     def _build(self) -> None:
         train = self.envs["train"].records

@@ -111,8 +111,8 @@ def _not_finite(history: History, config: Any) -> float | None:
 
 
 def _parting(trained: str, held_out: str, sign: int) -> Callable[[History, Any], float | None]:
-    """1 where the held-out metric got worse with every evaluation while the trained one got better; `sign` is that of
-    getting better."""
+    """1 where the held-out metric got worse with every evaluation while the trained one got better; `sign` is that
+    of getting better."""
 
     def level(history: History, config: Any) -> float | None:
         at = [i for i, metrics in enumerate(history) if held_out in metrics][-EVALUATIONS:]
