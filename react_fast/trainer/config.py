@@ -163,6 +163,12 @@ class TrainerConfig(Section):
     """Responses sampled for each prompt."""
     micro_batch: Count | None = None
     """Sequences per forward; none: a minibatch."""
+    micro_tokens: Count | None = None
+    """Tokens per forward, padding included, instead of micro_batch: sequences of like length go together; one
+    beyond it goes alone."""
+    padding: Literal["padded", "packed"] = "padded"
+    """Sequences of a forward stand in rows of their own, or several share a row where the model's attention allows
+    it; the same gradients."""
     minibatches: Count = 1
     """Optimiser updates that share one pass over a rollout batch."""
     epochs: Count = 1
@@ -248,6 +254,12 @@ class TrainerConfig(Section):
         return self
 
     @model_validator(mode="after")
+    def _one_size_of_forwards(self) -> "TrainerConfig":
+        if self.micro_batch is not None and self.micro_tokens is not None:
+            raise ConfigError("micro_tokens", f"must be none beside micro_batch, got {self.micro_tokens}")
+        return self
+
+    @model_validator(mode="after")
     def _minibatches_divide(self) -> "TrainerConfig":
         if self.sequences_per_step % self.minibatches:
             problem = f"must divide the {self.sequences_per_step} responses of a step, got {self.minibatches}"
@@ -272,13 +284,15 @@ class TrainerConfig(Section):
     def batch_line(self) -> str:
         """Every batch number that follows from the ones the user gave, in one line."""
         micro = min(self.micro_batch or self.sequences_per_update, self.sequences_per_update)
-        forwards = -(-self.sequences_per_update // micro)
+        forwards = f"{-(-self.sequences_per_update // micro)} micro-batch(es) of {micro}"
+        if self.micro_tokens is not None:
+            forwards = f"micro-batches of at most {self.micro_tokens} tokens"
         per_step, per_update = self.sequences_per_step, self.sequences_per_update
         updates, responses = self.steps * self.updates_per_step, self.steps * per_step
         return (
             f"{self.prompts_per_step} prompts x {self.group_size} responses = {per_step} sequences a step;"
-            f" {self.updates_per_step} update(s) a step, each of {per_update} sequences in {forwards}"
-            f" micro-batch(es) of {micro}; {self.steps} steps = {updates} updates, {responses} responses of"
+            f" {self.updates_per_step} update(s) a step, each of {per_update} sequences in {forwards};"
+            f" {self.steps} steps = {updates} updates, {responses} responses of"
             f" at most {self.max_new_tokens} tokens"
         )
 

@@ -68,7 +68,9 @@ def memory(
     size = next(model.parameters()).element_size()
     whole = sum(p.numel() for p in model.parameters()) * size
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad) * size
-    rows = min(config.micro_batch or config.sequences_per_update, config.sequences_per_update)
+    most = config.sequences_per_update
+    asked = config.micro_tokens // length if config.micro_tokens else config.micro_batch or most
+    rows = min(max(asked, 1), most)
     with getattr(next(model.parameters()), "fake_mode", nullcontext()):
         kept, backward = update_keeps(model, rows, length, config)
         head = _head(model, rows * length)

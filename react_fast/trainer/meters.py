@@ -45,7 +45,8 @@ def samples(
 
 
 class Averages:
-    """Means of metrics over micro-batches and updates, weighted; on the device until the end."""
+    """Metrics over micro-batches and updates: counts and parts of the loss, which is divided by the whole update's
+    count, are added, others are weighted means; on the device until the end."""
 
     def __init__(self) -> None:
         self._sums: dict[str, Any] = {}
@@ -54,7 +55,7 @@ class Averages:
     def add(self, metrics: Any, weight: float) -> None:
         for name, value in metrics.items():
             value = value.detach() if isinstance(value, torch.Tensor) else value
-            if name in ("tokens", "clamped", "skipped_updates"):
+            if name.endswith("tokens") or name.startswith("loss/") or name in ("clamped", "skipped_updates"):
                 self.sum(name, value)
             elif name.endswith("/max"):
                 self._sums[name] = max(float(value), self._sums.get(name, -math.inf))

@@ -99,7 +99,13 @@ class Trainer:
         self.reporter = reporter if self.accelerator.is_main_process else None
         self.ranks = Ranks(self.accelerator)
         self._check_split(model)
-        self.policy = Scorer(model, algorithm.heads(model)).to(self.accelerator.device)
+        packed = self.config.padding == "packed"
+        self.policy = Scorer(model, algorithm.heads(model), packed=packed).to(self.accelerator.device)
+        if packed and not self.policy.packed:
+            name = type(model).__name__
+            self._notice(
+                f"trainer.padding packed is not possible with {name} and its attention: padded instead"
+            )
         self.model = model
         self._tied = tied(model.state_dict()) if self.config.sharded else {}
         self.reference = reference_policy(self.policy) if algorithm.compares(self.config) else None
