@@ -22,6 +22,7 @@ CASES: dict[str, tuple[Any, dict[str, Any]]] = {
     "reinforce": (REINFORCE(whiten=True), {"minibatches": 2, "epochs": 2, "optimizer": "sgd"}),
     "monte_carlo": (GRPO(), {"credit": "monte_carlo", "credit_samples": 2, "credit_actions": "word"}),
     "attribution": (GRPO(), {"credit": "attribution"}),
+    "packed": (GRPO(), {"padding": "packed", "micro_tokens": 40, "kl_coef": 0.1}),
 }
 
 

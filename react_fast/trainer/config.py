@@ -82,6 +82,9 @@ class EnvConfig(Section):
     """Name such as chrf, squad_f1, rouge_l, span_f1, or module:function; none: the task's."""
     metrics: list[str] | None = None
     """Columns of the result table, such as chrf, bleu, squad_em; none: the task's."""
+    augment: str | None = None
+    """module:function (record, random.Random) -> record whose right answer is the same, for training prompts, anew
+    in every step; for questions react_fast.envs.augment:shuffle_facts."""
     max_turns: Count = 1
     """Turns of an episode."""
     eval_prompts: Count = 128

@@ -10,7 +10,7 @@ from .config import RunConfig, TrainerConfig
 from .estimate import Memory, in_units, memory
 from .explain import quiet_libraries
 from .model import outline
-from .sources import load_environments, make_algorithm, texts, user_input
+from .sources import load_augmentation, load_environments, make_algorithm, texts, user_input
 
 
 def describe(config: RunConfig) -> None:
@@ -20,6 +20,7 @@ def describe(config: RunConfig) -> None:
     """
     quiet_libraries()
     algorithm, records = make_algorithm(config), load_environments(config.env)["train"].records
+    load_augmentation(config.env)
     print(yaml.safe_dump(config.model_dump(), sort_keys=False, allow_unicode=True), end="")
     print(f"# {config.trainer.batch_line()}")
     with user_input():

@@ -28,7 +28,16 @@ from .reporter import CURVES, METRICS, Reporter, Silent, print_table
 from .results import MODES, TITLES, Answers, compare, joined, measure, table
 from .rollout import EngineError, OpenAIEngine, RolloutEngine, make_engine
 from .section import ConfigError
-from .sources import adapt, load_environments, load_policy, make_algorithm, metric_names, texts, user_input
+from .sources import (
+    adapt,
+    load_augmentation,
+    load_environments,
+    load_policy,
+    make_algorithm,
+    metric_names,
+    texts,
+    user_input,
+)
 from .trackers import open_trackers
 
 
@@ -77,7 +86,7 @@ class _Run:
         self.config, self.folder, self.ranks = config, folder, ranks
         if config.trainer.threads is not None:
             torch.set_num_threads(config.trainer.threads)
-        self.envs = load_environments(config.env)
+        self.envs, self.augment = load_environments(config.env), load_augmentation(config.env)
         self._build()
         self.engine: Any = None  # that of the newest training; None: the model itself
         self.algorithm = make_algorithm(config)
@@ -197,6 +206,7 @@ class _Run:
             phase=phase,
             eval_env=self.envs["validation"],
             engine=self._engine() if phase == "rl" else None,
+            augment=self.augment,
         )
         trainer.train(resume=start)
         self.engine = trainer.engine

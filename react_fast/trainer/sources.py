@@ -123,6 +123,21 @@ def _reward(name: str) -> Callable[[str, str, Record], float]:
     return function
 
 
+def load_augmentation(config: EnvConfig) -> Any:
+    """The function of `config.augment`, or None.
+
+    Raises: UserError if there is no such function.
+    """
+    if config.augment is None:
+        return None
+    module, _, attribute = config.augment.partition(":")
+    with user_input():
+        function = getattr(importlib.import_module(module), attribute, None) if attribute else None
+        if not callable(function):
+            raise ConfigError("env.augment", f"must be module:function, got {config.augment!r}")
+        return function
+
+
 def _spread(records: Sequence[Record], limit: int | None) -> Sequence[Record]:
     """`limit` records at even distances, so that every language pair and kind of name is among them."""
     if limit is None or len(records) <= limit:

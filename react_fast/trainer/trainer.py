@@ -17,6 +17,7 @@ from ..ops.backend import accumulation_dtype
 from ..tracker.credit import attribution_credit, causal_credit
 from . import mismatch
 from .adapters import has_adapters
+from .augmentation import Augment, augmented
 from .batch import Batch, collate, group_numbers
 from .checkpoint import CheckpointError, load_checkpoint, load_weights, newest_complete, save_checkpoint, tied
 from .config import TrainerConfig
@@ -63,6 +64,8 @@ class Trainer:
         phase: name of this training in logs, such as "warm_start" or "rl".
         eval_env: environment of held-out records for `evaluate` and early stopping; None: no evaluation.
         engine: rollout engine; None: the policy itself generates.
+        augment: changes a training record but not what is right for it, (record, random.Random) -> record; anew in
+            every step. Evaluations see the records as they are.
     Raises: ValueError if the config asks for something that is not given.
     """
 
@@ -79,6 +82,7 @@ class Trainer:
         phase: str = "train",
         eval_env: TextEnv | None = None,
         engine: RolloutEngine | None = None,
+        augment: Augment | None = None,
     ) -> None:
         self.config = config or TrainerConfig()
         if self.config.credit == "attribution" and tracker is None:
@@ -90,6 +94,7 @@ class Trainer:
         if self.config.threads is not None:
             torch.set_num_threads(self.config.threads)
         self.tokenizer, self.env, self.eval_env = tokenizer, env, eval_env
+        self.augment, self._plain_env = augment, env
         self.algorithm, self.tracker, self.phase = algorithm, tracker, phase
         groups = group_numbers(tracker.groups, env) if tracker is not None and tracker.groups else None
         algorithm.check(self.config)
@@ -124,7 +129,11 @@ class Trainer:
 
     def collect(self, step: int | None = None) -> list[Trajectory]:
         """Trajectories of one step (counted from 0): rollouts of the policy, or what is written in the records."""
-        return self.algorithm.collect(self, self.step if step is None else step)
+        step = self.step if step is None else step
+        if self.augment is not None:
+            chosen, seed = self.records_of(step), self.config.seed
+            self.env = augmented(self._plain_env, self.augment, chosen, seed=seed, step=step)
+        return self.algorithm.collect(self, step)
 
     def score(self, trajectories: Sequence[Trajectory]) -> Batch:
         """Pad the trajectories and add what the update needs about them: log-probs under the policy as it is
