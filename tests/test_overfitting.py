@@ -116,13 +116,13 @@ def test_augmentation_teaches_what_the_records_alone_do_not():
     """The other order of the facts, which no record has."""
     turned = [Record(". ".join(r.prompt.partition("\nQ:")[0].rstrip(".").split(". ")[::-1]) + ".\nQ:"
                      + r.prompt.partition("\nQ:")[2], r.reference) for r in FACTS.records]  # fmt: skip
-    losses = [
-        _trained(FACTS, SFT(), augment=augment, steps=40, prompts_per_step=4, group_size=1)[0].evaluate(
-            TextEnv(turned)
-        )["eval/loss"]
-        for augment in (shuffle_facts, None)
-    ]
-    assert losses[0] < 0.7 * losses[1]
+    losses = []
+    for augment in (shuffle_facts, None):
+        options = {"steps": 90, "prompts_per_step": 4, "group_size": 1, "learning_rate": 6e-3}
+        trainer, _ = _trained(FACTS, SFT(), augment=augment, **options)
+        losses.append([trainer.evaluate(env)["eval/loss"] for env in (FACTS, TextEnv(turned))])
+    assert losses[0][1] < 0.5 * losses[1][1]
+    assert losses[0][0] > losses[1][0], "the records themselves it fits less"
 
 
 def louder(record, draw):

@@ -8,6 +8,7 @@ from typing import Any, overload
 from ..envs import Record, TextEnv
 from .rollout import key
 
+# Gives a record whose right answer is the same; evaluations see the records as they are.
 Augment = Callable[[Record, random.Random], Record]
 
 _AUGMENTATION = 5  # stream of random numbers

@@ -325,8 +325,7 @@ class RolloutConfig(Section):
     sync_dir: str | None = None
     """openai: folder for new weights; none: in the run folder if reload_url is set, else none are written."""
     reload_url: str | None = None
-    """openai: where {"model_path", "weight_version"} is posted when they are there (SGLang:
-    /update_weights_from_disk)."""
+    """openai: where {"model_path", "weight_version"} is posted then (SGLang: /update_weights_from_disk)."""
 
 
 class LoggingConfig(Section):

@@ -88,6 +88,18 @@ class Ranks:
         return result
 
 
+def check_split(config: Any, world: int, *, adapted: bool) -> None:
+    """Raises: ValueError if so many processes cannot share the updates of a TrainerConfig."""
+    size = config.sequences_per_update
+    if size % world:
+        raise ValueError(
+            f"the {size} sequences of an update (prompts_per_step x group_size / minibatches) must be"
+            f" divisible by {world} processes"
+        )
+    if config.sharded and adapted:
+        raise ValueError("trainer.sharded must be false for a model with adapters: copies of them are small")
+
+
 def spread(
     policy: Scorer, optimizer_of: Callable[[Any], torch.optim.Optimizer], accelerator: Any, *, sharded: bool
 ) -> tuple[Any, Any]:

@@ -1,7 +1,7 @@
 """The policy as training scores it: log-probabilities, entropies and heads of a batch in one forward."""
 
 import copy
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -238,6 +238,15 @@ def _does_nothing(model: nn.Module) -> bool:
 def _copy(into: Iterable[torch.Tensor], values: Iterable[torch.Tensor]) -> None:
     for p, value in zip(into, values, strict=True):
         p.copy_(value)
+
+
+def policy_of(model: Any, heads: Head, notice: Callable[[str], None], *, packed: bool) -> Scorer:
+    """The scorer of a policy; what is to be packed and cannot be is padded, with a line."""
+    policy = Scorer(model, heads, packed=packed)
+    if packed and not policy.packed:
+        name = type(model).__name__
+        notice(f"trainer.padding packed is not possible with {name} and its attention: padded instead")
+    return policy
 
 
 def reference_policy(policy: Scorer) -> nn.Module:

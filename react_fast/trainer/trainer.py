@@ -26,7 +26,7 @@ from .early_stopping import EarlyStopping
 from .evaluation import held_out_loss, held_out_reward
 from .interrupt import StopRequest
 from .meters import Clock, describe, samples
-from .ranks import Ranks, gathered, shard
+from .ranks import Ranks, check_split, gathered, shard
 from .rollout import (
     EngineError,
     Episodes,
@@ -38,7 +38,7 @@ from .rollout import (
     sampling_params,
 )
 from .schedule import prompts
-from .scoring import Scorer, Scores, reference_policy
+from .scoring import Scorer, Scores, policy_of, reference_policy
 from .state import join, load_module_state, load_optimizer_state, split, whole
 from .symptoms import Watch
 from .updater import Updater, sampling_temperature
@@ -64,8 +64,7 @@ class Trainer:
         phase: name of this training in logs, such as "warm_start" or "rl".
         eval_env: environment of held-out records for `evaluate` and early stopping; None: no evaluation.
         engine: rollout engine; None: the policy itself generates.
-        augment: changes a training record but not what is right for it, (record, random.Random) -> record; anew in
-            every step. Evaluations see the records as they are.
+        augment: changes training records, not what is right for them, anew in every step; see `Augment`.
     Raises: ValueError if the config asks for something that is not given.
     """
 
@@ -103,7 +102,7 @@ class Trainer:
         )
         self.reporter = reporter if self.accelerator.is_main_process else None
         self.ranks = Ranks(self.accelerator)
-        self._check_split(model)
+        check_split(self.config, self.ranks.world, adapted=has_adapters(model))
         packed = self.config.padding == "packed"
         self.policy = Scorer(model, algorithm.heads(model), packed=packed).to(self.accelerator.device)
         if packed and not self.policy.packed:
@@ -393,18 +392,6 @@ class Trainer:
     def _dtype(self) -> torch.dtype:
         """Of log-probabilities, and of the rewards and advantages that meet them."""
         return accumulation_dtype(next(self.model.parameters()).dtype)
-
-    def _check_split(self, model: Any) -> None:
-        size, world = self.config.sequences_per_update, self.ranks.world
-        if size % world:
-            raise ValueError(
-                f"the {size} sequences of an update (prompts_per_step x group_size / minibatches) must be"
-                f" divisible by {world} processes"
-            )
-        if self.config.sharded and has_adapters(model):
-            raise ValueError(
-                "trainer.sharded must be false for a model with adapters: copies of them are small"
-            )
 
     def _resume(self, resume: str | Path | None) -> None:
         if resume == "auto":
