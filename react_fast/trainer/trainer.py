@@ -104,12 +104,8 @@ class Trainer:
         self.ranks = Ranks(self.accelerator)
         check_split(self.config, self.ranks.world, adapted=has_adapters(model))
         packed = self.config.padding == "packed"
-        self.policy = Scorer(model, algorithm.heads(model), packed=packed).to(self.accelerator.device)
-        if packed and not self.policy.packed:
-            name = type(model).__name__
-            self._notice(
-                f"trainer.padding packed is not possible with {name} and its attention: padded instead"
-            )
+        policy = policy_of(model, algorithm.heads(model), self._notice, packed=packed)
+        self.policy = policy.to(self.accelerator.device)
         self.model = model
         self._tied = tied(model.state_dict()) if self.config.sharded else {}
         self.reference = reference_policy(self.policy) if algorithm.compares(self.config) else None
