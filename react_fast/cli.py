@@ -74,6 +74,14 @@ def _fail(message: str, code: int) -> int:
 
 def _app() -> Any:
     import typer
+    from typer.core import TyperCommand
+
+    class Train(TyperCommand):
+        def format_help(self, ctx: Any, formatter: Any) -> None:
+            from .trainer.help import show
+
+            super().format_help(ctx, formatter)
+            show()
 
     app = typer.Typer(
         name="react-fast",
@@ -83,18 +91,22 @@ def _app() -> Any:
     )
     anything = {"allow_extra_args": True, "ignore_unknown_options": True}
 
-    @app.command(context_settings=anything)
+    @app.command(cls=Train, context_settings=anything)
     def train(
         context: typer.Context,
         config: str = typer.Option(None, help="YAML file with any of the keys; none: the defaults."),
         resume: str = typer.Option("none", help="auto: newest complete checkpoint; PATH: that one; none."),
-        dry_run: bool = typer.Option(False, help="Print the resolved config and batch numbers, then stop."),
+        dry_run: bool = typer.Option(
+            False, help="Print the resolved config, numbers of steps and tokens and the memory, then stop."
+        ),
     ) -> None:
-        """Train a policy. Any key of the config can be given as --key value or --section.key value."""
+        """Train a policy. Any key of the config, all explained below, can be given as --key value or
+        --section.key value."""
+        from .trainer import dry_run as dry
         from .trainer import run
 
         resolved = run.read_config(config, context.args)
-        run.describe(resolved) if dry_run else run.run(resolved, resume=resume)
+        dry.describe(resolved) if dry_run else run.run(resolved, resume=resume)
 
     @app.command()
     def applications(

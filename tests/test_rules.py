@@ -88,7 +88,7 @@ def test_functions_by_import_path_and_weights_by_name(config):
 
 
 def test_train_command_logs_them_and_says_in_one_line_what_fails(config, tmp_path, capsys):
-    words = train_words(tmp_path, warm_start={"steps": 0}, trainer={"steps": 1})
+    words = train_words(tmp_path, env={"reward": None}, warm_start={"steps": 0}, trainer={"steps": 1})
     rewards = ["--env.rewards", "{my_rules:plain: 4, chrf: 2}", "--tracker.enabled", "false"]
     assert main([*words, *rewards]) == 0
     (line,) = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()

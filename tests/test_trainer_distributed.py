@@ -22,6 +22,7 @@ CASES: dict[str, tuple[Any, dict[str, Any]]] = {
     "reinforce": (REINFORCE(whiten=True), {"minibatches": 2, "epochs": 2, "optimizer": "sgd"}),
     "monte_carlo": (GRPO(), {"credit": "monte_carlo", "credit_samples": 2, "credit_actions": "word"}),
     "attribution": (GRPO(), {"credit": "attribution"}),
+    "packed": (GRPO(), {"padding": "packed", "micro_tokens": 40, "kl_coef": 0.1}),
 }
 
 
@@ -51,7 +52,9 @@ def _outcome(trainer: Trainer) -> dict[str, Any]:
     }
     tracker = trainer.tracker.gather() if trainer.ranks.world > 1 else trainer.tracker
     return {
-        "metrics": {name: value for name, value in metrics.items() if "time" not in name},
+        "metrics": {
+            name: value for name, value in metrics.items() if "time" not in name and "second" not in name
+        },
         "weights": {name: x.detach().clone() for name, x in weights.items()},
         "observed": float(tracker.observed.by_position.count.sum()),
     }

@@ -49,12 +49,16 @@ class Log:
 
     def __init__(self) -> None:
         self.metrics: list[dict[str, float]] = []
+        self.warnings: dict[str, str] = {}
 
     def log(self, step: int, phase: str, metrics: dict[str, float]) -> None:
         self.metrics.append(metrics)
 
     def samples(self, rows: list[dict[str, Any]]) -> None:
         self.rows = rows
+
+    def warn(self, name: str, text: str) -> None:
+        self.warnings[name] = text
 
 
 def twins(algorithm: Any, config: TrainerConfig, env: TextEnv) -> tuple[Trainer, ReferenceTrainer, Log]:

@@ -26,17 +26,11 @@ def add_adapters(model: Any, config: Any, *, base: str | Path, seed: int = 0) ->
     Raises: ValueError in one line for a model that has adapters, or names of layers that it does not have.
     Source: Hu et al. 2021 (arXiv:2106.09685).
     """
-    from peft import LoraConfig, TaskType, get_peft_model
+    from peft import get_peft_model
 
     if has_adapters(model):
         raise ValueError(f"model.lora.r must be 0 for a model.path that holds adapters, got {config.r}")
-    wanted = LoraConfig(
-        r=config.r,
-        lora_alpha=config.alpha,
-        lora_dropout=config.dropout,
-        target_modules=config.target_modules or "all-linear",
-        task_type=TaskType.CAUSAL_LM,
-    )
+    wanted = _peft_config(config)
     with torch.random.fork_rng(devices=[]), _quietly():
         torch.manual_seed(seed)
         try:
@@ -46,6 +40,27 @@ def add_adapters(model: Any, config: Any, *, base: str | Path, seed: int = 0) ->
             raise ValueError(f"model.lora.target_modules cannot be used: {reason}") from error
     _set_base(found, base)
     return found.eval()
+
+
+def outline_adapters(model: Any, folder: Path | None, config: Any) -> Any:
+    """A model of fake tensors with the adapters of a folder, or else of `LoraConfig`: their shapes alone."""
+    from peft import PeftConfig, get_peft_model
+
+    with _quietly():
+        wanted = PeftConfig.from_pretrained(str(folder)) if folder else _peft_config(config)
+        return get_peft_model(model, wanted)
+
+
+def _peft_config(config: Any) -> Any:
+    from peft import LoraConfig, TaskType
+
+    return LoraConfig(
+        r=config.r,
+        lora_alpha=config.alpha,
+        lora_dropout=config.dropout,
+        target_modules=config.target_modules or "all-linear",
+        task_type=TaskType.CAUSAL_LM,
+    )
 
 
 def has_adapters(model: Any) -> bool:

@@ -96,6 +96,9 @@ class EnvConfig(Section):
     """Seconds for a tool's answer; none: no limit."""
     tools_described: bool = True
     """Begin every prompt with the tools' schemas."""
+    augment: str | None = None
+    """module:function (record, random.Random) -> record whose right answer is the same, for training prompts, anew
+    in every step; for questions react_fast.envs.augment:shuffle_facts."""
     max_turns: Count = 1
     """Turns of an episode."""
     eval_prompts: Count = 128
@@ -177,6 +180,12 @@ class TrainerConfig(Section):
     """Responses sampled for each prompt."""
     micro_batch: Count | None = None
     """Sequences per forward; none: a minibatch."""
+    micro_tokens: Count | None = None
+    """Tokens per forward, padding included, instead of micro_batch: sequences of like length go together; one
+    beyond it goes alone."""
+    padding: Literal["padded", "packed"] = "padded"
+    """Sequences of a forward stand in rows of their own, or several share a row where the model's attention allows
+    it; the same gradients."""
     minibatches: Count = 1
     """Optimiser updates that share one pass over a rollout batch."""
     epochs: Count = 1
@@ -265,6 +274,12 @@ class TrainerConfig(Section):
         return self
 
     @model_validator(mode="after")
+    def _one_size_of_forwards(self) -> "TrainerConfig":
+        if self.micro_batch is not None and self.micro_tokens is not None:
+            raise ConfigError("micro_tokens", f"must be none beside micro_batch, got {self.micro_tokens}")
+        return self
+
+    @model_validator(mode="after")
     def _minibatches_divide(self) -> "TrainerConfig":
         if self.sequences_per_step % self.minibatches:
             problem = f"must divide the {self.sequences_per_step} responses of a step, got {self.minibatches}"
@@ -289,13 +304,15 @@ class TrainerConfig(Section):
     def batch_line(self) -> str:
         """Every batch number that follows from the ones the user gave, in one line."""
         micro = min(self.micro_batch or self.sequences_per_update, self.sequences_per_update)
-        forwards = -(-self.sequences_per_update // micro)
+        forwards = f"{-(-self.sequences_per_update // micro)} micro-batch(es) of {micro}"
+        if self.micro_tokens is not None:
+            forwards = f"micro-batches of at most {self.micro_tokens} tokens"
         per_step, per_update = self.sequences_per_step, self.sequences_per_update
         updates, responses = self.steps * self.updates_per_step, self.steps * per_step
         return (
             f"{self.prompts_per_step} prompts x {self.group_size} responses = {per_step} sequences a step;"
-            f" {self.updates_per_step} update(s) a step, each of {per_update} sequences in {forwards}"
-            f" micro-batch(es) of {micro}; {self.steps} steps = {updates} updates, {responses} responses of"
+            f" {self.updates_per_step} update(s) a step, each of {per_update} sequences in {forwards};"
+            f" {self.steps} steps = {updates} updates, {responses} responses of"
             f" at most {self.max_new_tokens} tokens"
         )
 
@@ -325,8 +342,16 @@ class RolloutConfig(Section):
     sync_dir: str | None = None
     """openai: folder for new weights; none: in the run folder if reload_url is set, else none are written."""
     reload_url: str | None = None
-    """openai: where {"model_path", "weight_version"} is posted when they are there (SGLang:
-    /update_weights_from_disk)."""
+    """openai: where {"model_path", "weight_version"} is posted then (SGLang: /update_weights_from_disk)."""
+
+
+class LoggingConfig(Section):
+    """Where the numbers of metrics.jsonl go, too."""
+
+    trackers: list[Literal["tensorboard", "wandb", "trackio"]] = Field(default=["tensorboard"])
+    """Through accelerate; wandb and trackio need their packages and log every phase as PHASE/metric."""
+    project: Annotated[str, Field(min_length=1)] = "react_fast"
+    """wandb, trackio: the project; a run has the name of its folder, one gone on with begins another."""
 
 
 class RunConfig(Section):
@@ -341,6 +366,7 @@ class RunConfig(Section):
     tracker: TrackerConfig = TrackerConfig()
     trainer: TrainerConfig = TrainerConfig()
     rollout: RolloutConfig = RolloutConfig()
+    logging: LoggingConfig = LoggingConfig()
 
     @model_validator(mode="after")
     def _attribution_is_tracked(self) -> "RunConfig":
@@ -359,6 +385,17 @@ class RunConfig(Section):
                 )
                 raise ConfigError(f"trainer.{name}", problem)
         return self
+
+    def training(self, phase: str, checkpoints: str | Path | None = None) -> TrainerConfig:
+        """The trainer's part for the phase "warm_start" or "rl", with its folder of checkpoints."""
+        common = self.trainer.replace(checkpoint_dir=None if checkpoints is None else str(checkpoints))
+        if phase == "rl":
+            return common
+        warm = self.warm_start.model_dump()
+        batch = warm.pop("batch_size")
+        off = {"kl_coef": 0.0, "entropy_coef": 0.0, "best_by": None, "credit": "uniform"}
+        single = {"prompts_per_step": batch, "group_size": 1, "minibatches": 1, "epochs": 1}
+        return common.replace(**single, **off, **warm)
 
     @classmethod
     def from_yaml(cls, path: str | Path | None, overrides: Sequence[str] = ()) -> "RunConfig":

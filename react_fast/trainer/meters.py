@@ -35,6 +35,7 @@ def describe(trajectories: Sequence[Trajectory], supervised: bool) -> dict[str, 
             "reward_std": float(spreads.mean()),
             "frac_reward_zero_std": float((spreads == 0).mean()),
             "completions/clipped_ratio": float(np.mean([not t.finished for t in trajectories])),
+            "episodes/truncated_ratio": float(np.mean([t.truncated for t in trajectories])),
             **_parts(trajectories),
             **_counts(trajectories),
         }
@@ -75,7 +76,8 @@ def samples(
 
 
 class Averages:
-    """Means of metrics over micro-batches and updates, weighted; on the device until the end."""
+    """Metrics over micro-batches and updates: counts and parts of the loss, which is divided by the whole update's
+    count, are added, others are weighted means; on the device until the end."""
 
     def __init__(self) -> None:
         self._sums: dict[str, Any] = {}
@@ -84,7 +86,7 @@ class Averages:
     def add(self, metrics: Any, weight: float) -> None:
         for name, value in metrics.items():
             value = value.detach() if isinstance(value, torch.Tensor) else value
-            if name in ("tokens", "clamped", "skipped_updates"):
+            if name.endswith("tokens") or name.startswith("loss/") or name in ("clamped", "skipped_updates"):
                 self.sum(name, value)
             elif name.endswith("/max"):
                 self._sums[name] = max(float(value), self._sums.get(name, -math.inf))
@@ -122,5 +124,8 @@ class Clock:
         now = time.perf_counter()
         self._laps[f"time/{name}"], self._last = now - self._last, now
 
-    def metrics(self) -> dict[str, float]:
-        return {**self._laps, "step_time": time.perf_counter() - self._start}
+    def metrics(self, trajectories: Sequence[Trajectory]) -> dict[str, float]:
+        """Seconds of the laps and of all; response tokens of the step that were got and trained on in a second."""
+        seconds = time.perf_counter() - self._start
+        tokens = sum(int(t.action_mask.sum()) for t in trajectories)
+        return {**self._laps, "step_time": seconds, "tokens_per_second": tokens / seconds}

@@ -7,7 +7,9 @@ from typing import Any
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     GenerationConfig,
@@ -17,6 +19,7 @@ from transformers import (
 )
 
 from . import adapters
+from .config import ModelConfig
 from .folder import RunFolder
 
 PAD, BOS, EOS = "<pad>", "<bos>", "<eos>"
@@ -152,12 +155,66 @@ def fresh_model(
     if not 0 <= dropout < 1:
         raise ValueError(f"dropout must be in [0, 1), got {dropout}")
     tokenizer = _train_tokenizer(texts, vocab_size, max_length)
-    marks = {
-        "pad_token_id": tokenizer.pad_token_id,
-        "bos_token_id": tokenizer.bos_token_id,
-        "eos_token_id": tokenizer.eos_token_id,
-    }
-    config = Starcoder2Config(
+    config = _fresh_config(tokenizer, hidden_size, layers, heads, max_length, dropout)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = Starcoder2ForCausalLM(config)
+    model.generation_config = GenerationConfig(**_marks(tokenizer))
+    return model.eval(), tokenizer
+
+
+def outline(config: ModelConfig, texts: Iterable[str]) -> tuple[Any, Any]:
+    """(the policy of a configuration as fake tensors: shapes without memory, no weights read; its tokenizer).
+
+    Args:
+        config: of the model.
+        texts: what a fresh tokenizer learns from.
+    Raises: as `load_model` and `fresh_model`, weights aside.
+    """
+    shape: Any
+    if config.path is None:
+        tokenizer = _train_tokenizer(texts, config.vocab_size, config.max_length)
+        sizes = (config.hidden_size, config.layers, config.heads, config.max_length, config.dropout)
+        shape, adapted = _fresh_config(tokenizer, *sizes), None
+    else:
+        folder = model_folder(config.path)
+        adapted = folder if (folder / adapters.CONFIG).is_file() else None
+        base = adapters.base_folder(folder) if adapted else folder
+        tokenizer, shape = (
+            _load_tokenizer(folder),
+            AutoConfig.from_pretrained(str(base), local_files_only=True),
+        )
+    with torch.device("meta"):
+        model: Any = AutoModelForCausalLM.from_config(shape, dtype=getattr(torch, config.dtype)).eval()
+        if adapted or config.lora.r:
+            model = adapters.outline_adapters(model, adapted, config.lora)
+    return _faked(model), tokenizer
+
+
+def _faked(model: Any) -> Any:
+    """Tensors on the meta device as fake ones on a CPU, for which an operator's kernel is chosen as on a CPU."""
+    made: dict[int, torch.Tensor] = {}
+    with FakeTensorMode():
+        for module in model.modules():
+            for name, x in {**module._parameters, **module._buffers}.items():
+                if x is None:
+                    continue
+                if id(x) not in made:  # tied ones stay one
+                    fake = torch.empty(x.shape, dtype=x.dtype)
+                    is_parameter = isinstance(x, torch.nn.Parameter)
+                    made[id(x)] = torch.nn.Parameter(fake, x.requires_grad) if is_parameter else fake
+                (module._parameters if name in module._parameters else module._buffers)[name] = made[id(x)]
+    return model
+
+
+def _marks(tokenizer: Any) -> dict[str, int]:
+    return {name: getattr(tokenizer, name) for name in ("pad_token_id", "bos_token_id", "eos_token_id")}
+
+
+def _fresh_config(
+    tokenizer: Any, hidden_size: int, layers: int, heads: int, max_length: int, dropout: float
+) -> Starcoder2Config:
+    return Starcoder2Config(
         vocab_size=len(tokenizer),
         hidden_size=hidden_size,
         intermediate_size=4 * hidden_size,
@@ -169,13 +226,8 @@ def fresh_model(
         attention_dropout=dropout,
         residual_dropout=dropout,
         tie_word_embeddings=True,
-        **marks,
+        **_marks(tokenizer),
     )
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        model = Starcoder2ForCausalLM(config)
-    model.generation_config = GenerationConfig(**marks)
-    return model.eval(), tokenizer
 
 
 def _positive(**sizes: int) -> None:

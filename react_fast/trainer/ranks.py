@@ -39,11 +39,11 @@ class Ranks:
         size = -(-len(rows) // self.world)
         return list(rows[self.rank * size : (self.rank + 1) * size])
 
-    def even_share(self, count: int) -> torch.Tensor:
-        """Numbers of this rank's part of `count` rows, as many as on every other rank: where the ranks do not
-        divide them the last row stands in for those that lack."""
-        size = -(-count // self.world)
-        return torch.arange(self.rank * size, (self.rank + 1) * size).clamp_max(count - 1)
+    def even_share(self, count: int, rank: int | None = None) -> torch.Tensor:
+        """Numbers of this or another rank's part of `count` rows, as many as on every other rank: where the ranks
+        do not divide them the last row stands in for those that lack."""
+        size, rank = -(-count // self.world), self.rank if rank is None else rank
+        return torch.arange(rank * size, (rank + 1) * size).clamp_max(count - 1)
 
     def own(self, count: int) -> torch.Tensor:
         """Which rows of the even share of `count` do not stand in for others, [share] bool."""
@@ -86,6 +86,18 @@ class Ranks:
         if told is not None:
             raise error(told)
         return result
+
+
+def check_split(config: Any, world: int, *, adapted: bool) -> None:
+    """Raises: ValueError if so many processes cannot share the updates of a TrainerConfig."""
+    size = config.sequences_per_update
+    if size % world:
+        raise ValueError(
+            f"the {size} sequences of an update (prompts_per_step x group_size / minibatches) must be"
+            f" divisible by {world} processes"
+        )
+    if config.sharded and adapted:
+        raise ValueError("trainer.sharded must be false for a model with adapters: copies of them are small")
 
 
 def spread(

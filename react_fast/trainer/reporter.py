@@ -28,9 +28,13 @@ from rich.text import Text
 
 from .records import append, cut_after, drop_torn_line, read_records
 
-METRICS, SAMPLES, CURVES, TENSORBOARD = "metrics.jsonl", "samples.jsonl", "curves.png", "tensorboard"
+METRICS, SAMPLES, WARNINGS = "metrics.jsonl", "samples.jsonl", "warnings.jsonl"
+CURVES, TENSORBOARD = "curves.png", "tensorboard"
 # Shown beside the progress bar, in this order, when a phase logs them.
-HEADLINES = ("reward", "loss", "eval/reward", "kl", "entropy")
+HEADLINES = {
+    "reward": "reward", "loss": "loss", "eval/reward": "eval/reward", "kl": "kl", "entropy": "entropy",
+    "tokens_per_second": "tokens/s",
+}  # fmt: skip
 _PLAIN_WIDTH = 110
 
 
@@ -43,6 +47,8 @@ class Reporter:
         console: where to print; None: standard output. Off a terminal, plain lines replace the progress bar.
         every_seconds: least time between two plain lines of a phase.
         tensorboard: write TensorBoard events into run_dir/tensorboard/<phase>.
+        trackers: started trackers of accelerate; they get every phase's metrics as PHASE/NAME, at steps counted
+            over the phases of total_steps, and are finished with the reporter.
     """
 
     def __init__(
@@ -53,13 +59,14 @@ class Reporter:
         console: Console | None = None,
         every_seconds: float = 10.0,
         tensorboard: bool = True,
+        trackers: Sequence[Any] = (),
     ) -> None:
         self.run_dir = Path(run_dir)
         self.run_dir.mkdir(parents=True, exist_ok=True)
         self.console = console or _default_console()
         self._totals = dict(total_steps or {})
         self._every_seconds = every_seconds
-        self._tensorboard = tensorboard
+        self._tensorboard, self._trackers = tensorboard, trackers
         self._writers: dict[str, Any] = {}
         self._progress: Progress | None = None
         self._task: TaskID | None = None
@@ -68,14 +75,15 @@ class Reporter:
         self._phase_start = (0.0, 0)
         self._last_line = -math.inf
         self._shown: dict[str, float] = {}
-        for name in (METRICS, SAMPLES):
+        for name in (METRICS, SAMPLES, WARNINGS):
             drop_torn_line(self.run_dir / name)
         self._metrics = (self.run_dir / METRICS).open("a", encoding="utf-8")
         self._samples = (self.run_dir / SAMPLES).open("a", encoding="utf-8")
+        self._warnings = (self.run_dir / WARNINGS).open("a", encoding="utf-8")
 
     def rewind(self, phase: str, step: int) -> None:
         """Forget what was recorded after `step` of `phase`, before that phase resumes from there."""
-        for file in (self._metrics, self._samples):
+        for file in (self._metrics, self._samples, self._warnings):
             cut_after(Path(file.name), phase, step)
             file.seek(0, os.SEEK_END)
         self._rewrite_tensorboard()
@@ -93,7 +101,8 @@ class Reporter:
         self._enter(phase, step)
         append(self._metrics, {"phase": phase, "step": step, "time": round(time.time(), 3), **values})
         self._plot(step, phase, values, time.time())
-        self._shown |= {name: float(values[name]) for name in HEADLINES if name in values}
+        self._send(step, phase, values)
+        self._shown |= {shown: float(values[name]) for name, shown in HEADLINES.items() if name in values}
         self._show(step, phase)
 
     def samples(
@@ -118,6 +127,11 @@ class Reporter:
             table.add_row(*(_cell(row.get(name)) for name in columns))
         self.console.print(table)
 
+    def warn(self, name: str, text: str) -> None:
+        """Print a warning about the step that was logged last, and add it to warnings.jsonl."""
+        append(self._warnings, {"phase": self._phase, "step": self._step, "warning": name, "text": text})
+        self.line(f"warning after {self._phase} step {self._step}: {text}")
+
     def line(self, text: str) -> None:
         """Print one line above the progress display."""
         self.console.print(Text(text), soft_wrap=True)
@@ -128,8 +142,11 @@ class Reporter:
         self._close_writers()
         if self._metrics.closed:
             return
+        for tracker in self._trackers:
+            tracker.finish()
         self._metrics.close()
         self._samples.close()
+        self._warnings.close()
         from .curves import draw_curves
 
         draw_curves(self.run_dir / METRICS, self.run_dir / CURVES)
@@ -185,6 +202,13 @@ class Reporter:
             self._writers[phase] = SummaryWriter(str(self.run_dir / TENSORBOARD / phase))
         for name, value in values.items():
             self._writers[phase].add_scalar(name, value, step, walltime=when)
+
+    def _send(self, step: int, phase: str, values: Mapping[str, Any]) -> None:
+        phases = list(self._totals)
+        before = phases[: phases.index(phase)] if phase in phases else []
+        for tracker in self._trackers:
+            named = {f"{phase}/{name}": value for name, value in values.items()}
+            tracker.log(named, step=sum(self._totals[name] for name in before) + step)
 
     def _rewrite_tensorboard(self) -> None:
         """Event files only grow, so after a cut they are written again from the record."""
@@ -244,6 +268,9 @@ class Silent:
         pass
 
     def rewind(self, phase: str, step: int) -> None:
+        pass
+
+    def warn(self, name: str, text: str) -> None:
         pass
 
     def line(self, text: str) -> None:

@@ -12,14 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from accelerate import Accelerator
 from rich.console import Console
 
 from ..envs import RewardError, TextEnv
 from ..info import environment
 from .checkpoint import DISK_FULL, CheckpointError, load_checkpoint, load_weights, newest_complete
-from .config import RunConfig, TrainerConfig
+from .config import RunConfig
 from .curves import draw_curves
 from .evaluation import answer
 from .explain import make_tracker, open_run, quiet_libraries, restore, write_report
@@ -29,7 +28,17 @@ from .reporter import CURVES, METRICS, Reporter, Silent, print_table
 from .results import MODES, TITLES, Answers, compare, joined, measure, table
 from .rollout import EngineError, OpenAIEngine, RolloutEngine, make_engine
 from .section import ConfigError
-from .sources import adapt, load_environments, load_policy, make_algorithm, metric_names, texts, user_input
+from .sources import (
+    adapt,
+    load_augmentation,
+    load_environments,
+    load_policy,
+    make_algorithm,
+    metric_names,
+    texts,
+    user_input,
+)
+from .trackers import open_trackers
 
 
 def read_config(path: str | None, overrides: Sequence[str] = ()) -> RunConfig:
@@ -39,12 +48,6 @@ def read_config(path: str | None, overrides: Sequence[str] = ()) -> RunConfig:
     """
     with user_input():
         return RunConfig.from_yaml(path, overrides)
-
-
-def describe(config: RunConfig) -> None:
-    """Print the resolved configuration and the batch numbers that follow from it."""
-    print(yaml.safe_dump(config.model_dump(), sort_keys=False, allow_unicode=True), end="")
-    print(f"# {config.trainer.batch_line()}")
 
 
 def run(config: RunConfig, *, resume: str | Path = "none", console: Console | None = None) -> dict[str, Any]:
@@ -83,12 +86,22 @@ class _Run:
         self.config, self.folder, self.ranks = config, folder, ranks
         if config.trainer.threads is not None:
             torch.set_num_threads(config.trainer.threads)
-        self.envs = load_environments(config.env)
+        self.envs, self.augment = load_environments(config.env), load_augmentation(config.env)
         self._build()
         self.engine: Any = None  # that of the newest training; None: the model itself
         self.algorithm = make_algorithm(config)
         self.steps = {"warm_start": config.warm_start.steps, "rl": config.trainer.steps}
-        self.reporter: Any = Reporter(folder.path, self.steps, console=console) if ranks.first else Silent()
+        self.reporter: Any = self._reporter(console) if ranks.first else Silent()
+
+    def _reporter(self, console: Console | None) -> Reporter:
+        names = self.config.logging.trackers
+        return Reporter(
+            self.folder.path,
+            self.steps,
+            console=console,
+            tensorboard="tensorboard" in names,
+            trackers=open_trackers(self.config),
+        )
 
     def _build(self) -> None:
         train = self.envs["train"].records
@@ -188,11 +201,12 @@ class _Run:
             self.envs["train"],
             algorithm=self.algorithm if phase == "rl" else self._warm_start(),
             tracker=self.tracker if phase == "rl" else None,
-            config=self.trainer_config(phase),
+            config=self.config.training(phase, self.folder.checkpoints(phase)),
             reporter=self.reporter,
             phase=phase,
             eval_env=self.envs["validation"],
             engine=self._engine() if phase == "rl" else None,
+            augment=self.augment,
         )
         trainer.train(resume=start)
         trainer.synchronise()
@@ -205,23 +219,6 @@ class _Run:
     def _engine(self) -> RolloutEngine | None:
         """What generates the rollouts; None: the policy."""
         return make_engine(self.config.rollout, self.model, self.tokenizer, self.folder.path / "weights")
-
-    def trainer_config(self, phase: str) -> TrainerConfig:
-        """The trainer's part of the configuration for one phase."""
-        common = self.config.trainer.replace(checkpoint_dir=str(self.folder.checkpoints(phase)))
-        if phase == "rl":
-            return common
-        warm = self.config.warm_start.model_dump()
-        batch = warm.pop("batch_size")
-        single = {
-            "group_size": 1,
-            "minibatches": 1,
-            "epochs": 1,
-            "kl_coef": 0.0,
-            "entropy_coef": 0.0,
-            "best_by": None,
-        }
-        return common.replace(prompts_per_step=batch, credit="uniform", **single, **warm)
 
     def _warm_start(self) -> Any:
         from .algorithms import SFT

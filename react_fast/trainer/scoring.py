@@ -1,7 +1,7 @@
 """The policy as training scores it: log-probabilities, entropies and heads of a batch in one forward."""
 
 import copy
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +11,7 @@ from torch import nn
 from ..ops.linear_logprob import linear_token_logprobs
 from ..ops.logprob import token_logprobs
 from .batch import Batch
+from .packing import can_pack, packed_hidden
 
 Head = Mapping[str, nn.Module]
 
@@ -62,15 +63,17 @@ class Scorer(nn.Module):
     Args:
         model: Hugging Face causal LM, or any module with `model(ids [B, T]) -> logits [B, T, V]`.
         heads: modules from hidden states [B, T, D] to [B, T, ...], by name; they need such a linear layer.
+        packed: let several sequences share a row in a forward, where `packs` says that this model can.
     Raises: ValueError for heads on a model whose hidden states are not known.
     """
 
-    def __init__(self, model: Any, heads: Head | None = None) -> None:
+    def __init__(self, model: Any, heads: Head | None = None, *, packed: bool = False) -> None:
         super().__init__()
         self.model = model
         self.heads = nn.ModuleDict(dict(heads or {}))
         self.hugging_face = hasattr(model, "generate")
         self._output = (output_layer(model),)  # in a tuple: its modules are the model's and no new ones
+        self.packed = packed and self.packs
         if self.heads and self.output is None:
             raise ValueError(
                 "model must be a Hugging Face causal LM with one linear output layer for an algorithm with heads "
@@ -89,7 +92,7 @@ class Scorer(nn.Module):
             logits = self.logits(batch)[:, :-1]
             logprobs, entropy = token_logprobs(logits, batch.targets, logit_floor=floor, **options)
             return {"logprobs": logprobs, "entropy": entropy}
-        hidden = output.hidden(batch.input_ids, batch.attention_mask)[:, :-1]
+        hidden = self._hidden(output, batch)[:, :-1]
         if floor is not None:  # what a truncated sampler kept is told by the logits
             logits = output.logits(hidden)
             logprobs, entropy = token_logprobs(logits, batch.targets, logit_floor=floor, **options)
@@ -105,6 +108,30 @@ class Scorer(nn.Module):
             )
         heads = {f"heads.{name}": head(hidden) for name, head in self.heads.items()}
         return {"logprobs": logprobs, "entropy": entropy, **heads}
+
+    @property
+    def packs(self) -> bool:
+        """Whether sequences of this model may share a row: its output layer is known, and it was tried."""
+        output = self.output
+        if output is None:
+            return False
+        return can_pack(self.model, output.body, self._embedding, one_row=self._one_row)
+
+    @property
+    def _embedding(self) -> nn.Module:
+        return self.model.get_input_embeddings()
+
+    @property
+    def _one_row(self) -> bool:
+        """transformers' flash attention tells sequences apart in a batch of one row only."""
+        return "flash" in (self.model.config._attn_implementation or "")
+
+    def _hidden(self, output: OutputLayer, batch: Batch) -> torch.Tensor:
+        ids, mask = batch.input_ids, batch.attention_mask
+        if not self.packed:
+            return output.hidden(ids, mask)
+        hidden = packed_hidden(output.body, self._embedding, ids, mask, one_row=self._one_row)
+        return hidden.to(output.linear.weight.dtype)
 
     def logits(self, batch: Batch) -> torch.Tensor:
         """[B, T, V]"""
@@ -213,8 +240,17 @@ def _copy(into: Iterable[torch.Tensor], values: Iterable[torch.Tensor]) -> None:
         p.copy_(value)
 
 
+def policy_of(model: Any, heads: Head, notice: Callable[[str], None], *, packed: bool) -> Scorer:
+    """The scorer of a policy; what is to be packed and cannot be is padded, with a line."""
+    policy = Scorer(model, heads, packed=packed)
+    if packed and not policy.packed:
+        name = type(model).__name__
+        notice(f"trainer.padding packed is not possible with {name} and its attention: padded instead")
+    return policy
+
+
 def reference_policy(policy: Scorer) -> nn.Module:
     """The policy as it is now, for good: a frozen copy, of its adapters alone where it has some."""
     if hasattr(policy.model, "disable_adapter"):
         return StartingAdapters(policy).eval()
-    return Scorer(copy.deepcopy(policy.model)).eval().requires_grad_(False)
+    return Scorer(copy.deepcopy(policy.model), packed=policy.packed).eval().requires_grad_(False)

@@ -164,6 +164,17 @@ def _function(key: str, name: str, known: Collection[str] = ()) -> Callable[...,
     return function
 
 
+def load_augmentation(config: EnvConfig) -> Any:
+    """The function of `config.augment`, or None.
+
+    Raises: UserError if there is no such function.
+    """
+    if config.augment is None:
+        return None
+    with user_input():
+        return _function("env.augment", config.augment)
+
+
 def _imported(key: str, module: str) -> Any:
     """A module, looked for in the working directory too."""
     if not {"", os.getcwd()} & set(sys.path):

@@ -17,6 +17,7 @@ from ..ops.backend import accumulation_dtype
 from ..tracker.credit import attribution_credit, causal_credit
 from . import mismatch
 from .adapters import has_adapters
+from .augmentation import Augment, augmented
 from .batch import Batch, collate, group_numbers
 from .checkpoint import CheckpointError, load_checkpoint, load_weights, newest_complete, save_checkpoint, tied
 from .config import TrainerConfig
@@ -25,7 +26,7 @@ from .early_stopping import BestStep, EarlyStopping
 from .evaluation import held_out_loss, held_out_reward
 from .interrupt import StopRequest
 from .meters import Clock, describe, samples
-from .ranks import Ranks, gathered, shard
+from .ranks import Ranks, check_split, gathered, shard
 from .rollout import (
     EngineError,
     Episodes,
@@ -37,8 +38,9 @@ from .rollout import (
     sampling_params,
 )
 from .schedule import prompts
-from .scoring import Scorer, Scores, reference_policy
+from .scoring import Scorer, Scores, policy_of, reference_policy
 from .state import join, load_module_state, load_optimizer_state, split, whole
+from .symptoms import Watch
 from .updater import Updater, sampling_temperature
 
 # Of the configuration, as accelerate calls them.
@@ -57,10 +59,12 @@ class Trainer:
         tracker: CausalityTracker that observes the training backward; needed by credit="attribution". If it has
             groups, every record's metadata names one of them as "group".
         config: TrainerConfig.
-        reporter: anything with `.log(step, phase, metrics)` and `.samples(rows)`; None: nothing is shown.
+        reporter: anything with `.log(step, phase, metrics)`, `.samples(rows)`, perhaps `.warn(name, text)` for
+            what seems to go wrong; None: nothing is shown.
         phase: name of this training in logs, such as "warm_start" or "rl".
         eval_env: environment of held-out records for `evaluate` and early stopping; None: no evaluation.
         engine: rollout engine; None: the policy itself generates.
+        augment: changes training records, not what is right for them, anew in every step; see `Augment`.
     Raises: ValueError if the config asks for something that is not given.
     """
 
@@ -77,6 +81,7 @@ class Trainer:
         phase: str = "train",
         eval_env: TextEnv | None = None,
         engine: RolloutEngine | None = None,
+        augment: Augment | None = None,
     ) -> None:
         self.config = config or TrainerConfig()
         if self.config.credit == "attribution" and tracker is None:
@@ -87,6 +92,7 @@ class Trainer:
         if self.config.threads is not None:
             torch.set_num_threads(self.config.threads)
         self.tokenizer, self.env, self.eval_env = tokenizer, env, eval_env
+        self.augment, self._plain_env = augment, env
         self.algorithm, self.tracker, self.phase = algorithm, tracker, phase
         groups = group_numbers(tracker.groups, env) if tracker is not None and tracker.groups else None
         algorithm.check(self.config)
@@ -95,8 +101,10 @@ class Trainer:
         )
         self.reporter = reporter if self.accelerator.is_main_process else None
         self.ranks = Ranks(self.accelerator)
-        self._check_split(model)
-        self.policy = Scorer(model, algorithm.heads(model)).to(self.accelerator.device)
+        check_split(self.config, self.ranks.world, adapted=has_adapters(model))
+        packed = self.config.padding == "packed"
+        policy = policy_of(model, algorithm.heads(model), self._notice, packed=packed)
+        self.policy = policy.to(self.accelerator.device)
         self.model = model
         self._tied = tied(model.state_dict()) if self.config.sharded else {}
         self.reference = reference_policy(self.policy) if algorithm.compares(self.config) else None
@@ -106,6 +114,7 @@ class Trainer:
         self.policy_engine = PolicyEngine(self.model, eos_id=self.eos_id, pad_id=self.pad_id)
         self.engine = engine or algorithm.engine(self) or self.policy_engine
         self.memory = algorithm.memory(self)
+        self.watch = Watch(self.config)
         self.step = 0  # finished steps
         self.stopping, self.best = EarlyStopping(self.config.early_stopping), BestStep(self.config.best_by)
         self.replays = REPLAYS["uniform" if algorithm.supervised else self.config.credit](self)
@@ -114,7 +123,11 @@ class Trainer:
 
     def collect(self, step: int | None = None) -> list[Trajectory]:
         """Trajectories of one step (counted from 0): rollouts of the policy, or what is written in the records."""
-        return self.algorithm.collect(self, self.step if step is None else step)
+        step = self.step if step is None else step
+        if self.augment is not None:
+            chosen, seed = self.records_of(step), self.config.seed
+            self.env = augmented(self._plain_env, self.augment, chosen, seed=seed, step=step)
+        return self.algorithm.collect(self, step)
 
     def score(self, trajectories: Sequence[Trajectory]) -> Batch:
         """Pad the trajectories and add what the update needs about them: log-probs under the policy as it is
@@ -209,7 +222,7 @@ class Trainer:
         metrics = self.update(batch)
         clock.lap("update")
         self.step += 1
-        metrics |= describe(trajectories, self.algorithm.supervised) | clock.metrics()
+        metrics |= describe(trajectories, self.algorithm.supervised) | clock.metrics(trajectories)
         if not self.algorithm.supervised:
             metrics |= self.replays.metrics | retokenised(trajectories)
         if self.config.eval_every and self.eval_env is not None and self.step % self.config.eval_every == 0:
@@ -219,6 +232,9 @@ class Trainer:
             self.stopping.see(value, self.model)
         if self.reporter is not None:
             self.reporter.log(self.step, self.phase, metrics)
+            warnings = self.watch.see(metrics) if hasattr(self.reporter, "warn") else {}
+            for name, text in warnings.items():
+                self.reporter.warn(name, text)
             if self.config.sample_every and self.step % self.config.sample_every == 0:
                 self.reporter.samples(samples(trajectories, self.env.records, self.tokenizer))
         return metrics
@@ -376,18 +392,6 @@ class Trainer:
     def _dtype(self) -> torch.dtype:
         """Of log-probabilities, and of the rewards and advantages that meet them."""
         return accumulation_dtype(next(self.model.parameters()).dtype)
-
-    def _check_split(self, model: Any) -> None:
-        size, world = self.config.sequences_per_update, self.ranks.world
-        if size % world:
-            raise ValueError(
-                f"the {size} sequences of an update (prompts_per_step x group_size / minibatches) must be"
-                f" divisible by {world} processes"
-            )
-        if self.config.sharded and has_adapters(model):
-            raise ValueError(
-                "trainer.sharded must be false for a model with adapters: copies of them are small"
-            )
 
     def _resume(self, resume: str | Path | None) -> None:
         if resume == "auto":

@@ -11,6 +11,7 @@ import torch
 from . import mismatch
 from .batch import Batch
 from .meters import Averages
+from .packing import buckets, split_into
 from .ranks import Ranks, clip_gradients, spread
 from .recompute import recomputed
 from .rollout import key, permutation
@@ -59,11 +60,17 @@ class Updater:
                 self._update(batch.select(rows), totals, step)
         return totals.joined(self.ranks).result()
 
-    def parts(self, count: int) -> Iterator[torch.Tensor]:
-        """Rows of the micro-batches of `count` trajectories."""
-        together = self.algorithm.together
-        size = self.config.micro_batch or count
-        yield from torch.arange(count).split(max(size // together, 1) * together)
+    def parts(self, batch: Batch) -> list[torch.Tensor]:
+        """Micro-batches of this rank's even share of a batch, places in the share; every rank has as many."""
+        together, budget = self.algorithm.together, self.config.micro_tokens
+        count = len(self.ranks.even_share(len(batch)))
+        if budget is None:
+            size = self.config.micro_batch or count
+            return list(torch.arange(count).split(max(size // together, 1) * together))
+        lengths, padded = batch.lengths.cpu(), self.config.padding == "padded"
+        shares = [lengths[self.ranks.even_share(len(batch), rank)] for rank in range(self.ranks.world)]
+        all_parts = [buckets(share, budget, together=together, padded=padded) for share in shares]
+        return split_into(all_parts[self.ranks.rank], max(map(len, all_parts)), together)
 
     @torch.no_grad()
     def scores(self, batch: Batch, policy: Any, temperature: float) -> Scores:
@@ -72,7 +79,7 @@ class Updater:
         policy.eval()
         mine = self.ranks.even_share(len(batch))
         found: dict[str, torch.Tensor] = {}
-        for places in self.parts(len(mine)):
+        for places in self.parts(batch):
             with self.ranks.accelerator.autocast():
                 outputs = policy(batch.select(mine[places]), temperature)
             for name, x in outputs.items():
@@ -89,7 +96,7 @@ class Updater:
             stream = (self.ranks.rank,) if self.ranks.rank else ()
             torch.manual_seed(key(self.config.seed, _DROPOUT, self.updates, *stream))
             mine = self.ranks.even_share(len(batch))
-            parts = list(self.parts(len(mine)))
+            parts = self.parts(batch)
             for i, places in enumerate(parts):
                 part = batch.select(mine[places])
                 part.mask = part.mask & self.ranks.own(len(batch))[places, None].to(part.mask.device)

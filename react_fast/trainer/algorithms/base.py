@@ -27,10 +27,12 @@ class Algorithm:
     Attributes:
         supervised: it learns from references: no rollouts, no old log-probabilities, temperature 1.
         together: so many neighbouring trajectories stay in one micro-batch.
+        copies: so many whole policies are in its memory.
     """
 
     supervised: ClassVar[bool] = False
     together: ClassVar[int] = 1
+    copies: ClassVar[int] = 0
 
     def check(self, config: Any) -> None:
         """Raises: ValueError for settings of the trainer with which it would not be what it is."""

@@ -2,7 +2,7 @@
 own greedy decoding."""
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
@@ -32,6 +32,7 @@ class QLearning(Algorithm):
             network and how far each goes; 1 and 0.05 is Polyak's average.
     """
 
+    copies: ClassVar[int] = 1
     gamma: float = 1.0
     n: int = 1
     huber: float = 1.0
