@@ -21,6 +21,7 @@ from safetensors.torch import load_file
 import react_fast.trainer.checkpoint
 import react_fast.trainer.curves
 import react_fast.trainer.reporter
+import react_fast.trainer.run
 from react_fast import cli
 from react_fast.trainer.checkpoint import newest_complete
 
@@ -79,10 +80,31 @@ def test_transformers_loads_the_final_checkpoint(whole):
     assert ids.shape[1] > 2
 
 
-def test_evaluate_repeats_the_results_of_the_run(whole, capsys):
-    assert cli.main(["evaluate", str(whole)]) == 0
-    results = json.loads((whole / "results.json").read_text())["rl"]["greedy"]["chrf"]
-    assert f"{results[0]:.1f} [{results[1]:.1f}, {results[2]:.1f}]" in capsys.readouterr().out
+@pytest.fixture
+def guided(tmp_path):
+    """The folder of a run whose episodes are led by values, not by the policy alone."""
+    ilql = {"algorithm": {"name": "ilql", "options": {"beta": 50.0}}, "tracker": {"enabled": False}}
+    quick = {"steps": 20, "save_every": 0, "learning_rate": 0.05}
+    assert cli.main(train_words(tmp_path, warm_start={"steps": 0}, trainer=quick, **ilql)) == 0
+    return tmp_path / "run"
+
+
+@pytest.mark.parametrize("kind", ["whole", "guided"])
+def test_evaluate_repeats_the_results_of_the_run(kind, request, capsys, monkeypatch):
+    run = request.getfixturevalue(kind)
+    results = json.loads((run / "results.json").read_text())["rl"]
+    expected = [
+        f"{v:.1f} [{low:.1f}, {high:.1f}]" for v, low, high in (results[m]["reward"] for m in results)
+    ]
+
+    def shown() -> str:
+        capsys.readouterr()
+        assert cli.main(["evaluate", str(run)]) == 0
+        return capsys.readouterr().out
+
+    assert all(value in shown() for value in expected)
+    monkeypatch.setattr(react_fast.trainer.run, "_own_engine", lambda *_: None)  # the policy alone
+    assert all(value in shown() for value in expected) == (kind == "whole")
 
 
 def test_report_draws_curves_and_page_again(whole, capsys):

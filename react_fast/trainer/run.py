@@ -300,13 +300,32 @@ def evaluate(path: str | Path, overrides: Sequence[str] = (), *, best: bool = Fa
     """
     config, checkpoint, model, tokenizer = open_run(path, overrides, best=best)
     env = load_environments(config.env)["test"]
+    engine = _own_engine(config, checkpoint, model, tokenizer, env)
     result = {
-        mode: measure(_test_answers(config, model, tokenizer, env, mode), metric_names(config.env))
+        mode: measure(
+            _test_answers(config, model, tokenizer, env, mode, engine=engine), metric_names(config.env)
+        )
         for mode in MODES
     }
     title = f"{checkpoint}: {len(env.records)} test prompts, 95% bootstrap intervals"
     print_table(title, *table({checkpoint.parent.name: result}))
     return result
+
+
+def _own_engine(config: RunConfig, checkpoint: Path, model: Any, tokenizer: Any, env: TextEnv) -> Any:
+    """What plays the episodes of an algorithm that does not leave it to the policy, such as ILQL, whose values
+    guide; None: the policy."""
+    from .algorithms import Algorithm
+    from .trainer import Trainer
+
+    algorithm: Any = make_algorithm(config)
+    stored = load_checkpoint(checkpoint)
+    if type(algorithm).engine is Algorithm.engine or stored.state["phase"] != PHASES[-1]:
+        return None
+    bare = config.training("rl").replace(credit="uniform", early_stopping=0, best_by=None, sharded=False)
+    trainer = Trainer(model, tokenizer, env, algorithm=algorithm, config=bare)
+    trainer.load_heads(stored)
+    return trainer.engine
 
 
 def _test_answers(

@@ -4,7 +4,8 @@ Every random number is keyed by (seed, step, row), so a run that stops between t
 with bitwise the same weights, and a checkpoint holds no random state.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,15 @@ from . import mismatch
 from .adapters import has_adapters
 from .augmentation import Augment, augmented
 from .batch import Batch, collate, group_numbers
-from .checkpoint import CheckpointError, load_checkpoint, load_weights, newest_complete, save_checkpoint, tied
+from .checkpoint import (
+    Checkpoint,
+    CheckpointError,
+    load_checkpoint,
+    load_weights,
+    newest_complete,
+    save_checkpoint,
+    tied,
+)
 from .config import TrainerConfig
 from .credit import REPLAYS
 from .early_stopping import BestStep, EarlyStopping
@@ -358,10 +367,18 @@ class Trainer:
         """
         checkpoint = load_checkpoint(path)
         load_weights(self.model, path)
-        try:
+        with _same_setting(path):
             self._load_state(join(checkpoint.state["trainer"], checkpoint.tensors))
-        except (KeyError, TypeError, ValueError, IndexError) as error:
-            raise CheckpointError(f"checkpoint {path} is of another version or setting: {error}") from error
+
+    def load_heads(self, checkpoint: Checkpoint) -> None:
+        """Take the heads and the step of a checkpoint of `save`, and nothing else.
+
+        Raises: CheckpointError for one of another version or setting.
+        """
+        with _same_setting(checkpoint.path):
+            tree = join(checkpoint.state["trainer"], checkpoint.tensors)
+            self.step = tree["step"]
+            load_module_state(self.policy.heads, tree["heads"])
 
     # ---- inside --------------------------------------------------------------------------------------------
 
@@ -402,3 +419,13 @@ class Trainer:
     def _notice(self, text: str) -> None:
         if self.ranks.first:
             getattr(self.reporter, "line", print)(text)
+
+
+@contextmanager
+def _same_setting(path: str | Path) -> Iterator[None]:
+    """A checkpoint that does not fit what it is loaded into is told in one line."""
+    try:
+        yield
+    except (KeyError, TypeError, ValueError, IndexError, RuntimeError) as error:
+        problem = " ".join(str(error).split())
+        raise CheckpointError(f"checkpoint {path} is of another version or setting: {problem}") from error
