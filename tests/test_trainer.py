@@ -18,6 +18,7 @@ from react_fast.trainer.checkpoint import CheckpointError, best_complete, newest
 from react_fast.trainer.config import TrackerConfig
 from react_fast.trainer.explain import make_tracker
 from react_fast.trainer.rollout import Episodes, SamplingParams
+from react_fast.trainer.section import ConfigError
 from react_fast.trainer.trainer import Trainer
 
 from . import policies
@@ -326,7 +327,7 @@ def test_best_by_may_ask_for_the_lowest_and_must_be_a_metric(tmp_path):
         ValueError, match=r"best_by must be a metric of evaluations \(eval/reward\), got 'chrf'"
     ):
         _evaluated(tmp_path / "other", values, best_by="chrf").train()
-    with pytest.raises(ValueError, match=r"eval_every must be given when config\.best_by is"):
+    with pytest.raises(ConfigError, match="eval_every must be at least 1 when best_by is given, got 0"):
         _evaluated(tmp_path / "other", values, eval_every=0)
 
 
@@ -360,8 +361,11 @@ def test_bad_input_is_refused_in_one_line():
         ValueError, match=r"tracker must be given when config\.credit is 'attribution', got None"
     ):
         Trainer(model, tokenizer, _env(), algorithm=GRPO(), config=_config(credit="attribution"))
-    with pytest.raises(ValueError, match=r"eval_env and config\.eval_every must be given"):
-        Trainer(model, tokenizer, _env(), algorithm=GRPO(), config=_config(early_stopping=1))
+    with pytest.raises(ConfigError, match="eval_every must be at least 1 when early_stopping is given"):
+        _config(early_stopping=1)
+    watched = _config(early_stopping=1, eval_every=1)
+    with pytest.raises(ValueError, match=r"eval_env must be given when config\.early_stopping is, got None"):
+        Trainer(model, tokenizer, _env(), algorithm=GRPO(), config=watched)
     untitled = TextEnv([Record("a=")], reward=_vowels)
     with pytest.raises(ValueError, match=r"records\[0\].reference must be a text"):
         Trainer(model, tokenizer, untitled, algorithm=SFT(), config=_config()).collect()

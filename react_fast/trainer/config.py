@@ -107,6 +107,13 @@ class EnvConfig(Section):
     """Test prompts of the result table."""
 
 
+def _need_evaluations(section: Any) -> Any:
+    for name in ("early_stopping", "best_by"):
+        if getattr(section, name, None) and not section.eval_every:
+            raise ConfigError("eval_every", f"must be at least 1 when {name} is given, got 0")
+    return section
+
+
 class WarmStartConfig(Section):
     """Supervised warm start on the records' references, before reinforcement learning."""
 
@@ -128,6 +135,8 @@ class WarmStartConfig(Section):
     """Steps between checkpoints; 0: at the end only."""
     early_stopping: Natural = 0
     """Evaluations without gain before a stop; 0: never."""
+
+    _evaluates = model_validator(mode="after")(_need_evaluations)
 
 
 class AlgorithmConfig(Section):
@@ -265,6 +274,8 @@ class TrainerConfig(Section):
     """Several processes split the parameters (FSDP2); false: each holds a copy (DDP)."""
     threads: Count | None = None
     """CPU threads; none: what torch chose."""
+
+    _evaluates = model_validator(mode="after")(_need_evaluations)
 
     @model_validator(mode="after")
     def _bounds_in_order(self) -> "TrainerConfig":

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from .section import ConfigError
 from .state import shard_like
 
 
@@ -56,13 +57,15 @@ class BestStep:
     def see(self, step: int, metrics: Mapping[str, float]) -> None:
         """Take note of an evaluation.
 
-        Raises: ValueError if the metric is not among its numbers.
+        Raises: ConfigError if the metric is not among its numbers.
         """
         if self._name is None:
             return
         if self._name not in metrics:
             known = ", ".join(name for name in metrics if name.startswith("eval/"))
-            raise ValueError(f"config.best_by must be a metric of evaluations ({known}), got {self._name!r}")
+            raise ConfigError(
+                "trainer.best_by", f"must be a metric of evaluations ({known}), got {self._name!r}"
+            )
         value = self._sign * metrics[self._name]
         if self.step is None or value > self._value:
             self.step, self._value = step, value

@@ -96,8 +96,8 @@ class Trainer:
         if self.config.credit == "attribution" and tracker is None:
             raise ValueError("tracker must be given when config.credit is 'attribution', got None")
         for name in ("early_stopping", "best_by"):
-            if getattr(self.config, name) and (eval_env is None or not self.config.eval_every):
-                raise ValueError(f"eval_env and config.eval_every must be given when config.{name} is")
+            if getattr(self.config, name) and eval_env is None:
+                raise ValueError(f"eval_env must be given when config.{name} is, got None")
         if self.config.threads is not None:
             torch.set_num_threads(self.config.threads)
         self.tokenizer, self.env, self.eval_env = tokenizer, env, eval_env
