@@ -19,6 +19,7 @@ KL = {"kl_coef": 0.1}
 # Every algorithm, and each part of the update that changes the numbers, at least once.
 CASES: dict[str, tuple[Any, dict[str, Any]]] = {
     "sft": (SFT(), {}),
+    "sft of prompts, too": (SFT(learns="all"), {}),
     "sft warm-up and cosine": (SFT(), {"lr_warmup_steps": 2, "lr_schedule": "cosine", "weight_decay": 0.1}),
     "reinforce": (REINFORCE(), {}),
     "reinforce discounted, group baseline, whitened": (

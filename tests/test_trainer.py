@@ -154,6 +154,18 @@ def test_multi_turn_episodes_mask_what_the_environment_says():
     torch.testing.assert_close(_weights(model), _weights(slow), rtol=0, atol=1e-9)
 
 
+def test_prompts_are_learnt_too_and_evaluations_count_the_references():
+    found = {}
+    for learns in ("reference", "all"):
+        trainer = Trainer(*_policy(), _env(), algorithm=SFT(learns=learns), config=_config(), eval_env=_env())
+        found[learns] = sum(int(t.action_mask.sum()) for t in trainer.collect()), trainer.evaluate()
+        lengths = sum(len(t.token_ids) - 1 for t in trainer.collect())
+    assert found["all"][0] == lengths > found["reference"][0]
+    assert found["all"][1] == found["reference"][1]
+    with pytest.raises(ValueError, match="learns must be 'reference' or 'all', got 'prompt'"):
+        SFT(learns="prompt")
+
+
 def test_early_stopping_hands_back_the_best_weights():
     model, tokenizer = _policy(torch.float32)
     log = _Log()

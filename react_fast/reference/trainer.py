@@ -148,7 +148,8 @@ class Trainer:
             answer = self.encode(text, False)
             if self.tokenizer.eos_token_id is not None:
                 answer = [*answer, self.tokenizer.eos_token_id]
-            actions = [False] * len(prompt) + [True] * len(answer)
+            learnt = 1 if getattr(self.algorithm, "learns", "reference") == "all" else len(prompt)
+            actions = [t >= learnt for t in range(len(prompt + answer))]
             nothing = [0] * len(actions)
             found.append(
                 Trajectory(prompt + answer, actions, nothing, [reward], record, sampler_logprobs=nothing)

@@ -117,6 +117,8 @@ def _need_evaluations(section: Any) -> Any:
 class WarmStartConfig(Section):
     """Supervised warm start on the records' references, before reinforcement learning."""
 
+    learns: Literal["reference", "all"] = "reference"
+    """Tokens that are learnt: the reference's, or the prompt's too."""
     steps: Natural = 0
     """Optimiser steps; 0: none."""
     batch_size: Count = 64
@@ -403,7 +405,7 @@ class RunConfig(Section):
         if phase == "rl":
             return common
         warm = self.warm_start.model_dump()
-        batch = warm.pop("batch_size")
+        batch, _ = warm.pop("batch_size"), warm.pop("learns")
         off = {"kl_coef": 0.0, "entropy_coef": 0.0, "best_by": None, "credit": "uniform"}
         single = {"prompts_per_step": batch, "group_size": 1, "minibatches": 1, "epochs": 1}
         return common.replace(**single, **off, **warm)

@@ -223,7 +223,7 @@ class _Run:
     def _warm_start(self) -> Any:
         from .algorithms import SFT
 
-        return SFT()
+        return SFT(learns=self.config.warm_start.learns)
 
     def _test(self, phase: str) -> None:
         """Test the policy, keep its answers for the paired comparison, print a few."""

@@ -12,12 +12,32 @@ from ..rollout import Trajectory, demonstration
 from ..scoring import Scores
 from .base import Algorithm, Loss
 
+LEARNS = ("reference", "all")
+
 
 @dataclass(frozen=True)
 class SFT(Algorithm):
-    """loss = -1/n sum_t log p(reference_t | prompt, reference_<t), over the n reference tokens of an update."""
+    """loss = -1/n sum_t log p(token_t | tokens_<t), over the n learnt tokens of an update.
+
+    Args:
+        learns: "reference": the references' tokens; "all": the prompts', too, which show a fresh model how
+            texts are made. Evaluations count the references alone.
+    Raises: ValueError for another value.
+    """
+
+    learns: str = "reference"
 
     supervised: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        if self.learns not in LEARNS:
+            raise ValueError(f"learns must be 'reference' or 'all', got {self.learns!r}")
+
+    def collect(self, trainer: Any, step: int) -> list[Trajectory]:
+        found = super().collect(trainer, step)
+        for one in found if self.learns == "all" else ():
+            one.action_mask[1:] = True
+        return found
 
     def demonstrate(
         self, tokenizer: Any, records: Sequence[Record], chosen: Sequence[int]
