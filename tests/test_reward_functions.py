@@ -230,6 +230,7 @@ def test_retries(kind):
         (lambda completions, **_: [1.0], "must give a list of 3 rewards, got list [1.0]"),
         (lambda completions, **_: 1.0, "must give a list of 3 rewards, got float 1.0"),
         (lambda completions, **_: "abc", "must give a list of 3 rewards, got str 'abc'"),
+        (lambda completions, **_: {1.0, 2.0, 3.0}, "must give a list of 3 rewards, got set {1.0, 2.0, 3.0}"),
         (lambda completions, **_: np.array(1.0), "must give a list of 3 rewards, got ndarray array(1.)"),
         (
             lambda completions, log_metric: log_metric("n", math.nan),
@@ -239,7 +240,34 @@ def test_retries(kind):
     ],
 )
 def test_what_is_no_reward_is_an_error_and_never_a_zero(function, cause):
-    slow = {"timeout": 5} if "SystemExit" in cause else {}
+    check_refused(function, cause)
+
+
+@pytest.mark.parametrize(
+    "error", [KeyboardInterrupt, SystemExit, GeneratorExit, StopIteration, asyncio.CancelledError]
+)
+def test_what_would_end_the_loop_or_the_run_is_an_error_of_its_call(error):
+    def late(state, action, record):
+        raise error("now")
+
+    async def awaited(state, action, record):
+        raise error("now")
+
+    check_refused(late, "RuntimeError: ", timeout=5)
+    check_refused(awaited, "RuntimeError: ")
+    if error is SystemExit:
+        check_refused(late, "RuntimeError: SystemExit('now')")
+    assert len(TextEnv.step_many(begun([slowly]), ANSWERS)) == 3
+
+
+def test_an_asynchronous_function_that_waits_for_another_is_an_error_and_no_wait_forever():
+    async def nested(state, action, record):
+        return TextEnv.step_many(begun([slowly]), ANSWERS)[0][1]
+
+    check_refused(nested, "RuntimeError: an asynchronous function must not wait for calls of another one")
+
+
+def check_refused(function, cause, **slow):
     with pytest.raises(RewardError) as caught:
         TextEnv.step_many(begun([RewardFunction(function, name="mine", **slow)]), ANSWERS)
     assert str(caught.value).startswith("reward 'mine' failed on row 0, prompt 'ab': ")
@@ -270,6 +298,7 @@ def test_a_marked_function_stays_a_function_and_keeps_its_options():
         (ValueError, "on_error must be 'raise', 'skip' or a finite number, got 'zero'", {"on_error": "zero"}),
         (ValueError, "on_error must be 'raise', 'skip' or a finite number, got inf", {"on_error": math.inf}),
         (TypeError, "batched must be True, False or None, got 'yes'", {"batched": "yes"}),
+        (TypeError, "batched must be True, False or None, got 1", {"batched": 1}),
         (TypeError, "unexpected keyword argument 'wait'", {"wait": 1}),
     ],
 )
@@ -281,6 +310,8 @@ def test_options_refused_where_the_function_is_defined(error, match, options):
 @pytest.mark.parametrize(
     ("error", "match", "arguments"),
     [
+        (TypeError, "weights must be a list of numbers or None, got int", ([length], 1)),
+        (TypeError, "weights must be a list of numbers or None, got str", ([length], "1")),
         (ValueError, "functions must hold at least one function, got none", ([],)),
         (TypeError, "functions must be a list of functions, got str", ("length",)),
         (TypeError, "function must be callable, got int", ([1],)),
@@ -291,6 +322,17 @@ def test_options_refused_where_the_function_is_defined(error, match, options):
 def test_weighted_rewards_refuse(error, match, arguments):
     with pytest.raises(error, match=match):
         WeightedRewards(*arguments)
+
+
+def test_one_reward_function_is_a_list_of_one():
+    one = TextEnv.step_many(begun(RewardFunction(constant, weight=2.0)), ANSWERS)
+    assert one == TextEnv.step_many(begun([RewardFunction(constant, weight=2.0)]), ANSWERS)
+    assert [step[1] for step in one] == [2.0] * 3
+
+
+def test_a_plain_reward_that_is_a_text_is_refused():
+    with pytest.raises(TypeError, match="the result of reward must be a number, got str"):
+        begun(lambda state, action, record: "3.0")[0].step("x")
 
 
 def test_env_refuses_what_is_no_reward():

@@ -48,11 +48,24 @@ def unwritable():
     return {(1, 2): 3}
 
 
+def ends():
+    raise SystemExit(0)
+
+
+class Nameless:
+    def __str__(self):
+        raise ZeroDivisionError
+
+
+def nameless():
+    return Nameless()
+
+
 def call(name, **arguments):
     return f"<tool_call>{json.dumps({'name': name, 'arguments': arguments})}</tool_call>"
 
 
-TOOLS = [multiply, upper, hangs, fails, unwritable]
+TOOLS = [multiply, upper, hangs, fails, unwritable, ends, nameless]
 
 
 def make_env(**options):
@@ -95,6 +108,9 @@ def test_a_call_in_the_last_turn_truncates():
         (call("unwritable"), "error: TypeError: keys must be str"),
         ("<tool_call>{", "error: a call must end with </tool_call>"),
         ("<tool_call>{</tool_call>", "error: a call must be JSON: "),
+        (f"<tool_call>{'[' * 100_000}</tool_call>", "error: a call must be JSON: it is nested too deeply"),
+        (call("ends"), "error: RuntimeError: SystemExit(0)"),
+        (call("nameless"), "error: ZeroDivisionError"),
         ("<tool_call>3</tool_call>", 'error: a call must be an object with "name" and "arguments"'),
         (
             '<tool_call>{"name": "upper", "arguments": "x"}</tool_call>',
@@ -151,6 +167,20 @@ def test_own_syntax_and_own_end():
     env.reset(options={"index": 0})
     assert env.step("!go")[0:3:2] == ("6*7? !go=GO;", False)
     assert env.step("!done")[0:3:2] == ("6*7? !go=GO;!done=DONE;", True)
+
+
+def test_a_tool_that_exits_in_the_callers_thread_does_not_end_the_run():
+    env = ToolEnv(RECORDS, [ends])
+    env.reset(options={"index": 0})
+    assert "\nerror: RuntimeError: SystemExit(0)\n" in env.step(call("ends"))[0]
+
+
+@pytest.mark.parametrize("answer", [None, ["multiply"], "multiply"])
+def test_a_parser_that_gives_no_calls_is_refused(answer):
+    env = ToolEnv(RECORDS, [multiply], parse=lambda action: answer)
+    env.reset(options={"index": 0})
+    with pytest.raises(TypeError, match="parse must give a list of ToolCall, got "):
+        env.step("x")
 
 
 def test_preface_names_the_tools():

@@ -3,7 +3,7 @@
 import functools
 import inspect
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -62,8 +62,9 @@ class RewardFunction:
             f(prompts, completions, **columns) -> list of numbers or None, TRL's form, known by the name
                 `completions`: prompts are the states that the actions were taken in; the columns are lists: the
                 records' metadata by their keys (None where a record lacks one), `reference`, `completion_ids`
-                (the actions' tokens, None where not known) and `trainer_state`, which is None; only those that
-                the function names, or all if it takes `**`;
+                (the actions' tokens, None where not known), `trainer_state`, which is None, and
+                `log_metric(name, number)`, whose means over a call are logged; only those that the function
+                names, or all if it takes `**`;
             f(states, actions, records) -> list, with `batched`.
             Each may be `async def`. None: the function does not apply to the row.
         weight: factor in the total.
@@ -90,11 +91,12 @@ class RewardFunction:
             raise TypeError(f"function must be callable, got {type(self.function).__name__}")
         if self.name is not None and not (isinstance(self.name, str) and self.name):
             raise TypeError(f"name must be a text or None, got {self.name!r}")
-        if self.batched not in (None, True, False):
+        if not (self.batched is None or isinstance(self.batched, bool)):
             raise TypeError(f"batched must be True, False or None, got {self.batched!r}")
         if not is_number(self.weight):
             raise ValueError(f"weight must be a finite number, got {self.weight!r}")
-        if self.on_error not in ("raise", "skip") and not is_number(self.on_error):
+        known = isinstance(self.on_error, str) and self.on_error in ("raise", "skip")
+        if not known and not is_number(self.on_error):
             raise ValueError(f"on_error must be {_ON_ERROR}, got {self.on_error!r}")
         _ = self.calls
 
@@ -151,7 +153,7 @@ class RewardFunction:
         if isinstance(result, Exception):
             return [result] * rows
         try:
-            values = [] if isinstance(result, (str, bytes, Mapping)) else list(result)
+            values = [] if isinstance(result, (str, bytes, Mapping, Set)) else list(result)
         except TypeError:
             values = []
         if len(values) == rows:
@@ -163,7 +165,7 @@ class RewardFunction:
         if value is None:
             return None, False
         if not isinstance(value, Exception):
-            number = _as_number(value)
+            number = as_number(value)
             if number is not None and math.isfinite(number):
                 return number, False
             value = ValueError(f"must give a finite number or None, got {str(value)[:60]!r}")
@@ -190,6 +192,8 @@ class WeightedRewards:
             raise TypeError(f"functions must be a list of functions, got {type(functions).__name__}")
         if not functions:
             raise ValueError("functions must hold at least one function, got none")
+        if weights is not None and not isinstance(weights, (list, tuple)):
+            raise TypeError(f"weights must be a list of numbers or None, got {type(weights).__name__}")
         if weights is not None and len(weights) != len(functions):
             raise ValueError(f"weights must be {len(functions)} like functions, got {len(weights)}")
         given = [None] * len(functions) if weights is None else weights
@@ -220,7 +224,7 @@ class WeightedRewards:
         notes: dict[str, list[float]] = {}
 
         def log(name: str, value: float) -> None:
-            number = _as_number(value)
+            number = as_number(value)
             if number is None or not math.isfinite(number):
                 raise ValueError(f"log_metric needs a finite number for {name!r}, got {value!r:.60}")
             notes.setdefault(name, []).append(number)
@@ -284,7 +288,8 @@ def is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
-def _as_number(value: Any) -> float | None:
+def as_number(value: Any) -> float | None:
+    """What a function gave as a float; None if it is no number, such as a text."""
     if isinstance(value, (str, bytes)):
         return None
     try:

@@ -7,7 +7,15 @@ from typing import Any
 
 import gymnasium
 
-from .reward_functions import Action, Payment, WeightedRewards, needs_care, nothing_applies
+from .reward_functions import (
+    Action,
+    Payment,
+    RewardFunction,
+    WeightedRewards,
+    as_number,
+    needs_care,
+    nothing_applies,
+)
 from .rewards import exact_match
 from .spaces import UnicodeText, as_text
 
@@ -46,12 +54,12 @@ class TextEnv(gymnasium.Env[str, str]):
         transition: f(state, action, record) -> next state. Called after every action, the last one too.
         reward: g(state, action, record) -> number; `state` is the one in which the action was taken; NaN and
             infinity are handed on. Or a function in another form of `RewardFunction` (TRL's, `async def`, marked
-            with `@reward`), `WeightedRewards`, or a list of such functions. An episode needs a reward: such
+            with `@reward`), a `RewardFunction`, `WeightedRewards`, or a list of such functions. An episode needs a reward: such
             functions may give None for a turn, and then add nothing, but not all of them for all turns.
         max_turns: actions in an episode, at least 1.
         terminal: terminal(next_state, record) -> bool, asked after every transition.
         max_length: longest state or action in characters.
-    Raises: ValueError for no records or max_turns below 1, TypeError for what is no `Record` or function.
+    Raises: ValueError for no records and numbers below 1, TypeError for what is no `Record`, integer or function.
 
     To be pickled, f, g and `terminal` must be importable functions. `AsyncVectorEnv` needs
     `shared_memory=False`.
@@ -62,17 +70,23 @@ class TextEnv(gymnasium.Env[str, str]):
         records: Sequence[Record],
         *,
         transition: Transition = append,
-        reward: Reward | WeightedRewards | Sequence[Any] = exact_match,
+        reward: Reward | RewardFunction | WeightedRewards | Sequence[Any] = exact_match,
         max_turns: int = 1,
         terminal: Terminal | None = None,
         max_length: int = 1 << 20,
     ) -> None:
+        if isinstance(records, (str, bytes)) or not hasattr(records, "__len__"):
+            raise TypeError(f"records must be a list of Record objects, got {type(records).__name__}")
         if not len(records):
             raise ValueError("records must hold at least one record, got none")
-        if not isinstance(records[0], Record):
-            raise TypeError(f"records must hold Record objects, got {type(records[0]).__name__}")
-        if max_turns < 1:
-            raise ValueError(f"max_turns must be at least 1, got {max_turns}")
+        wrong = next((record for record in records if not isinstance(record, Record)), None)
+        if wrong is not None:
+            raise TypeError(f"records must hold Record objects, got {type(wrong).__name__}")
+        for name, value in (("max_turns", max_turns), ("max_length", max_length)):
+            if isinstance(value, bool) or not isinstance(value, int):
+                raise TypeError(f"{name} must be an integer, got {type(value).__name__}")
+            if value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
         for name, function in (("transition", transition), ("terminal", terminal)):
             if not callable(function) and (name, function) != ("terminal", None):
                 raise TypeError(f"{name} must be a function, got {type(function).__name__}")
@@ -197,6 +211,8 @@ class TextEnv(gymnasium.Env[str, str]):
 def _as_reward(reward: Any) -> Any:
     if isinstance(reward, (list, tuple)):
         return WeightedRewards(reward)
+    if isinstance(reward, RewardFunction):
+        return WeightedRewards([reward])
     if not callable(reward):
         raise TypeError(f"reward must be a function or a list of functions, got {type(reward).__name__}")
     if isinstance(reward, WeightedRewards) or not needs_care(reward):
@@ -221,7 +237,7 @@ def _payments(reward: Any, actions: Sequence[Action]) -> list[Payment]:
 
 
 def _number(value: Any) -> float:
-    try:
-        return float(value)
-    except (TypeError, ValueError) as error:
-        raise TypeError(f"the result of reward must be a number, got {type(value).__name__}") from error
+    number = as_number(value)
+    if number is None:
+        raise TypeError(f"the result of reward must be a number, got {type(value).__name__}")
+    return number
