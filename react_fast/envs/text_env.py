@@ -54,8 +54,8 @@ class TextEnv(gymnasium.Env[str, str]):
         transition: f(state, action, record) -> next state. Called after every action, the last one too.
         reward: g(state, action, record) -> number; `state` is the one in which the action was taken; NaN and
             infinity are handed on. Or a function in another form of `RewardFunction` (TRL's, `async def`, marked
-            with `@reward`), a `RewardFunction`, `WeightedRewards`, or a list of such functions. An episode needs a reward: such
-            functions may give None for a turn, and then add nothing, but not all of them for all turns.
+            with `@reward`), a `RewardFunction`, `WeightedRewards`, or a list of such functions. An episode needs a
+            reward: such functions may give None for a turn, and then add nothing, but not all for all turns.
         max_turns: actions in an episode, at least 1.
         terminal: terminal(next_state, record) -> bool, asked after every transition.
         max_length: longest state or action in characters.

@@ -83,7 +83,7 @@ class OpenAIEngine:
     def generate(self, prompts: Sequence[Sequence[int]], params: SamplingParams) -> list[Sample]:
         """Raises: ValueError for a truncated sampler: a server does not say which tokens it kept, so that its
         samples could not be scored; EngineError as above."""
-        check_prompts(prompts)
+        check_prompts(prompts, params)
         if params.truncated:
             raise ValueError(
                 "top_k, top_p and min_p must keep all tokens for a server, which does not say what it kept"

@@ -28,7 +28,7 @@ class PolicyEngine:
 
     @torch.no_grad()
     def generate(self, prompts: Sequence[Sequence[int]], params: SamplingParams) -> list[Sample]:
-        check_prompts(prompts)
+        check_prompts(prompts, params, self.model)
         if not prompts:
             return []
         was_training = self.model.training

@@ -3,7 +3,11 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from numbers import Integral, Real
 from typing import Any, Protocol
+
+_WHOLE = ("max_new_tokens", "seed", "step", "turn", "top_k")
+_REAL = ("temperature", "top_p", "min_p")
 
 
 @dataclass(frozen=True)
@@ -21,7 +25,7 @@ class SamplingParams:
         greedy: the most probable token each time.
         seed, step, turn: not negative. rows: one number for each prompt; None: 0, 1, 2, ...
         top_k: at least 1; None: all. top_p: in (0, 1]; 1: all. min_p: in [0, 1]; 0: all.
-    Raises: ValueError for a number out of range.
+    Raises: ValueError for a number out of range, TypeError for what is none, or no whole one.
     """
 
     max_new_tokens: int
@@ -36,6 +40,17 @@ class SamplingParams:
     min_p: float = 0.0
 
     def __post_init__(self) -> None:
+        for names, kind, wanted in ((_WHOLE, Integral, "an integer"), (_REAL, Real, "a number")):
+            for name in names:
+                value = getattr(self, name)
+                known = isinstance(value, kind) and not isinstance(value, bool)
+                if not known and (name, value) != ("top_k", None):
+                    raise TypeError(f"{name} must be {wanted}, got {type(value).__name__}")
+        if not isinstance(self.greedy, bool):
+            raise TypeError(f"greedy must be True or False, got {type(self.greedy).__name__}")
+        for name in ("seed", "step", "turn"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
         if self.max_new_tokens < 1:
             raise ValueError(f"max_new_tokens must be at least 1, got {self.max_new_tokens}")
         if not 0 < self.temperature < math.inf:
@@ -103,7 +118,22 @@ class EngineError(RuntimeError):
     """A rollout engine could not do what it was asked, in one line."""
 
 
-def check_prompts(prompts: Sequence[Sequence[int]]) -> None:
-    """Raises: ValueError for a prompt without tokens."""
+def check_prompts(prompts: Sequence[Sequence[int]], params: SamplingParams, model: Any = None) -> None:
+    """Raises: ValueError for a prompt without tokens and for `params.rows` of another number; EngineError for what
+    may grow longer than the table of positions of a Hugging Face `model`, if it has one."""
     if any(len(prompt) == 0 for prompt in prompts):
         raise ValueError("prompts must hold at least one token each, got an empty one")
+    if params.rows is not None and len(params.rows) != len(prompts):
+        raise ValueError(f"rows must be {len(prompts)} like prompts, got {len(params.rows)}")
+    positions = getattr(getattr(model, "config", None), "max_position_embeddings", None)
+    longest = max(map(len, prompts), default=0)
+    if isinstance(positions, int) and longest + params.max_new_tokens > positions and not _rotates(model):
+        raise EngineError(
+            f"max_new_tokens must be at most {positions - longest} behind a prompt of {longest} tokens in a model "
+            f"with {positions} positions, got {params.max_new_tokens}"
+        )
+
+
+def _rotates(model: Any) -> bool:
+    """Whether positions are rotations, which have no end."""
+    return any("rope" in name or "rotary" in name for name in vars(model.config))
