@@ -40,6 +40,7 @@ def _openai(config: Any, model: Any, tokenizer: Any, folder: Path | None) -> Rol
         config.served_model,
         tokenizer=tokenizer,
         eos_id=tokenizer.eos_token_id,
+        vocabulary=model.get_input_embeddings().num_embeddings,
         timeout=config.timeout,
         retries=config.retries,
         concurrency=config.concurrency,
