@@ -7,6 +7,7 @@ from typing import Any
 
 import gymnasium
 
+from .calls import is_async
 from .reward_functions import (
     Action,
     Payment,
@@ -90,6 +91,8 @@ class TextEnv(gymnasium.Env[str, str]):
         for name, function in (("transition", transition), ("terminal", terminal)):
             if not callable(function) and (name, function) != ("terminal", None):
                 raise TypeError(f"{name} must be a function, got {type(function).__name__}")
+            if is_async(function):
+                raise TypeError(f"{name} must be a plain function, got an asynchronous one")
         self.records = records
         self.transition = transition
         self.reward = _as_reward(reward)

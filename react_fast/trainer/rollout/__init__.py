@@ -3,7 +3,7 @@
 from typing import TYPE_CHECKING, Any
 
 from .engines import make_engine
-from .episodes import Episodes, answered
+from .episodes import EpisodeError, Episodes, answered
 from .openai_engine import OpenAIEngine
 from .policy_engine import PolicyEngine
 from .sampling import EngineError, RolloutEngine, Sample, SamplingParams, sampling_params
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 __all__ = [
     "ContinuousBatchingEngine",
     "EngineError",
+    "EpisodeError",
     "Episodes",
     "GenerateEngine",
     "OpenAIEngine",

@@ -14,13 +14,17 @@ from .trajectory import Trajectory, encode, state_id
 _ENVIRONMENT = 4  # stream of the seeds that environments are reset with
 
 
+class EpisodeError(ValueError):
+    """Episodes of an environment cannot be one sequence of tokens, in one line."""
+
+
 def answered(tokenizer: Any, state: str, seen: str) -> list[int]:
     """Tokens that the environment added to the text so far.
 
-    Raises: ValueError if its transition rewrites that text, which one sequence of tokens cannot express.
+    Raises: EpisodeError if its transition rewrites that text, which one sequence of tokens cannot express.
     """
     if not state.startswith(seen):
-        raise ValueError(
+        raise EpisodeError(
             "the transition of a multi-turn environment must continue the text so far (state + action), "
             f"got {state[:60]!r} after {seen[:60]!r}"
         )
@@ -45,8 +49,8 @@ class Episodes:
         The tokens of a trajectory are exactly those the policy saw and chose: an observation that continues the
         text so far adds its own tokens, masked as no action.
 
-        Raises: ValueError if the environment's transition rewrites the text so far, which one sequence of
-            tokens cannot express.
+        Raises: EpisodeError for a prompt without tokens, and if the environment's transition rewrites the text so
+            far, which one sequence of tokens cannot express.
         """
         envs = [self.env.clone() for _ in records]
         numbers = list(params.rows) if params.rows is not None else list(range(len(envs)))
@@ -82,7 +86,9 @@ class _Row:
 
     def __init__(self, ids: list[int], record: int, group: int, state: str, seed: int) -> None:
         if not ids:
-            raise ValueError(f"the prompt of record {record} must hold at least one token, got an empty text")
+            raise EpisodeError(
+                f"the prompt of record {record} must hold at least one token, got an empty text"
+            )
         self.ids, self.state = ids, state
         self.actions = [False] * len(ids)
         self.turns = [0] * len(ids)
