@@ -13,6 +13,7 @@ from gymnasium.vector import AsyncVectorEnv, SyncVectorEnv
 
 from react_fast.envs import Record, RewardError, RewardFunction, TextEnv, WeightedRewards, calls, reward
 from react_fast.trainer.algorithms import GRPO
+from react_fast.trainer.meters import describe, samples
 from react_fast.trainer.trainer import Trainer
 
 from . import training
@@ -98,6 +99,7 @@ def test_trls_form_gets_the_columns_in_one_call():
 
     def judge(prompts, completions, completion_ids=None, trainer_state="?", **columns):
         columns.pop("log_metric")("n", 2)
+        columns.pop("log_extra")("first", [c[:1] for c in completions])
         seen.append((prompts, completions, completion_ids, trainer_state, columns))
         return [1.0] * len(prompts)
 
@@ -236,6 +238,11 @@ def test_retries(kind):
             lambda completions, log_metric: log_metric("n", math.nan),
             "log_metric needs a finite number for 'n', got nan",
         ),
+        (
+            lambda completions, log_extra: log_extra("x", ["a"]),
+            "log_extra needs 3 values for 'x', got ['a']",
+        ),
+        (lambda completions, log_extra: log_extra("x", "abc"), "log_extra needs 3 values for 'x', got 'abc'"),
         (lambda completions, **_: exec("raise SystemExit(3)"), "RuntimeError: SystemExit(3)"),
     ],
 )
@@ -364,7 +371,8 @@ def test_trainer_logs_every_part_and_counts_failures():
             raise ConnectionError("busy")
         return len(action)
 
-    def sometimes(completions, completion_ids, log_metric, **columns):
+    def sometimes(completions, completion_ids, log_metric, log_extra, **columns):
+        log_extra("size", [len(c) for c in completions])
         log_metric("judge/rows", len(completions))
         log_metric("judge/rows", 0)
         assert all(ids and isinstance(ids[0], int) for ids in completion_ids)
@@ -384,7 +392,11 @@ def test_trainer_logs_every_part_and_counts_failures():
     texts = [tokenizer.decode(t.token_ids[t.action_mask].tolist(), skip_special_tokens=True) for t in played]
     lengths = [len(x) for x, t in zip(texts, played, strict=True) if t.record != 4]
     odd = [vowels("", x, None) for x in texts if len(x) % 2]
+    assert all(t.extra == {"size": len(x)} for x, t in zip(texts, played, strict=True))
+    assert all(row["size"] == len(row["response"]) for row in samples(played, training.RECORDS, tokenizer))
     logged = log.metrics[0]
+    whole = [sum(t.rewards) for t in played]
+    assert logged["reward_std"] == pytest.approx(np.std(whole, ddof=1))
     assert logged["rewards/judge/mean"] == pytest.approx(np.mean(lengths))
     assert logged["rewards/judge/std"] == pytest.approx(np.std(lengths, ddof=1))
     assert logged["rewards/judge/failed"] == 4
@@ -394,6 +406,20 @@ def test_trainer_logs_every_part_and_counts_failures():
     assert logged["reward"] == pytest.approx(1 + (0.1 * sum(lengths) + sum(odd)) / 20)
     assert not any(name.startswith("rewards/never") for name in logged)
     assert all(math.isfinite(value) for metrics in log.metrics for value in metrics.values())
+
+
+@pytest.mark.parametrize(("last", "share"), [(0.1, 1.0), (0.2, 0.5)])
+def test_groups_of_equal_rewards_are_counted_whatever_they_round_to(last, share):
+    """The standard deviation of three times 0.1 is not 0 in float64."""
+    env = TextEnv([Record("ab")], reward=lambda state, action, record: 0.1)
+    model, tokenizer = training.make_policy()
+    trainer = Trainer(model, tokenizer, env, algorithm=GRPO(), config=training.make_config(group_size=6))
+    played = trainer.collect()[:6]
+    for i, trajectory in enumerate(played):
+        trajectory.group = i // 3
+    played[-1].rewards = [last]
+    assert np.std([0.1] * 3) > 0
+    assert describe(played, supervised=False)["frac_reward_zero_std"] == share
 
 
 def test_parts_of_turns_add_up():

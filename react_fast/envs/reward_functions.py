@@ -44,12 +44,14 @@ class Payment(NamedTuple):
         parts: reward of every function by name, without its weight; None where it does not apply or was skipped.
         failed: names of functions whose call failed and was skipped or replaced.
         logged: means of what the functions gave to `log_metric` in the call that paid this action.
+        extra: what they gave to `log_extra` for this action, by column.
     """
 
     total: float | None
     parts: dict[str, float | None]
     failed: tuple[str, ...]
     logged: Mapping[str, float] = {}
+    extra: Mapping[str, Any] = {}
 
 
 @dataclass(frozen=True)
@@ -62,9 +64,10 @@ class RewardFunction:
             f(prompts, completions, **columns) -> list of numbers or None, TRL's form, known by the name
                 `completions`: prompts are the states that the actions were taken in; the columns are lists: the
                 records' metadata by their keys (None where a record lacks one), `reference`, `completion_ids`
-                (the actions' tokens, None where not known), `trainer_state`, which is None, and
-                `log_metric(name, number)`, whose means over a call are logged; only those that the function
-                names, or all if it takes `**`;
+                (the actions' tokens, None where not known), `trainer_state`, which is None,
+                `log_metric(name, number)`, whose means over a call are logged, and `log_extra(column, values)`,
+                whose values, one a row, stand beside the samples; only those that the function names, or all
+                if it takes `**`;
             f(states, actions, records) -> list, with `batched`.
             Each may be `async def`. None: the function does not apply to the row.
         weight: factor in the total.
@@ -113,10 +116,13 @@ class RewardFunction:
             function = function.func
         return getattr(function, "__name__", type(function).__name__)
 
-    def asked(self, actions: Sequence[Action], log: Callable[[str, float], None]) -> list[Arguments]:
-        """The arguments of every call that is needed: one call for all rows, or one for each."""
+    def asked(self, actions: Sequence[Action], logs: Mapping[str, Callable[..., None]]) -> list[Arguments]:
+        """The arguments of every call that is needed: one call for all rows, or one for each.
+
+        Args: logs: `log_metric` and `log_extra` by name.
+        """
         if self._is_trl:
-            return [self._columns(actions, log)]
+            return [self._columns(actions, logs)]
         rows = [(a.state, a.text, a.record) for a in actions]
         return [tuple(map(list, zip(*rows, strict=True)))] if self.batched else list(rows)
 
@@ -133,7 +139,7 @@ class RewardFunction:
     def _is_trl(self) -> bool:
         return self.batched is not False and "completions" in _parameters(self.function)
 
-    def _columns(self, actions: Sequence[Action], log: Callable[[str, float], None]) -> dict[str, Any]:
+    def _columns(self, actions: Sequence[Action], logs: Mapping[str, Callable[..., None]]) -> dict[str, Any]:
         """Arguments of a call in TRL's form."""
         names = _parameters(self.function)
         keys = list(dict.fromkeys(key for a in actions for key in (*a.columns, *a.record.metadata)))
@@ -144,7 +150,7 @@ class RewardFunction:
             "reference": [a.record.reference for a in actions],
             "completion_ids": [a.ids for a in actions],
             "trainer_state": None,
-            "log_metric": log,
+            **logs,
         }
         takes_all = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in names.values())
         return {key: value for key, value in columns.items() if takes_all or key in names}
@@ -221,26 +227,47 @@ class WeightedRewards:
         """
         if not actions:
             return []
-        notes: dict[str, list[float]] = {}
-
-        def log(name: str, value: float) -> None:
-            number = as_number(value)
-            if number is None or not math.isfinite(number):
-                raise ValueError(f"log_metric needs a finite number for {name!r}, got {value!r:.60}")
-            notes.setdefault(name, []).append(number)
-
-        results = run([(one.calls, one.function, one.asked(actions, log)) for one in self.functions])
+        notes = _Notes(len(actions))
+        logs: dict[str, Callable[..., None]] = {"log_metric": notes.metric, "log_extra": notes.column}
+        results = run([(one.calls, one.function, one.asked(actions, logs)) for one in self.functions])
         answers = zip(self.functions, results, strict=True)
         found = [function.answered(result, actions) for function, result in answers]
-        logged = {name: sum(values) / len(values) for name, values in dict(notes).items()}
-        return [self._payment(row, logged) for row in zip(*found, strict=True)]
+        logged = {name: sum(values) / len(values) for name, values in dict(notes.metrics).items()}
+        extras = [
+            {name: column[i] for name, column in dict(notes.extra).items()} for i in range(len(actions))
+        ]
+        rows = zip(zip(*found, strict=True), extras, strict=True)
+        return [self._payment(row, logged, extra) for row, extra in rows]
 
-    def _payment(self, row: Sequence[tuple[float | None, bool]], logged: Mapping[str, float]) -> Payment:
+    def _payment(
+        self, row: Sequence[tuple[float | None, bool]], logged: Mapping[str, float], extra: Mapping[str, Any]
+    ) -> Payment:
         named = list(zip(self.functions, row, strict=True))
         due = [function.weight * value for function, (value, _) in named if value is not None]
         parts = {function.label: value for function, (value, _) in named}
         failed = tuple(function.label for function, (_, wrong) in named if wrong)
-        return Payment(math.fsum(due) if due else None, parts, failed, logged)
+        return Payment(math.fsum(due) if due else None, parts, failed, logged, extra)
+
+
+class _Notes:
+    """What reward functions say about a call of `rows` rows."""
+
+    def __init__(self, rows: int) -> None:
+        self.rows = rows
+        self.metrics: dict[str, list[float]] = {}
+        self.extra: dict[str, list[Any]] = {}
+
+    def metric(self, name: str, value: float) -> None:
+        number = as_number(value)
+        if number is None or not math.isfinite(number):
+            raise ValueError(f"log_metric needs a finite number for {name!r}, got {value!r:.60}")
+        self.metrics.setdefault(name, []).append(number)
+
+    def column(self, column: str, values: Sequence[Any]) -> None:
+        given = None if isinstance(values, (str, bytes)) or not hasattr(values, "__iter__") else list(values)
+        if given is None or len(given) != self.rows:
+            raise ValueError(f"log_extra needs {self.rows} values for {column!r}, got {values!r:.60}")
+        self.extra[str(column)] = [v if isinstance(v, (str, int, float)) else str(v) for v in given]
 
 
 def reward(function: Callable[..., Any] | None = None, **options: Any) -> Any:

@@ -138,8 +138,8 @@ class TextEnv(gymnasium.Env[str, str]):
         """Takes one action: reward from g, next state from f.
 
         Returns: (state, reward, terminated, truncated, info); with several rewards info["rewards"] has each by
-            name, None where it does not apply, and info["logged"] what they logged; info["counts"], if there is
-            anything to count, holds numbers such as {"rewards/judge/failed": 1}.
+            name, None where it does not apply, info["logged"] and info["extra"] what they logged;
+            info["counts"], if there is anything to count, holds numbers such as {"rewards/judge/failed": 1}.
         Raises: gymnasium.error.ResetNeeded without an episode under way; TypeError or ValueError if the
             action, the state that f returned, or the reward that g returned is not what it has to be.
         """
@@ -181,6 +181,8 @@ class TextEnv(gymnasium.Env[str, str]):
             info["rewards"] = payment.parts
         if payment.logged:
             info["logged"] = dict(payment.logged)
+        if payment.extra:
+            info["extra"] = dict(payment.extra)
         counts = {**counts, **{f"rewards/{name}/failed": 1 for name in payment.failed}}
         if counts:
             info["counts"] = counts

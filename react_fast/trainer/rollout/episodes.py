@@ -102,6 +102,7 @@ class _Row:
         self.parts: dict[str, float | None] = {}
         self.counts: dict[str, float] = {}
         self.logged: dict[str, list[float]] = {}
+        self.extra: dict[str, Any] = {}
 
     def note(self, info: Mapping[str, Any]) -> None:
         """Adds what the environment says about a turn."""
@@ -112,6 +113,7 @@ class _Row:
             self.counts[name] = self.counts.get(name, 0.0) + value
         for name, value in info.get("logged", {}).items():
             self.logged.setdefault(name, []).append(value)
+        self.extra |= info.get("extra", {})
 
     def act(self, tokenizer: Any, sample: Sample, action: str, state: str, reward: float, over: bool) -> None:
         turn = len(self.rewards)
@@ -159,6 +161,7 @@ class _Row:
             reward_parts=self.parts,
             counts=self.counts,
             logged=self.logged,
+            extra=self.extra,
             drifted=sum(sample.drifted for sample in self.samples),
             weights_version=min(versions, default=None),
         )
