@@ -229,6 +229,7 @@ def test_retries(kind):
         (lambda s, a, r: math.nan, "must give a finite number or None, got 'nan'"),
         (lambda s, a, r: -math.inf, "must give a finite number or None, got '-inf'"),
         (lambda s, a, r: "1", "must give a finite number or None, got '1'"),
+        (lambda s, a, r: 10**400, "must give a finite number or None, got '1000"),
         (lambda completions, **_: [1.0], "must give a list of 3 rewards, got list [1.0]"),
         (lambda completions, **_: 1.0, "must give a list of 3 rewards, got float 1.0"),
         (lambda completions, **_: "abc", "must give a list of 3 rewards, got str 'abc'"),
@@ -335,6 +336,23 @@ def test_one_reward_function_is_a_list_of_one():
     one = TextEnv.step_many(begun(RewardFunction(constant, weight=2.0)), ANSWERS)
     assert one == TextEnv.step_many(begun([RewardFunction(constant, weight=2.0)]), ANSWERS)
     assert [step[1] for step in one] == [2.0] * 3
+
+
+@pytest.mark.parametrize("weights", [[1e10, 1.0], [1e10, -1e10]])
+def test_a_sum_that_is_too_large_is_an_error(weights):
+    def one(state, action, record):
+        return 1e308
+
+    def other(state, action, record):
+        return 1e308
+
+    with pytest.raises(RewardError, match="the sum of weight x reward must be finite, got "):
+        begun(WeightedRewards([one, other], weights))[0].step("x")
+
+
+def test_what_cannot_be_marked_is_told():
+    with pytest.raises(TypeError, match="can be marked, got builtin_function_or_method; use RewardFunction"):
+        reward(len)
 
 
 def test_a_plain_reward_that_is_a_text_is_refused():

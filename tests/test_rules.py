@@ -1,5 +1,6 @@
 """Users' f, g and end of episode: by import path, by decorator, by the configuration."""
 
+import functools
 import json
 import sys
 import types
@@ -89,6 +90,18 @@ def test_marked_functions_of_a_module_are_taken(config):
     assert first[4]["rewards"] == {"short": 0, "right": 1}
     assert second[:4] == ("say 0:[word0][stop]", 0.0, True, False)
     assert _played(env, "no")[0][1] == 3
+
+
+def test_marked_objects_and_partial_functions_are_taken_too():
+    class Judge:
+        def __call__(self, state, action, record):
+            return 2.0
+
+    module = types.ModuleType("judges")
+    module.judge = reward(name="judge")(Judge())
+    module.again = module.judge
+    module.half = reward(name="half")(functools.partial(lambda factor, s, a, r: factor, 0.5))
+    assert rules_of(module).rewards == (module.judge, module.half)
 
 
 def test_functions_by_import_path_and_weights_by_name(config):

@@ -246,7 +246,7 @@ class WeightedRewards:
         due = [function.weight * value for function, (value, _) in named if value is not None]
         parts = {function.label: value for function, (value, _) in named}
         failed = tuple(function.label for function, (_, wrong) in named if wrong)
-        return Payment(math.fsum(due) if due else None, parts, failed, logged, extra)
+        return Payment(_total(due) if due else None, parts, failed, logged, extra)
 
 
 class _Notes:
@@ -281,7 +281,11 @@ def reward(function: Callable[..., Any] | None = None, **options: Any) -> Any:
     if function is None:
         return functools.partial(reward, **options)
     RewardFunction(function, **options)
-    setattr(function, _MARK, options)
+    try:
+        setattr(function, _MARK, options)
+    except AttributeError:
+        kind = type(function).__name__
+        raise TypeError(f"function must be one that can be marked, got {kind}; use RewardFunction") from None
     return function
 
 
@@ -296,7 +300,7 @@ def as_reward(function: Any, weight: float | None = None) -> RewardFunction:
 
 def is_reward(function: Any) -> bool:
     """Whether it is marked with `@reward`."""
-    return hasattr(function, _MARK)
+    return isinstance(getattr(function, _MARK, None), dict)
 
 
 def needs_care(function: Any) -> bool:
@@ -310,6 +314,16 @@ def nothing_applies(record: "Record") -> RewardError:
     return RewardError(f"no reward applies to the record with prompt {record.prompt[:40]!r}: all gave None")
 
 
+def _total(due: Sequence[float]) -> float:
+    try:
+        total = math.fsum(due)
+    except (OverflowError, ValueError):
+        total = math.nan
+    if not math.isfinite(total):
+        raise RewardError(f"the sum of weight x reward must be finite, got {total} of {due!r:.60}")
+    return total
+
+
 def is_number(value: Any) -> bool:
     """Whether it is a finite int or float."""
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
@@ -321,7 +335,7 @@ def as_number(value: Any) -> float | None:
         return None
     try:
         return float(value)
-    except (TypeError, ValueError):
+    except Exception:  # too large, several numbers, or whatever an object does
         return None
 
 
