@@ -14,6 +14,7 @@ from react_fast.trainer.rollout import (
     EngineError,
     GenerateEngine,
     PolicyEngine,
+    Sample,
     SamplingParams,
 )
 from react_fast.trainer.rollout.truncation import choose, kept_floors
@@ -241,6 +242,22 @@ def test_bad_prompts_are_refused(engine):
         made.generate([[1], []], SamplingParams(2))
     with pytest.raises(ValueError, match="rows must be 2 like prompts, got 1"):
         made.generate([[1], [2]], SamplingParams(2, rows=[0]))
+
+
+@pytest.mark.parametrize("engine", [PolicyEngine, GenerateEngine, ContinuousBatchingEngine])
+def test_tokens_that_are_none_are_refused(engine):
+    """A checkpoint's list of end tokens would never equal a token."""
+    with pytest.raises(TypeError, match=r"eos_id must be one token or None, got \[0\]"):
+        engine(_model("llama"), eos_id=[EOS], pad_id=0)
+    with pytest.raises(TypeError, match="pad_id must be one token, got None"):
+        engine(_model("llama"), eos_id=EOS, pad_id=None)
+
+
+def test_a_sample_has_a_logprob_for_every_token():
+    with pytest.raises(ValueError, match="logprobs must be 2 like ids, got 1"):
+        Sample([1, 2], [-1.0], "stop")
+    with pytest.raises(ValueError, match="finish_reason must be 'stop' or 'length', got 'eos'"):
+        Sample([1], [-1.0], "eos")
 
 
 @pytest.mark.parametrize(

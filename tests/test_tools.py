@@ -13,7 +13,7 @@ from react_fast.envs import Record, TextEnv, ToolCall, ToolEnv, tools_preface
 from react_fast.trainer.algorithms import GRPO
 from react_fast.trainer.config import TrainerConfig
 from react_fast.trainer.meters import describe
-from react_fast.trainer.rollout import Episodes, Sample, SamplingParams
+from react_fast.trainer.rollout import EngineError, Episodes, Sample, SamplingParams
 from react_fast.trainer.trainer import Trainer
 
 from . import training
@@ -243,6 +243,20 @@ def test_tokens_of_tools_are_no_actions_and_the_policy_reads_them():
     assert "<tool_response>\n42\n</tool_response>" in script.seen[1][0]
     metrics = describe([first, second], supervised=False)
     assert (metrics["tools/calls"], metrics["tools/failed"]) == (4, 2)
+
+
+def test_rows_groups_and_samples_are_one_for_each_record():
+    tokenizer = training.make_policy()[1]
+    env = TextEnv([Record("a")], reward=lambda state, action, record: 1.0)
+    engine = Script(tokenizer, [])
+    engine.generate = lambda prompts, params: []
+    episodes = Episodes(engine, tokenizer, env)
+    with pytest.raises(ValueError, match="groups must be 1 like records, got 2"):
+        episodes.play([0], [0, 1], SamplingParams(2))
+    with pytest.raises(ValueError, match=r"params\.rows must be 1 like records, got 2"):
+        episodes.play([0], [0], SamplingParams(2, rows=[0, 1]))
+    with pytest.raises(EngineError, match="the engine must give 1 samples, got 0"):
+        episodes.play([0], [0], SamplingParams(2))
 
 
 def test_the_trainer_scores_actions_alone():

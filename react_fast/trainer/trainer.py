@@ -33,6 +33,7 @@ from .rollout import (
     RolloutEngine,
     SamplingParams,
     Trajectory,
+    pad_token,
     retokenised,
     sampling_params,
 )
@@ -355,8 +356,7 @@ class Trainer:
 
     @property
     def pad_id(self) -> int:
-        pad = self.tokenizer.pad_token_id
-        return pad if pad is not None else (self.eos_id or 0)
+        return pad_token(self.tokenizer)
 
     def _load_state(self, tree: dict[str, Any]) -> None:
         self.step, self.updater.updates = tree["step"], tree["updates"]

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from ...envs import TextEnv
-from .sampling import RolloutEngine, Sample, SamplingParams
+from .sampling import EngineError, RolloutEngine, Sample, SamplingParams
 from .streams import key
 from .trajectory import Trajectory, encode, state_id
 
@@ -49,9 +49,14 @@ class Episodes:
         The tokens of a trajectory are exactly those the policy saw and chose: an observation that continues the
         text so far adds its own tokens, masked as no action.
 
-        Raises: EpisodeError for a prompt without tokens, and if the environment's transition rewrites the text so
-            far, which one sequence of tokens cannot express.
+        Raises: ValueError for groups or rows of another number than records; EngineError for samples of another
+            number; EpisodeError for a prompt without tokens, and if the environment's transition rewrites the
+            text so far, which one sequence of tokens cannot express.
         """
+        if len(groups) != len(records):
+            raise ValueError(f"groups must be {len(records)} like records, got {len(groups)}")
+        if params.rows is not None and len(params.rows) != len(records):
+            raise ValueError(f"params.rows must be {len(records)} like records, got {len(params.rows)}")
         envs = [self.env.clone() for _ in records]
         numbers = list(params.rows) if params.rows is not None else list(range(len(envs)))
         seeds = [key(params.seed, _ENVIRONMENT, params.step, number) for number in numbers]
@@ -66,6 +71,8 @@ class Episodes:
         while running:
             keyed = SamplingParams(**{**vars(params), "turn": turn, "rows": [numbers[i] for i in running]})
             samples = self.engine.generate([rows[i].ids for i in running], keyed)
+            if len(samples) != len(running):
+                raise EngineError(f"the engine must give {len(running)} samples, got {len(samples)}")
             actions = [self.tokenizer.decode(sample.ids, skip_special_tokens=True) for sample in samples]
             steps = TextEnv.step_many([envs[i] for i in running], actions, [s.ids for s in samples])
             still = []

@@ -11,7 +11,7 @@ from transformers import GenerationConfig
 
 from ...envs.calls import cause
 from ..section import nearest
-from .sampling import EngineError, Sample, SamplingParams, check_prompts
+from .sampling import EngineError, Sample, SamplingParams, check_prompts, check_tokens
 from .scoring_pass import score_samples
 from .streams import key
 from .truncation import floors_between, kept_floors
@@ -44,6 +44,7 @@ class GenerateEngine:
     def __init__(
         self, model: Any, *, eos_id: int | None, pad_id: int, options: Mapping[str, Any] | None = None
     ) -> None:
+        check_tokens(eos_id, pad_id)
         self.model, self.eos_id, self.pad_id = model, eos_id, pad_id
         self.options = _checked(options)
 
@@ -114,6 +115,7 @@ class ContinuousBatchingEngine:
             raise EngineError(
                 f"{type(model).__name__} has no generate_batch: continuous batching needs a newer transformers"
             )
+        check_tokens(eos_id, pad_id)
         self.model, self.eos_id, self.pad_id = model, eos_id, pad_id
         self.options, self.batching = _checked(options), dict(batching or {})
 

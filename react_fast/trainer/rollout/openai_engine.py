@@ -13,7 +13,7 @@ import torch
 
 from .completions import DIALECTS, Capabilities, choice_of, read_sample, token_ids, token_logprobs
 from .http import HttpError, JsonClient
-from .sampling import EngineError, Sample, SamplingParams, check_prompts
+from .sampling import EngineError, Sample, SamplingParams, check_prompts, check_tokens
 from .streams import key
 from .trajectory import encode
 from .weights import WeightFolder
@@ -73,6 +73,7 @@ class OpenAIEngine:
             raise ValueError(f"server_logprobs must be 'raw' or 'processed', got {server_logprobs!r}")
         if isinstance(concurrency, bool) or not isinstance(concurrency, int) or concurrency < 1:
             raise ValueError(f"concurrency must be an integer of at least 1, got {concurrency!r}")
+        check_tokens(eos_id, 0)
         self.client = client or JsonClient(base_url, timeout=timeout, retries=retries, api_key=api_key)
         self.tokenizer, self.eos_id, self.concurrency = tokenizer, eos_id, concurrency
         self.server_logprobs, self.reload, self.vocabulary = server_logprobs, reload, vocabulary

@@ -91,6 +91,7 @@ class Sample:
         scored: the log-probabilities come from a pass over the finished sequence, not from the sampler.
         drifted: the text that came back, or that of the prompt, does not give the same tokens again.
         weights_version: number of the weights that the engine sampled with; None: those of the policy.
+    Raises: ValueError for log-probabilities of another number than ids, and for another finish_reason.
     """
 
     ids: list[int]
@@ -101,6 +102,12 @@ class Sample:
     scored: bool = False
     drifted: bool = False
     weights_version: int | None = None
+
+    def __post_init__(self) -> None:
+        if len(self.logprobs) != len(self.ids):
+            raise ValueError(f"logprobs must be {len(self.ids)} like ids, got {len(self.logprobs)}")
+        if self.finish_reason not in ("stop", "length"):
+            raise ValueError(f"finish_reason must be 'stop' or 'length', got {self.finish_reason!r}")
 
 
 class RolloutEngine(Protocol):
@@ -116,6 +123,15 @@ class RolloutEngine(Protocol):
 
 class EngineError(RuntimeError):
     """A rollout engine could not do what it was asked, in one line."""
+
+
+def check_tokens(eos_id: Any, pad_id: Any) -> None:
+    """Raises: TypeError for an `eos_id` that is neither an integer nor None, such as a checkpoint's list, and for
+    a `pad_id` that is no integer."""
+    for name, value, none in (("eos_id", eos_id, " or None"), ("pad_id", pad_id, "")):
+        known = isinstance(value, Integral) and not isinstance(value, bool)
+        if not known and not (none and value is None):
+            raise TypeError(f"{name} must be one token{none}, got {value!r:.40}")
 
 
 def check_prompts(prompts: Sequence[Sequence[int]], params: SamplingParams, model: Any = None) -> None:

@@ -79,6 +79,12 @@ def encode(tokenizer: Any, text: str, *, special: bool = True) -> list[int]:
     return list(tokenizer(text, add_special_tokens=special)["input_ids"])
 
 
+def pad_token(tokenizer: Any) -> int:
+    """What fills rows: the tokenizer's pad token, else its end token, else 0."""
+    pad, end = tokenizer.pad_token_id, tokenizer.eos_token_id
+    return next((token for token in (pad, end) if token is not None), 0)
+
+
 def demonstration(tokenizer: Any, prompt: str, reference: str, record: int) -> Trajectory:
     """The reference as if the policy had chosen it: prompt, reference, end token."""
     opening, answer = encode(tokenizer, prompt), encode(tokenizer, reference, special=False)
