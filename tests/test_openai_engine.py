@@ -367,6 +367,13 @@ def test_a_server_without_new_weights_is_told():
             engine.sync_weights(MODEL, 0)
 
 
+def test_weights_that_nobody_tells_the_server_of_are_told(tmp_path):
+    with Double(vllm(IDS, LOGPROBS), models=["m"]) as server:
+        engine = _engine(server, sync_dir=tmp_path)
+        with pytest.warns(UserWarning, match="nothing tells the server, since reload_url is not set"):
+            engine.sync_weights(MODEL, 1)
+
+
 def test_the_key_is_sent():
     seen = []
 

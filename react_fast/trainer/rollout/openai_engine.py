@@ -130,7 +130,9 @@ class OpenAIEngine:
             raise EngineError(f"sync_dir {self.weights.path} cannot be written: {error}") from None
         if callable(self.reload):
             self.reload(folder, version)
-        elif self.reload is not None:
+        elif self.reload is None:
+            _warn("weights are written to sync_dir and nothing tells the server, since reload_url is not set")
+        else:
             body = {"model_path": str(folder.resolve()), "weight_version": str(version)}
             answer = self.client.post(self.reload, body)
             if isinstance(answer, Mapping) and answer.get("success") is False:
