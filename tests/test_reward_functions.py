@@ -426,6 +426,19 @@ def test_trainer_logs_every_part_and_counts_failures():
     assert all(math.isfinite(value) for metrics in log.metrics for value in metrics.values())
 
 
+@pytest.mark.parametrize("name", ["loss", "reward", "entropy", "completions/mean_length", "time/rollout"])
+def test_reward_functions_cannot_log_over_the_trainers_numbers(name):
+    def logs(completions, log_metric, **columns):
+        log_metric(name, 99.0)
+        return [1.0] * len(completions)
+
+    model, tokenizer = training.make_policy()
+    env = TextEnv([Record("ab")], reward=logs)
+    trainer = Trainer(model, tokenizer, env, algorithm=GRPO(), config=training.make_config(steps=1))
+    with pytest.raises(RewardError, match=f"a name that the trainer does not log, got '{name}'"):
+        trainer.train()
+
+
 @pytest.mark.parametrize(("last", "share"), [(0.1, 1.0), (0.2, 0.5)])
 def test_groups_of_equal_rewards_are_counted_whatever_they_round_to(last, share):
     """The standard deviation of three times 0.1 is not 0 in float64."""

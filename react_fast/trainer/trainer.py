@@ -24,7 +24,7 @@ from .credit import REPLAYS
 from .early_stopping import BestStep, EarlyStopping
 from .evaluation import held_out_loss, held_out_reward
 from .interrupt import StopRequest
-from .meters import Clock, describe, samples
+from .meters import Clock, describe, logged, samples
 from .ranks import Ranks, gathered, shard
 from .rollout import (
     EngineError,
@@ -218,6 +218,7 @@ class Trainer:
             metrics |= held_out
             self.best.see(self.step, held_out)
             self.stopping.see(value, self.model)
+        metrics |= logged(trajectories, metrics)
         if self.reporter is not None:
             self.reporter.log(self.step, self.phase, metrics)
             if self.config.sample_every and self.step % self.config.sample_every == 0:
