@@ -17,6 +17,7 @@ from react_fast.trainer.rollout import EngineError, Episodes, SamplingParams, re
 from react_fast.trainer.rollout.completions import read_sample
 from react_fast.trainer.rollout.http import HttpError, JsonClient
 from react_fast.trainer.rollout.openai_engine import OpenAIEngine
+from react_fast.trainer.rollout.weights import WeightFolder
 
 from .completion_server import Double, completion, failing, llama_cpp, text, vllm
 
@@ -365,6 +366,16 @@ def test_a_server_without_new_weights_is_told():
         with warnings.catch_warnings():
             warnings.simplefilter("error")
             engine.sync_weights(MODEL, 0)
+
+
+def test_what_a_killed_or_taken_back_run_left_is_removed(tmp_path):
+    folder = WeightFolder(tmp_path, TOKENIZER)
+    for version in (8, 9):
+        folder.write(MODEL, version)
+    (tmp_path / ".version-00000010.1").mkdir()
+    for version in (5, 6, 7):
+        folder.write(MODEL, version)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["version-00000006", "version-00000007"]
 
 
 def test_weights_that_nobody_tells_the_server_of_are_told(tmp_path):

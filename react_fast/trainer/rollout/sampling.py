@@ -23,7 +23,7 @@ class SamplingParams:
         max_new_tokens: longest action, at least 1.
         temperature: above 0; the limit 0 is `greedy`. It acts before the truncation.
         greedy: the most probable token each time.
-        seed, step, turn: not negative. rows: one number for each prompt; None: 0, 1, 2, ...
+        seed, step, turn: in [0, 2^63). rows: one number for each prompt; None: 0, 1, 2, ...
         top_k: at least 1; None: all. top_p: in (0, 1]; 1: all. min_p: in [0, 1]; 0: all.
     Raises: ValueError for a number out of range, TypeError for what is none, or no whole one.
     """
@@ -49,8 +49,8 @@ class SamplingParams:
         if not isinstance(self.greedy, bool):
             raise TypeError(f"greedy must be True or False, got {type(self.greedy).__name__}")
         for name in ("seed", "step", "turn"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
+            if not 0 <= getattr(self, name) < 1 << 63:
+                raise ValueError(f"{name} must be in [0, 2^63), got {getattr(self, name)}")
         if self.max_new_tokens < 1:
             raise ValueError(f"max_new_tokens must be at least 1, got {self.max_new_tokens}")
         if not 0 < self.temperature < math.inf:
