@@ -151,5 +151,5 @@ def check_prompts(prompts: Sequence[Sequence[int]], params: SamplingParams, mode
 
 
 def _rotates(model: Any) -> bool:
-    """Whether positions are rotations, which have no end."""
-    return any("rope" in name or "rotary" in name for name in vars(model.config))
+    """Whether positions are rotations without a table, which have no end."""
+    return any("rope" in name for name in vars(model.config))
