@@ -34,6 +34,10 @@ def says_stop(state, record):
     return state.endswith("stop")
 
 
+async def later(*arguments):
+    return ""
+
+
 def make_env():
     return TextEnv(RECORDS, transition=reply, reward=length, max_turns=2)
 
@@ -200,7 +204,15 @@ def test_space_samples_are_seeded_members():
     [
         (ValueError, "records must hold at least one", {"records": []}),
         (TypeError, "records must hold Record objects, got dict", {"records": [{"prompt": "x"}]}),
+        (TypeError, "records must hold Record objects, got str", {"records": [Record("a"), "b"]}),
+        (TypeError, "records must be a list of Record objects, got Record", {"records": Record("a")}),
+        (TypeError, "records must be a list of Record objects, got str", {"records": "a"}),
         (ValueError, "max_turns must be at least 1, got 0", {"max_turns": 0}),
+        (TypeError, "max_turns must be an integer, got float", {"max_turns": 1.5}),
+        (TypeError, "terminal must be a plain function, got an asynch", {"terminal": later}),
+        (TypeError, "transition must be a plain function, got an asynch", {"transition": later}),
+        (TypeError, "max_turns must be an integer, got bool", {"max_turns": True}),
+        (TypeError, "max_length must be an integer, got str", {"max_length": "9"}),
         (ValueError, "max_length must be at least 1, got 0", {"max_length": 0}),
         (TypeError, "transition must be a function, got str", {"transition": "append"}),
         (TypeError, "terminal must be a function, got bool", {"terminal": True}),

@@ -167,7 +167,13 @@ def test_passes_gymnasiums_checker():
         (ValueError, "penalty must be a finite number, got nan", {"penalty": float("nan")}),
         (TypeError, "describe must be a function, got str", {"describe": "x"}),
         (TypeError, "describe must give a str, got int", {"describe": int}),
-        (ValueError, "records must hold at least one record", {"seeds": 0}),
+        (ValueError, "seeds must be at least one, .* got 0", {"seeds": 0}),
+        (ValueError, r"seeds must be at least one, .* got \[-1\]", {"seeds": [-1]}),
+        (ValueError, r"seeds must be at least one, .* got \[1.5\]", {"seeds": [1.5]}),
+        (TypeError, "seeds must be their number or a list of integers, got '12'", {"seeds": "12"}),
+        (TypeError, "actions must be a list of names, got 4", {"actions": 4}),
+        (TypeError, "instruction must be a str, got int", {"instruction": 4}),
+        (TypeError, "env must make a gymnasium.Env, got int", {"env": lambda: 4}),
     ],
 )
 def test_constructor_refuses(error, match, options):

@@ -14,8 +14,10 @@ from transformers import AutoModelForCausalLM
 from react_fast.envs import Record, TextEnv
 from react_fast.trainer.model import fresh_model
 from react_fast.trainer.rollout import EngineError, Episodes, SamplingParams, retokenised
+from react_fast.trainer.rollout.completions import read_sample
 from react_fast.trainer.rollout.http import HttpError, JsonClient
 from react_fast.trainer.rollout.openai_engine import OpenAIEngine
+from react_fast.trainer.rollout.weights import WeightFolder
 
 from .completion_server import Double, completion, failing, llama_cpp, text, vllm
 
@@ -175,7 +177,14 @@ ERRORS = {
     "no reason": (vllm(IDS, LOGPROBS, "abort"), "a finish_reason of 'stop' or 'length', got 'abort'"),
     "fewer log-probs": (vllm(IDS, LOGPROBS[:1]), "must have a log-probability for each of its 3 tokens"),
     "ids that are none": (vllm(["x"], [0.0]), "must have whole numbers as token_ids"),
-    "negative ids": (vllm([-1], [0.0]), "must have token_ids that are not negative"),
+    "negative ids": (vllm([-1], [0.0]), "must have whole numbers as token_ids, none of them negative"),
+    "ids with fractions": (vllm([5.7], [0.0]), "must have whole numbers as token_ids, .* got .5.7"),
+    "ids in a text": (vllm("56", [0.0, 0.0]), "must have whole numbers as token_ids, .* got .56."),
+    "unknown ids": (
+        vllm([9999], [0.0]),
+        "must have token_ids below 280, the size of the policy's vocabulary",
+    ),
+    "log-probs in texts": (vllm([5], ["-1"]), "must have numbers as token_logprobs, got ..-1"),
     "no text": (
         lambda handler, body: handler.send(200, completion(None)),
         "must have text or token ids in its choice",
@@ -187,11 +196,66 @@ ERRORS = {
 def test_errors_are_one_line(case):
     reply, message = ERRORS[case]
     with Double(vllm(IDS, LOGPROBS), reply, models=["m"]) as server:
-        engine = _engine(server)
+        engine = _engine(server, vocabulary=280)
         engine.client.timeout = 0.1 if case == "no answer" else 5.0
         with pytest.raises(EngineError, match=message) as error:
             engine.generate([PROMPT], PARAMS)
     assert "\n" not in str(error.value)
+
+
+def _read(ids: Any, logprobs: Any, reason: str, most: int = 3, **choice: Any) -> tuple[Any, ...]:
+    found = completion("?", reason, logprobs={"token_logprobs": logprobs}, token_ids=ids, **choice)
+    sample = read_sample(found["choices"][0], TOKENIZER, EOS, most)
+    return sample.ids, [None if math.isnan(x) else x for x in sample.logprobs], sample.finish_reason
+
+
+def test_an_action_ends_with_its_first_end_token():
+    assert _read([5, EOS, 6], [-1.0, -2.0, -3.0], "length") == ([5, EOS], [-1.0, -2.0], "stop")
+
+
+def test_an_action_that_another_token_ended_gets_no_second_end():
+    assert _read([5, 6], [-1.0, -2.0], "stop", stop_reason=6) == ([5, 6], [-1.0, -2.0], "stop")
+    assert _read([5, 6], [-1.0, -2.0], "stop") == ([5, 6, EOS], [-1.0, -2.0, None], "stop")
+    assert _read([5, 6, 7], [-1.0] * 3, "stop") == ([5, 6, 7], [-1.0] * 3, "stop")
+
+
+def test_a_logprob_that_is_not_finite_is_not_known():
+    assert _read([5, 6], [-math.inf, math.nan], "length") == ([5, 6], [None, None], "length")
+
+
+def test_logprobs_of_tokens_that_are_not_told_are_not_used():
+    """A shorter list would shift all that follows in an episode of several turns."""
+    found = completion("say", "stop", logprobs={"token_logprobs": [-1.0]})["choices"][0]
+    sample = read_sample(found, TOKENIZER, EOS, 9)
+    assert len(sample.logprobs) == len(sample.ids)
+    assert all(map(math.isnan, sample.logprobs))
+    tokens = [TOKENIZER.decode([i]) for i in TOKENIZER("say", add_special_tokens=False)["input_ids"]]
+    found["logprobs"]["tokens"] = [*tokens]
+    found["logprobs"]["token_logprobs"] = [-1.0] * (len(tokens) + 1)
+    with pytest.raises(EngineError, match="must have a log-probability for each of its"):
+        read_sample(found, TOKENIZER, EOS, 9)
+
+
+@pytest.mark.parametrize(
+    "url", ["", "localhost:8000/v1", "ftp://x", "http://", "http://[::1/v1", "http://a:99999", None]
+)
+def test_what_is_no_address_is_told_in_one_line(url):
+    with pytest.raises(EngineError, match="base_url must be like http://localhost:8000/v1, got "):
+        OpenAIEngine(url, tokenizer=TOKENIZER, eos_id=EOS)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"timeout": 0}, "timeout must be above 0, got 0"),
+        ({"timeout": "1"}, "timeout must be a number that is not negative, got '1'"),
+        ({"retries": -1}, "retries must be a number that is not negative, got -1"),
+        ({"concurrency": "2"}, "concurrency must be an integer of at least 1, got '2'"),
+    ],
+)
+def test_numbers_of_a_server_are_checked(options, message):
+    with pytest.raises(ValueError, match=message):
+        OpenAIEngine("http://127.0.0.1:9/v1", tokenizer=TOKENIZER, eos_id=EOS, **options)
 
 
 def test_a_server_that_is_down_is_told_in_one_line():
@@ -302,6 +366,23 @@ def test_a_server_without_new_weights_is_told():
         with warnings.catch_warnings():
             warnings.simplefilter("error")
             engine.sync_weights(MODEL, 0)
+
+
+def test_what_a_killed_or_taken_back_run_left_is_removed(tmp_path):
+    folder = WeightFolder(tmp_path, TOKENIZER)
+    for version in (8, 9):
+        folder.write(MODEL, version)
+    (tmp_path / ".version-00000010.1").mkdir()
+    for version in (5, 6, 7):
+        folder.write(MODEL, version)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["version-00000006", "version-00000007"]
+
+
+def test_weights_that_nobody_tells_the_server_of_are_told(tmp_path):
+    with Double(vllm(IDS, LOGPROBS), models=["m"]) as server:
+        engine = _engine(server, sync_dir=tmp_path)
+        with pytest.warns(UserWarning, match="nothing tells the server, since reload_url is not set"):
+            engine.sync_weights(MODEL, 1)
 
 
 def test_the_key_is_sent():

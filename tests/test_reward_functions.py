@@ -13,6 +13,7 @@ from gymnasium.vector import AsyncVectorEnv, SyncVectorEnv
 
 from react_fast.envs import Record, RewardError, RewardFunction, TextEnv, WeightedRewards, calls, reward
 from react_fast.trainer.algorithms import GRPO
+from react_fast.trainer.meters import describe, samples
 from react_fast.trainer.trainer import Trainer
 
 from . import training
@@ -98,6 +99,7 @@ def test_trls_form_gets_the_columns_in_one_call():
 
     def judge(prompts, completions, completion_ids=None, trainer_state="?", **columns):
         columns.pop("log_metric")("n", 2)
+        columns.pop("log_extra")("first", [c[:1] for c in completions])
         seen.append((prompts, completions, completion_ids, trainer_state, columns))
         return [1.0] * len(prompts)
 
@@ -227,19 +229,53 @@ def test_retries(kind):
         (lambda s, a, r: math.nan, "must give a finite number or None, got 'nan'"),
         (lambda s, a, r: -math.inf, "must give a finite number or None, got '-inf'"),
         (lambda s, a, r: "1", "must give a finite number or None, got '1'"),
+        (lambda s, a, r: 10**400, "must give a finite number or None, got '1000"),
         (lambda completions, **_: [1.0], "must give a list of 3 rewards, got list [1.0]"),
         (lambda completions, **_: 1.0, "must give a list of 3 rewards, got float 1.0"),
         (lambda completions, **_: "abc", "must give a list of 3 rewards, got str 'abc'"),
+        (lambda completions, **_: {1.0, 2.0, 3.0}, "must give a list of 3 rewards, got set {1.0, 2.0, 3.0}"),
         (lambda completions, **_: np.array(1.0), "must give a list of 3 rewards, got ndarray array(1.)"),
         (
             lambda completions, log_metric: log_metric("n", math.nan),
             "log_metric needs a finite number for 'n', got nan",
         ),
+        (
+            lambda completions, log_extra: log_extra("x", ["a"]),
+            "log_extra needs 3 values for 'x', got ['a']",
+        ),
+        (lambda completions, log_extra: log_extra("x", "abc"), "log_extra needs 3 values for 'x', got 'abc'"),
         (lambda completions, **_: exec("raise SystemExit(3)"), "RuntimeError: SystemExit(3)"),
     ],
 )
 def test_what_is_no_reward_is_an_error_and_never_a_zero(function, cause):
-    slow = {"timeout": 5} if "SystemExit" in cause else {}
+    check_refused(function, cause)
+
+
+@pytest.mark.parametrize(
+    "error", [KeyboardInterrupt, SystemExit, GeneratorExit, StopIteration, asyncio.CancelledError]
+)
+def test_what_would_end_the_loop_or_the_run_is_an_error_of_its_call(error):
+    def late(state, action, record):
+        raise error("now")
+
+    async def awaited(state, action, record):
+        raise error("now")
+
+    check_refused(late, "RuntimeError: ", timeout=5)
+    check_refused(awaited, "RuntimeError: ")
+    if error is SystemExit:
+        check_refused(late, "RuntimeError: SystemExit('now')")
+    assert len(TextEnv.step_many(begun([slowly]), ANSWERS)) == 3
+
+
+def test_an_asynchronous_function_that_waits_for_another_is_an_error_and_no_wait_forever():
+    async def nested(state, action, record):
+        return TextEnv.step_many(begun([slowly]), ANSWERS)[0][1]
+
+    check_refused(nested, "RuntimeError: an asynchronous function must not wait for calls of another one")
+
+
+def check_refused(function, cause, **slow):
     with pytest.raises(RewardError) as caught:
         TextEnv.step_many(begun([RewardFunction(function, name="mine", **slow)]), ANSWERS)
     assert str(caught.value).startswith("reward 'mine' failed on row 0, prompt 'ab': ")
@@ -270,6 +306,7 @@ def test_a_marked_function_stays_a_function_and_keeps_its_options():
         (ValueError, "on_error must be 'raise', 'skip' or a finite number, got 'zero'", {"on_error": "zero"}),
         (ValueError, "on_error must be 'raise', 'skip' or a finite number, got inf", {"on_error": math.inf}),
         (TypeError, "batched must be True, False or None, got 'yes'", {"batched": "yes"}),
+        (TypeError, "batched must be True, False or None, got 1", {"batched": 1}),
         (TypeError, "unexpected keyword argument 'wait'", {"wait": 1}),
     ],
 )
@@ -281,6 +318,8 @@ def test_options_refused_where_the_function_is_defined(error, match, options):
 @pytest.mark.parametrize(
     ("error", "match", "arguments"),
     [
+        (TypeError, "weights must be a list of numbers or None, got int", ([length], 1)),
+        (TypeError, "weights must be a list of numbers or None, got str", ([length], "1")),
         (ValueError, "functions must hold at least one function, got none", ([],)),
         (TypeError, "functions must be a list of functions, got str", ("length",)),
         (TypeError, "function must be callable, got int", ([1],)),
@@ -291,6 +330,34 @@ def test_options_refused_where_the_function_is_defined(error, match, options):
 def test_weighted_rewards_refuse(error, match, arguments):
     with pytest.raises(error, match=match):
         WeightedRewards(*arguments)
+
+
+def test_one_reward_function_is_a_list_of_one():
+    one = TextEnv.step_many(begun(RewardFunction(constant, weight=2.0)), ANSWERS)
+    assert one == TextEnv.step_many(begun([RewardFunction(constant, weight=2.0)]), ANSWERS)
+    assert [step[1] for step in one] == [2.0] * 3
+
+
+@pytest.mark.parametrize("weights", [[1e10, 1.0], [1e10, -1e10]])
+def test_a_sum_that_is_too_large_is_an_error(weights):
+    def one(state, action, record):
+        return 1e308
+
+    def other(state, action, record):
+        return 1e308
+
+    with pytest.raises(RewardError, match="the sum of weight x reward must be finite, got "):
+        begun(WeightedRewards([one, other], weights))[0].step("x")
+
+
+def test_what_cannot_be_marked_is_told():
+    with pytest.raises(TypeError, match="can be marked, got builtin_function_or_method; use RewardFunction"):
+        reward(len)
+
+
+def test_a_plain_reward_that_is_a_text_is_refused():
+    with pytest.raises(TypeError, match="the result of reward must be a number, got str"):
+        begun(lambda state, action, record: "3.0")[0].step("x")
 
 
 def test_env_refuses_what_is_no_reward():
@@ -322,7 +389,8 @@ def test_trainer_logs_every_part_and_counts_failures():
             raise ConnectionError("busy")
         return len(action)
 
-    def sometimes(completions, completion_ids, log_metric, **columns):
+    def sometimes(completions, completion_ids, log_metric, log_extra, **columns):
+        log_extra("size", [len(c) for c in completions])
         log_metric("judge/rows", len(completions))
         log_metric("judge/rows", 0)
         assert all(ids and isinstance(ids[0], int) for ids in completion_ids)
@@ -342,7 +410,11 @@ def test_trainer_logs_every_part_and_counts_failures():
     texts = [tokenizer.decode(t.token_ids[t.action_mask].tolist(), skip_special_tokens=True) for t in played]
     lengths = [len(x) for x, t in zip(texts, played, strict=True) if t.record != 4]
     odd = [vowels("", x, None) for x in texts if len(x) % 2]
+    assert all(t.extra == {"size": len(x)} for x, t in zip(texts, played, strict=True))
+    assert all(row["size"] == len(row["response"]) for row in samples(played, training.RECORDS, tokenizer))
     logged = log.metrics[0]
+    whole = [sum(t.rewards) for t in played]
+    assert logged["reward_std"] == pytest.approx(np.std(whole, ddof=1))
     assert logged["rewards/judge/mean"] == pytest.approx(np.mean(lengths))
     assert logged["rewards/judge/std"] == pytest.approx(np.std(lengths, ddof=1))
     assert logged["rewards/judge/failed"] == 4
@@ -352,6 +424,33 @@ def test_trainer_logs_every_part_and_counts_failures():
     assert logged["reward"] == pytest.approx(1 + (0.1 * sum(lengths) + sum(odd)) / 20)
     assert not any(name.startswith("rewards/never") for name in logged)
     assert all(math.isfinite(value) for metrics in log.metrics for value in metrics.values())
+
+
+@pytest.mark.parametrize("name", ["loss", "reward", "entropy", "completions/mean_length", "time/rollout"])
+def test_reward_functions_cannot_log_over_the_trainers_numbers(name):
+    def logs(completions, log_metric, **columns):
+        log_metric(name, 99.0)
+        return [1.0] * len(completions)
+
+    model, tokenizer = training.make_policy()
+    env = TextEnv([Record("ab")], reward=logs)
+    trainer = Trainer(model, tokenizer, env, algorithm=GRPO(), config=training.make_config(steps=1))
+    with pytest.raises(RewardError, match=f"a name that the trainer does not log, got '{name}'"):
+        trainer.train()
+
+
+@pytest.mark.parametrize(("last", "share"), [(0.1, 1.0), (0.2, 0.5)])
+def test_groups_of_equal_rewards_are_counted_whatever_they_round_to(last, share):
+    """The standard deviation of three times 0.1 is not 0 in float64."""
+    env = TextEnv([Record("ab")], reward=lambda state, action, record: 0.1)
+    model, tokenizer = training.make_policy()
+    trainer = Trainer(model, tokenizer, env, algorithm=GRPO(), config=training.make_config(group_size=6))
+    played = trainer.collect()[:6]
+    for i, trajectory in enumerate(played):
+        trajectory.group = i // 3
+    played[-1].rewards = [last]
+    assert np.std([0.1] * 3) > 0
+    assert describe(played, supervised=False)["frac_reward_zero_std"] == share
 
 
 def test_parts_of_turns_add_up():

@@ -9,7 +9,14 @@ import transformers
 
 from react_fast.ops.logprob import token_logprobs
 from react_fast.reference.rollout import kept_tokens
-from react_fast.trainer.rollout import ContinuousBatchingEngine, GenerateEngine, PolicyEngine, SamplingParams
+from react_fast.trainer.rollout import (
+    ContinuousBatchingEngine,
+    EngineError,
+    GenerateEngine,
+    PolicyEngine,
+    Sample,
+    SamplingParams,
+)
 from react_fast.trainer.rollout.truncation import choose, kept_floors
 
 PROMPTS = [[1, 2, 3], [4, 5, 6, 7, 8, 9, 10], [11]]
@@ -121,9 +128,59 @@ def test_generate_undoes_what_a_checkpoint_says_about_sampling():
     """Defaults of a generation_config.json would change the distribution behind the trainer's back."""
     model, params = _model("qwen2"), SamplingParams(8, seed=5)
     plain = GenerateEngine(model, eos_id=EOS, pad_id=0).generate(PROMPTS, params)
-    model.generation_config.update(top_k=2, temperature=0.3, repetition_penalty=1.5, do_sample=True)
+    own = model.generation_config
+    own.update(top_k=2, temperature=0.3, repetition_penalty=1.5, do_sample=True, typical_p=0.1, max_time=1e-9)
+    own.update(suppress_tokens=plain[0].ids[1:2], eos_token_id=[plain[1].ids[1], 1])
     again = GenerateEngine(model, eos_id=EOS, pad_id=0).generate(PROMPTS, params)
     assert [sample.ids for sample in again] == [sample.ids for sample in plain]
+    assert model.generation_config is own
+    endless = GenerateEngine(model, eos_id=None, pad_id=0).generate(PROMPTS, params)
+    assert [sample.finish_reason for sample in endless] == ["length"] * 3
+    assert min(min(sample.logprobs) for sample in endless) > -20
+
+
+@pytest.mark.parametrize("engine", [PolicyEngine, GenerateEngine, ContinuousBatchingEngine])
+def test_a_greedy_search_among_some_tokens_has_their_logprobs(engine):
+    model, params = _model("llama"), SamplingParams(4, greedy=True, top_k=3, temperature=2.0)
+    samples = engine(model, eos_id=EOS, pad_id=0).generate(PROMPTS, params)
+    for prompt, sample in zip(PROMPTS, samples, strict=True):
+        with torch.no_grad():
+            logits = model(torch.tensor([prompt + sample.ids])).logits[0, len(prompt) - 1 : -1]
+        three = torch.log_softmax(logits.topk(3).values / 2, -1)[:, 0]
+        torch.testing.assert_close(torch.tensor(sample.logprobs), three, rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize("engine", [PolicyEngine, GenerateEngine, ContinuousBatchingEngine])
+def test_a_table_of_positions_has_an_end(engine):
+    message = (
+        "max_new_tokens must be at most 41 behind a prompt of 7 tokens in a model with 48 positions, got 42"
+    )
+    with pytest.raises(EngineError, match=message):
+        engine(_model("gpt2"), eos_id=EOS, pad_id=0).generate(PROMPTS, SamplingParams(42))
+    sample = PolicyEngine(_model("llama"), eos_id=None, pad_id=0).generate([[1]], SamplingParams(50))[0]
+    assert len(sample.ids) == 50
+
+
+@pytest.mark.parametrize("engine", [GenerateEngine, ContinuousBatchingEngine])
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"repetition_penalti": 1.1}, "got 'repetition_penalti'; did you mean repetition_penalty?"),
+        ({"temperature": 0.5}, "generation_options must leave temperature to the sampling parameters"),
+        ({"num_return_sequences": 2}, "generation_options must leave num_return_sequences to"),
+        ({"return_dict_in_generate": False}, "generation_options must leave return_dict_in_generate to"),
+    ],
+)
+def test_generation_options_are_refused(engine, options, message):
+    with pytest.raises(EngineError) as error:
+        engine(_model("llama"), eos_id=EOS, pad_id=0, options=options)
+    assert message in str(error.value)
+
+
+def test_a_generation_option_with_a_value_that_generate_refuses_is_one_line():
+    engine = GenerateEngine(_model("llama"), eos_id=EOS, pad_id=0, options={"repetition_penalty": "x"})
+    with pytest.raises(EngineError, match=r"generation_options \{'repetition_penalty': 'x'\} are refused: "):
+        engine.generate(PROMPTS, SamplingParams(2))
 
 
 def test_generate_is_keyed_and_leaves_the_generator_alone():
@@ -183,6 +240,24 @@ def test_bad_prompts_are_refused(engine):
     assert made.generate([], SamplingParams(2)) == []
     with pytest.raises(ValueError, match="prompts must hold at least one token each"):
         made.generate([[1], []], SamplingParams(2))
+    with pytest.raises(ValueError, match="rows must be 2 like prompts, got 1"):
+        made.generate([[1], [2]], SamplingParams(2, rows=[0]))
+
+
+@pytest.mark.parametrize("engine", [PolicyEngine, GenerateEngine, ContinuousBatchingEngine])
+def test_tokens_that_are_none_are_refused(engine):
+    """A checkpoint's list of end tokens would never equal a token."""
+    with pytest.raises(TypeError, match=r"eos_id must be one token or None, got \[0\]"):
+        engine(_model("llama"), eos_id=[EOS], pad_id=0)
+    with pytest.raises(TypeError, match="pad_id must be one token, got None"):
+        engine(_model("llama"), eos_id=EOS, pad_id=None)
+
+
+def test_a_sample_has_a_logprob_for_every_token():
+    with pytest.raises(ValueError, match="logprobs must be 2 like ids, got 1"):
+        Sample([1, 2], [-1.0], "stop")
+    with pytest.raises(ValueError, match="finish_reason must be 'stop' or 'length', got 'eos'"):
+        Sample([1], [-1.0], "eos")
 
 
 @pytest.mark.parametrize(
@@ -191,8 +266,15 @@ def test_bad_prompts_are_refused(engine):
         ({"top_k": 0}, "top_k must be at least 1"),
         ({"top_p": 0.0}, r"top_p must be in \(0, 1\]"),
         ({"min_p": 1.5}, r"min_p must be in \[0, 1\]"),
+        ({"seed": -1}, r"seed must be in \[0, 2\^63\), got -1"),
+        ({"seed": 1 << 64}, r"seed must be in \[0, 2\^63\), got 18446744073709551616"),
+        ({"seed": 1.5}, "seed must be an integer, got float"),
+        ({"top_k": True}, "top_k must be an integer, got bool"),
+        ({"max_new_tokens": "4"}, "max_new_tokens must be an integer, got str"),
+        ({"temperature": "1"}, "temperature must be a number, got str"),
+        ({"greedy": "no"}, "greedy must be True or False, got str"),
     ],
 )
 def test_bad_sampling_is_refused(options, message):
-    with pytest.raises(ValueError, match=message):
-        SamplingParams(4, **options)
+    with pytest.raises((ValueError, TypeError), match=message):
+        SamplingParams(**{"max_new_tokens": 4, **options})

@@ -1,5 +1,6 @@
 """The engine that a configuration names: made, refused in one line, trained with."""
 
+import types
 from typing import Any
 
 import pytest
@@ -38,6 +39,13 @@ def test_the_engines_are_made():
     assert found.options == {"repetition_penalty": 1.1}
     continuous = make_engine(RolloutConfig(engine="continuous"), MODEL, TOKENIZER)
     assert isinstance(continuous, ContinuousBatchingEngine)
+
+
+def test_a_tokenizer_without_a_pad_token_fills_rows_with_the_end_token():
+    tokenizer = types.SimpleNamespace(eos_token_id=0, pad_token_id=None)
+    assert make_engine(RolloutConfig(engine="generate"), MODEL, tokenizer).pad_id == 0
+    tokenizer.eos_token_id = 7
+    assert make_engine(RolloutConfig(engine="continuous"), MODEL, tokenizer).pad_id == 7
 
 
 def test_a_servers_engine_has_the_options_of_the_configuration(tmp_path, monkeypatch):

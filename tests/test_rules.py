@@ -1,5 +1,6 @@
 """Users' f, g and end of episode: by import path, by decorator, by the configuration."""
 
+import functools
 import json
 import sys
 import types
@@ -37,6 +38,21 @@ def add(a: int, b: int) -> int:
 
 def broken(state, action, record):
     return 1 / 0
+
+def leaves(state, action, record):
+    raise SystemExit(0)
+
+def wordy(state, action, record):
+    return "0.5"
+
+def nothing(state, action, record):
+    return None
+
+def two(state, action):
+    return 1.0
+
+def rewrites(state, action, record):
+    return "new"
 
 def plain(state, action, record):
     return 0.25
@@ -76,6 +92,18 @@ def test_marked_functions_of_a_module_are_taken(config):
     assert _played(env, "no")[0][1] == 3
 
 
+def test_marked_objects_and_partial_functions_are_taken_too():
+    class Judge:
+        def __call__(self, state, action, record):
+            return 2.0
+
+    module = types.ModuleType("judges")
+    module.judge = reward(name="judge")(Judge())
+    module.again = module.judge
+    module.half = reward(name="half")(functools.partial(lambda factor, s, a, r: factor, 0.5))
+    assert rules_of(module).rewards == (module.judge, module.half)
+
+
 def test_functions_by_import_path_and_weights_by_name(config):
     names = {"my_rules:brief": 0.5, "my_rules:plain": 4, "exact_match": 2}
     rules = {"rewards": names, "transition": "my_rules:say", "terminal": "my_rules:done"}
@@ -88,7 +116,7 @@ def test_functions_by_import_path_and_weights_by_name(config):
 
 
 def test_train_command_logs_them_and_says_in_one_line_what_fails(config, tmp_path, capsys):
-    words = train_words(tmp_path, env={"reward": None}, warm_start={"steps": 0}, trainer={"steps": 1})
+    words = train_words(tmp_path, warm_start={"steps": 0}, trainer={"steps": 1}, env={"reward": None})
     rewards = ["--env.rewards", "{my_rules:plain: 4, chrf: 2}", "--tracker.enabled", "false"]
     assert main([*words, *rewards]) == 0
     (line,) = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
@@ -151,6 +179,52 @@ def test_wrong_names_are_one_line(config, tmp_path, keys, message):
         load_environments(config(**keys))
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"reward": "my_rules:broken"}, "env.reward broken failed: ZeroDivisionError: division by zero"),
+        ({"reward": "my_rules:leaves"}, "env.reward leaves failed: SystemExit(0)"),
+        ({"reward": "my_rules:two"}, "env.reward two failed: TypeError: two() takes 2 positional arguments"),
+        ({"reward": "my_rules:wordy"}, "env.reward wordy must give a number, got str"),
+        ({"reward": "my_rules:nothing"}, "env.reward nothing must give a number, got NoneType"),
+        ({"transition": "my_rules:nothing"}, "env.transition nothing must give a str, got NoneType"),
+        ({"terminal": "my_rules:broken"}, "env.terminal broken failed: TypeError: broken() missing 1"),
+    ],
+)
+def test_functions_that_fail_are_one_line(config, keys, message):
+    env = load_environments(config(**{"reward": "my_rules:plain", **keys}))["train"]
+    with pytest.raises(UserError) as caught:
+        _played(env, "x")
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--env.reward", "my_rules:leaves"], "env.reward leaves failed: SystemExit(0)"),
+        (
+            ["--env.reward", "my_rules:plain", "--env.transition", "my_rules:rewrites", "--max_turns", "2"],
+            "the transition of a multi-turn environment must continue the text so far",
+        ),
+        (
+            ["--rollout.engine", "continuous", "--trainer.min_p", "0.1"],
+            "trainer.min_p must be 0 for rollout.en",
+        ),
+        (
+            ["--rollout.engine", "generate", "--rollout.generation_options", "{penalty: 1}"],
+            "generation_options must hold fields of GenerationConfig, got 'penalty'",
+        ),
+    ],
+)
+@pytest.mark.usefixtures("config")
+def test_the_command_says_in_one_line_what_stops_a_rollout(tmp_path, capsys, words, message):
+    assert main([*train_words(tmp_path, warm_start={"steps": 0}), *words]) == 2
+    told = capsys.readouterr().err.strip()
+    assert message in told
+    assert "\n" not in told
 
 
 def test_marks_refuse_what_cannot_be_called_so():

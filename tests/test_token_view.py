@@ -128,6 +128,29 @@ def test_other_environments_and_actions_are_refused():
         view.step(16)
 
 
+@pytest.mark.parametrize("action", [1.5, "a", None])
+def test_actions_that_are_no_integers_are_refused(action):
+    view = make_view()
+    view.reset(seed=0)
+    with pytest.raises(TypeError, match="action must be an integer, got "):
+        view.step(action)
+
+
+def test_a_token_needs_an_episode_under_way():
+    view = make_view(max_tokens=1)
+    with pytest.raises(gymnasium.error.ResetNeeded):
+        view.step(0)
+    view.reset(seed=0)
+    assert [view.step(0)[2] for _ in range(2)] == [False, True]
+    with pytest.raises(gymnasium.error.ResetNeeded):
+        view.step(0)
+
+
+def test_ids_beyond_the_vocabulary_are_refused():
+    with pytest.raises(ValueError, match="vocabulary must be above every token id, got 3 for the id 4"):
+        make_view(vocabulary=3).reset(options={"index": 1})
+
+
 def test_stable_baselines_checks_and_learns():
     """Chance earns 1/4; the margin is half of what is left."""
     pytest.importorskip("stable_baselines3", reason=WITHOUT)

@@ -13,7 +13,7 @@ from react_fast.envs import Record, TextEnv, ToolCall, ToolEnv, tools_preface
 from react_fast.trainer.algorithms import GRPO
 from react_fast.trainer.config import TrainerConfig
 from react_fast.trainer.meters import describe
-from react_fast.trainer.rollout import Episodes, Sample, SamplingParams
+from react_fast.trainer.rollout import EngineError, Episodes, Sample, SamplingParams
 from react_fast.trainer.trainer import Trainer
 
 from . import training
@@ -48,11 +48,24 @@ def unwritable():
     return {(1, 2): 3}
 
 
+def ends():
+    raise SystemExit(0)
+
+
+class Nameless:
+    def __str__(self):
+        raise ZeroDivisionError
+
+
+def nameless():
+    return Nameless()
+
+
 def call(name, **arguments):
     return f"<tool_call>{json.dumps({'name': name, 'arguments': arguments})}</tool_call>"
 
 
-TOOLS = [multiply, upper, hangs, fails, unwritable]
+TOOLS = [multiply, upper, hangs, fails, unwritable, ends, nameless]
 
 
 def make_env(**options):
@@ -95,6 +108,9 @@ def test_a_call_in_the_last_turn_truncates():
         (call("unwritable"), "error: TypeError: keys must be str"),
         ("<tool_call>{", "error: a call must end with </tool_call>"),
         ("<tool_call>{</tool_call>", "error: a call must be JSON: "),
+        (f"<tool_call>{'[' * 100_000}</tool_call>", "error: a call must be JSON: it is nested too deeply"),
+        (call("ends"), "error: RuntimeError: SystemExit(0)"),
+        (call("nameless"), "error: ZeroDivisionError"),
         ("<tool_call>3</tool_call>", 'error: a call must be an object with "name" and "arguments"'),
         (
             '<tool_call>{"name": "upper", "arguments": "x"}</tool_call>',
@@ -151,6 +167,20 @@ def test_own_syntax_and_own_end():
     env.reset(options={"index": 0})
     assert env.step("!go")[0:3:2] == ("6*7? !go=GO;", False)
     assert env.step("!done")[0:3:2] == ("6*7? !go=GO;!done=DONE;", True)
+
+
+def test_a_tool_that_exits_in_the_callers_thread_does_not_end_the_run():
+    env = ToolEnv(RECORDS, [ends])
+    env.reset(options={"index": 0})
+    assert "\nerror: RuntimeError: SystemExit(0)\n" in env.step(call("ends"))[0]
+
+
+@pytest.mark.parametrize("answer", [None, ["multiply"], "multiply"])
+def test_a_parser_that_gives_no_calls_is_refused(answer):
+    env = ToolEnv(RECORDS, [multiply], parse=lambda action: answer)
+    env.reset(options={"index": 0})
+    with pytest.raises(TypeError, match="parse must give a list of ToolCall, got "):
+        env.step("x")
 
 
 def test_preface_names_the_tools():
@@ -213,6 +243,20 @@ def test_tokens_of_tools_are_no_actions_and_the_policy_reads_them():
     assert "<tool_response>\n42\n</tool_response>" in script.seen[1][0]
     metrics = describe([first, second], supervised=False)
     assert (metrics["tools/calls"], metrics["tools/failed"]) == (4, 2)
+
+
+def test_rows_groups_and_samples_are_one_for_each_record():
+    tokenizer = training.make_policy()[1]
+    env = TextEnv([Record("a")], reward=lambda state, action, record: 1.0)
+    engine = Script(tokenizer, [])
+    engine.generate = lambda prompts, params: []
+    episodes = Episodes(engine, tokenizer, env)
+    with pytest.raises(ValueError, match="groups must be 1 like records, got 2"):
+        episodes.play([0], [0, 1], SamplingParams(2))
+    with pytest.raises(ValueError, match=r"params\.rows must be 1 like records, got 2"):
+        episodes.play([0], [0], SamplingParams(2, rows=[0, 1]))
+    with pytest.raises(EngineError, match="the engine must give 1 samples, got 0"):
+        episodes.play([0], [0], SamplingParams(2))
 
 
 def test_the_trainer_scores_actions_alone():

@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 T = TypeVar("T")
 # Seconds before the first retry; each further one waits twice as long.
 FIRST_WAIT = 0.5
-
+_THREAD = "react_fast calls"
 
 # By name or by place.
 Arguments = dict[str, Any] | tuple[Any, ...]
@@ -59,6 +59,8 @@ class Calls:
                 time.sleep(FIRST_WAIT * 2 ** (attempt - 1))
             try:
                 return call()
+            except SystemExit as caught:
+                error: Exception = _ordinary(caught)
             except Exception as caught:
                 error = caught
         return error
@@ -70,7 +72,8 @@ class Calls:
             async with limit:
                 return await self._awaited(call if asynchronous else functools.partial(_in_thread, call))
 
-        return await asyncio.gather(*map(one, calls))
+        found = await asyncio.gather(*map(one, calls), return_exceptions=True)
+        return [_ordinary(r) if isinstance(r, asyncio.CancelledError) else r for r in found]
 
     async def _awaited(self, call: Callable[[], Awaitable[Any]]) -> Any:
         error: Exception
@@ -91,7 +94,10 @@ def run(jobs: Sequence[tuple[Calls, Callable[..., Any], Sequence[Arguments]]]) -
     """For every (how, function, calls): the result of every call, or the exception of its last attempt.
 
     Functions that are asynchronous or have a timeout run at one time, beside the others, which run in the caller's
-    thread; the loop is the process's own, so that this works inside a notebook's.
+    thread; the loop is the process's own, so that this works inside a notebook's. An exit that a function asks for
+    is an exception of its call.
+
+    Raises: RuntimeError from within an asynchronous function of another call, which would wait for itself.
     """
     waiting: dict[int, Future[list[Any]]] = {}
     plain: dict[int, list[Any]] = {}
@@ -99,6 +105,8 @@ def run(jobs: Sequence[tuple[Calls, Callable[..., Any], Sequence[Arguments]]]) -
     try:
         for i, (how, function, _) in enumerate(jobs):
             if how.timeout is not None or is_async(function):
+                if threading.current_thread().name == _THREAD:
+                    raise RuntimeError("an asynchronous function must not wait for calls of another one")
                 work = how._together(bound[i], is_async(function))
                 waiting[i] = asyncio.run_coroutine_threadsafe(work, _loop(os.getpid()))
         for i, (how, _, _) in enumerate(jobs):
@@ -142,16 +150,23 @@ def _number(name: str, value: Any, kinds: tuple[type, ...]) -> None:
 def _loop(process: int) -> asyncio.AbstractEventLoop:
     """One loop in a thread for a process: clients that an asynchronous function keeps stay bound to it."""
     loop = asyncio.new_event_loop()
-    threading.Thread(target=loop.run_forever, name="react_fast calls", daemon=True).start()
+    threading.Thread(target=loop.run_forever, name=_THREAD, daemon=True).start()
     return loop
 
 
+def _ordinary(error: BaseException) -> RuntimeError:
+    """What ends a program or a loop, as an exception that may be kept."""
+    return RuntimeError(repr(error))
+
+
 async def _guarded(call: Callable[[], Awaitable[Any]]) -> Any:
-    """What a call gives. A SystemExit would end the loop and leave everybody waiting."""
+    """What a call gives. Anything but an Exception would end the loop and leave everybody waiting."""
     try:
         return await call()
-    except SystemExit as error:
-        raise RuntimeError(f"SystemExit({error.code})") from error
+    except (Exception, asyncio.CancelledError):
+        raise
+    except BaseException as error:
+        raise _ordinary(error) from error
 
 
 async def _in_thread(call: Callable[[], T]) -> T:
@@ -163,6 +178,8 @@ async def _in_thread(call: Callable[[], T]) -> T:
             return
         try:
             future.set_result(call())
+        except StopIteration as error:  # no future of asyncio takes it
+            future.set_exception(_ordinary(error))
         except BaseException as error:
             future.set_exception(error)
 

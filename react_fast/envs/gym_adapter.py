@@ -86,19 +86,22 @@ class GymTextEnv(TextEnv):
             raise ValueError(f"on_illegal must be 'noop' or 'truncate', got {on_illegal!r}")
         if describe is not None and not callable(describe):
             raise TypeError(f"describe must be a function, got {type(describe).__name__}")
+        if not isinstance(instruction, str):
+            raise TypeError(f"instruction must be a str, got {type(instruction).__name__}")
         if not is_number(penalty):
             raise ValueError(f"penalty must be a finite number, got {penalty!r}")
         self.make, self.layout, self.describe = env, layout, describe
         self.on_illegal, self.penalty = on_illegal, float(penalty)
         self.env = self._made()
+        if not isinstance(self.env, gymnasium.Env):
+            raise TypeError(f"env must make a gymnasium.Env, got {type(self.env).__name__}")
         space: Any = self.env.action_space
         if not isinstance(space, spaces.Discrete):
             raise TypeError(f"env must have Discrete actions, got {space}")
         self.first, self.names = int(space.start), _names(actions, space)
         self.numbers = {str(space.start + i): i for i in range(int(space.n))}
         self.numbers |= {name.strip().casefold(): i for i, name in enumerate(self.names)}
-        numbers = list(range(seeds)) if isinstance(seeds, int) else [int(seed) for seed in seeds]
-        records = [Record(instruction + self._begun(seed), None, {"seed": seed}) for seed in numbers]
+        records = [Record(instruction + self._begun(seed), None, {"seed": seed}) for seed in _seeds(seeds)]
         super().__init__(records, reward=_own, max_turns=max_turns, max_length=max_length)
         self.instruction = instruction
 
@@ -171,11 +174,24 @@ class GymTextEnv(TextEnv):
 def _names(actions: Any, space: Any) -> list[str]:
     if actions is None:
         return [str(space.start + i) for i in range(int(space.n))]
-    if isinstance(actions, str) or not all(isinstance(name, str) and name.strip() for name in actions):
+    named = isinstance(actions, Sequence) and not isinstance(actions, str)
+    if not named or not all(isinstance(name, str) and name.strip() for name in actions):
         raise TypeError(f"actions must be a list of names, got {actions!r:.60}")
     if len({name.strip().casefold() for name in actions}) != int(space.n) or len(actions) != int(space.n):
         raise ValueError(f"actions must be {int(space.n)} different names, got {list(actions)!r:.60}")
     return list(actions)
+
+
+def _seeds(seeds: Any) -> list[int]:
+    whole = isinstance(seeds, int) and not isinstance(seeds, bool)
+    if not whole and (isinstance(seeds, (str, bytes)) or not isinstance(seeds, Sequence)):
+        raise TypeError(f"seeds must be their number or a list of integers, got {seeds!r:.60}")
+    found = range(seeds) if whole else seeds
+    if not found or any(isinstance(s, bool) or not isinstance(s, int) or s < 0 for s in found):
+        raise ValueError(
+            f"seeds must be at least one, none of them negative or no integer, got {seeds!r:.60}"
+        )
+    return list(found)
 
 
 def _own(state: str, action: str, record: Record) -> float:

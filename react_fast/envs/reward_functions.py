@@ -3,7 +3,7 @@
 import functools
 import inspect
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -44,12 +44,14 @@ class Payment(NamedTuple):
         parts: reward of every function by name, without its weight; None where it does not apply or was skipped.
         failed: names of functions whose call failed and was skipped or replaced.
         logged: means of what the functions gave to `log_metric` in the call that paid this action.
+        extra: what they gave to `log_extra` for this action, by column.
     """
 
     total: float | None
     parts: dict[str, float | None]
     failed: tuple[str, ...]
     logged: Mapping[str, float] = {}
+    extra: Mapping[str, Any] = {}
 
 
 @dataclass(frozen=True)
@@ -62,8 +64,10 @@ class RewardFunction:
             f(prompts, completions, **columns) -> list of numbers or None, TRL's form, known by the name
                 `completions`: prompts are the states that the actions were taken in; the columns are lists: the
                 records' metadata by their keys (None where a record lacks one), `reference`, `completion_ids`
-                (the actions' tokens, None where not known) and `trainer_state`, which is None; only those that
-                the function names, or all if it takes `**`;
+                (the actions' tokens, None where not known), `trainer_state`, which is None,
+                `log_metric(name, number)`, whose means over a call are logged, and `log_extra(column, values)`,
+                whose values, one a row, stand beside the samples; only those that the function names, or all
+                if it takes `**`;
             f(states, actions, records) -> list, with `batched`.
             Each may be `async def`. None: the function does not apply to the row.
         weight: factor in the total.
@@ -90,11 +94,12 @@ class RewardFunction:
             raise TypeError(f"function must be callable, got {type(self.function).__name__}")
         if self.name is not None and not (isinstance(self.name, str) and self.name):
             raise TypeError(f"name must be a text or None, got {self.name!r}")
-        if self.batched not in (None, True, False):
+        if not (self.batched is None or isinstance(self.batched, bool)):
             raise TypeError(f"batched must be True, False or None, got {self.batched!r}")
         if not is_number(self.weight):
             raise ValueError(f"weight must be a finite number, got {self.weight!r}")
-        if self.on_error not in ("raise", "skip") and not is_number(self.on_error):
+        known = isinstance(self.on_error, str) and self.on_error in ("raise", "skip")
+        if not known and not is_number(self.on_error):
             raise ValueError(f"on_error must be {_ON_ERROR}, got {self.on_error!r}")
         _ = self.calls
 
@@ -111,10 +116,13 @@ class RewardFunction:
             function = function.func
         return getattr(function, "__name__", type(function).__name__)
 
-    def asked(self, actions: Sequence[Action], log: Callable[[str, float], None]) -> list[Arguments]:
-        """The arguments of every call that is needed: one call for all rows, or one for each."""
+    def asked(self, actions: Sequence[Action], logs: Mapping[str, Callable[..., None]]) -> list[Arguments]:
+        """The arguments of every call that is needed: one call for all rows, or one for each.
+
+        Args: logs: `log_metric` and `log_extra` by name.
+        """
         if self._is_trl:
-            return [self._columns(actions, log)]
+            return [self._columns(actions, logs)]
         rows = [(a.state, a.text, a.record) for a in actions]
         return [tuple(map(list, zip(*rows, strict=True)))] if self.batched else list(rows)
 
@@ -131,7 +139,7 @@ class RewardFunction:
     def _is_trl(self) -> bool:
         return self.batched is not False and "completions" in _parameters(self.function)
 
-    def _columns(self, actions: Sequence[Action], log: Callable[[str, float], None]) -> dict[str, Any]:
+    def _columns(self, actions: Sequence[Action], logs: Mapping[str, Callable[..., None]]) -> dict[str, Any]:
         """Arguments of a call in TRL's form."""
         names = _parameters(self.function)
         keys = list(dict.fromkeys(key for a in actions for key in (*a.columns, *a.record.metadata)))
@@ -142,7 +150,7 @@ class RewardFunction:
             "reference": [a.record.reference for a in actions],
             "completion_ids": [a.ids for a in actions],
             "trainer_state": None,
-            "log_metric": log,
+            **logs,
         }
         takes_all = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in names.values())
         return {key: value for key, value in columns.items() if takes_all or key in names}
@@ -151,7 +159,7 @@ class RewardFunction:
         if isinstance(result, Exception):
             return [result] * rows
         try:
-            values = [] if isinstance(result, (str, bytes, Mapping)) else list(result)
+            values = [] if isinstance(result, (str, bytes, Mapping, Set)) else list(result)
         except TypeError:
             values = []
         if len(values) == rows:
@@ -163,7 +171,7 @@ class RewardFunction:
         if value is None:
             return None, False
         if not isinstance(value, Exception):
-            number = _as_number(value)
+            number = as_number(value)
             if number is not None and math.isfinite(number):
                 return number, False
             value = ValueError(f"must give a finite number or None, got {str(value)[:60]!r}")
@@ -190,6 +198,8 @@ class WeightedRewards:
             raise TypeError(f"functions must be a list of functions, got {type(functions).__name__}")
         if not functions:
             raise ValueError("functions must hold at least one function, got none")
+        if weights is not None and not isinstance(weights, (list, tuple)):
+            raise TypeError(f"weights must be a list of numbers or None, got {type(weights).__name__}")
         if weights is not None and len(weights) != len(functions):
             raise ValueError(f"weights must be {len(functions)} like functions, got {len(weights)}")
         given = [None] * len(functions) if weights is None else weights
@@ -217,26 +227,47 @@ class WeightedRewards:
         """
         if not actions:
             return []
-        notes: dict[str, list[float]] = {}
-
-        def log(name: str, value: float) -> None:
-            number = _as_number(value)
-            if number is None or not math.isfinite(number):
-                raise ValueError(f"log_metric needs a finite number for {name!r}, got {value!r:.60}")
-            notes.setdefault(name, []).append(number)
-
-        results = run([(one.calls, one.function, one.asked(actions, log)) for one in self.functions])
+        notes = _Notes(len(actions))
+        logs: dict[str, Callable[..., None]] = {"log_metric": notes.metric, "log_extra": notes.column}
+        results = run([(one.calls, one.function, one.asked(actions, logs)) for one in self.functions])
         answers = zip(self.functions, results, strict=True)
         found = [function.answered(result, actions) for function, result in answers]
-        logged = {name: sum(values) / len(values) for name, values in dict(notes).items()}
-        return [self._payment(row, logged) for row in zip(*found, strict=True)]
+        logged = {name: sum(values) / len(values) for name, values in dict(notes.metrics).items()}
+        extras = [
+            {name: column[i] for name, column in dict(notes.extra).items()} for i in range(len(actions))
+        ]
+        rows = zip(zip(*found, strict=True), extras, strict=True)
+        return [self._payment(row, logged, extra) for row, extra in rows]
 
-    def _payment(self, row: Sequence[tuple[float | None, bool]], logged: Mapping[str, float]) -> Payment:
+    def _payment(
+        self, row: Sequence[tuple[float | None, bool]], logged: Mapping[str, float], extra: Mapping[str, Any]
+    ) -> Payment:
         named = list(zip(self.functions, row, strict=True))
         due = [function.weight * value for function, (value, _) in named if value is not None]
         parts = {function.label: value for function, (value, _) in named}
         failed = tuple(function.label for function, (_, wrong) in named if wrong)
-        return Payment(math.fsum(due) if due else None, parts, failed, logged)
+        return Payment(_total(due) if due else None, parts, failed, logged, extra)
+
+
+class _Notes:
+    """What reward functions say about a call of `rows` rows."""
+
+    def __init__(self, rows: int) -> None:
+        self.rows = rows
+        self.metrics: dict[str, list[float]] = {}
+        self.extra: dict[str, list[Any]] = {}
+
+    def metric(self, name: str, value: float) -> None:
+        number = as_number(value)
+        if number is None or not math.isfinite(number):
+            raise ValueError(f"log_metric needs a finite number for {name!r}, got {value!r:.60}")
+        self.metrics.setdefault(name, []).append(number)
+
+    def column(self, column: str, values: Sequence[Any]) -> None:
+        given = None if isinstance(values, (str, bytes)) or not hasattr(values, "__iter__") else list(values)
+        if given is None or len(given) != self.rows:
+            raise ValueError(f"log_extra needs {self.rows} values for {column!r}, got {values!r:.60}")
+        self.extra[str(column)] = [v if isinstance(v, (str, int, float)) else str(v) for v in given]
 
 
 def reward(function: Callable[..., Any] | None = None, **options: Any) -> Any:
@@ -250,7 +281,11 @@ def reward(function: Callable[..., Any] | None = None, **options: Any) -> Any:
     if function is None:
         return functools.partial(reward, **options)
     RewardFunction(function, **options)
-    setattr(function, _MARK, options)
+    try:
+        setattr(function, _MARK, options)
+    except AttributeError:
+        kind = type(function).__name__
+        raise TypeError(f"function must be one that can be marked, got {kind}; use RewardFunction") from None
     return function
 
 
@@ -265,7 +300,7 @@ def as_reward(function: Any, weight: float | None = None) -> RewardFunction:
 
 def is_reward(function: Any) -> bool:
     """Whether it is marked with `@reward`."""
-    return hasattr(function, _MARK)
+    return isinstance(getattr(function, _MARK, None), dict)
 
 
 def needs_care(function: Any) -> bool:
@@ -279,17 +314,28 @@ def nothing_applies(record: "Record") -> RewardError:
     return RewardError(f"no reward applies to the record with prompt {record.prompt[:40]!r}: all gave None")
 
 
+def _total(due: Sequence[float]) -> float:
+    try:
+        total = math.fsum(due)
+    except (OverflowError, ValueError):
+        total = math.nan
+    if not math.isfinite(total):
+        raise RewardError(f"the sum of weight x reward must be finite, got {total} of {due!r:.60}")
+    return total
+
+
 def is_number(value: Any) -> bool:
     """Whether it is a finite int or float."""
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
-def _as_number(value: Any) -> float | None:
+def as_number(value: Any) -> float | None:
+    """What a function gave as a float; None if it is no number, such as a text."""
     if isinstance(value, (str, bytes)):
         return None
     try:
         return float(value)
-    except (TypeError, ValueError):
+    except Exception:  # too large, several numbers, or whatever an object does
         return None
 
 

@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, Protocol
 
 from .match import f1_of_counts, rouge, span_counts, squad_match, squad_overlap
+from .reward_functions import RewardError
 
 if TYPE_CHECKING:
     from .text_env import Record
@@ -95,7 +96,7 @@ def right_answers(record: "Record | _HasReference") -> list[str]:
     Raises: ValueError if it has none.
     """
     if record.reference is None:
-        raise ValueError("record.reference must be a str for this reward, got None")
+        raise RewardError("record.reference must be a str for this reward, got None")
     return list(record.metadata.get("answers") or [record.reference])
 
 

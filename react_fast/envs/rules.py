@@ -41,12 +41,12 @@ def rules_of(module: Any) -> Rules:
     """
     if not inspect.ismodule(module):
         raise TypeError(f"module must be a module, got {type(module).__name__}")
-    members = list(dict.fromkeys(member for member in vars(module).values() if inspect.isfunction(member)))
+    members = list({id(member): member for member in vars(module).values() if callable(member)}.values())
     found: dict[str, Any] = {}
     for kind in ("transition", "terminal"):
         marked = [member for member in members if getattr(member, _MARK, None) == kind]
         if len(marked) > 1:
-            names = " and ".join(member.__name__ for member in marked[:2])
+            names = " and ".join(getattr(member, "__name__", repr(member)) for member in marked[:2])
             raise ValueError(f"{module.__name__} must mark one function with @{kind}, got {names}")
         found[kind] = marked[0] if marked else None
     rules = Rules(tuple(member for member in members if is_reward(member)), **found)

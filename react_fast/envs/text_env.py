@@ -7,7 +7,16 @@ from typing import Any
 
 import gymnasium
 
-from .reward_functions import Action, Payment, WeightedRewards, needs_care, nothing_applies
+from .calls import is_async
+from .reward_functions import (
+    Action,
+    Payment,
+    RewardFunction,
+    WeightedRewards,
+    as_number,
+    needs_care,
+    nothing_applies,
+)
 from .rewards import exact_match
 from .spaces import UnicodeText, as_text
 
@@ -46,12 +55,12 @@ class TextEnv(gymnasium.Env[str, str]):
         transition: f(state, action, record) -> next state. Called after every action, the last one too.
         reward: g(state, action, record) -> number; `state` is the one in which the action was taken; NaN and
             infinity are handed on. Or a function in another form of `RewardFunction` (TRL's, `async def`, marked
-            with `@reward`), `WeightedRewards`, or a list of such functions. An episode needs a reward: such
-            functions may give None for a turn, and then add nothing, but not all of them for all turns.
+            with `@reward`), a `RewardFunction`, `WeightedRewards`, or a list of such functions. An episode needs a
+            reward: such functions may give None for a turn, and then add nothing, but not all for all turns.
         max_turns: actions in an episode, at least 1.
         terminal: terminal(next_state, record) -> bool, asked after every transition.
         max_length: longest state or action in characters.
-    Raises: ValueError for no records or max_turns below 1, TypeError for what is no `Record` or function.
+    Raises: ValueError for no records and numbers below 1, TypeError for what is no `Record`, integer or function.
 
     To be pickled, f, g and `terminal` must be importable functions. `AsyncVectorEnv` needs
     `shared_memory=False`.
@@ -62,20 +71,28 @@ class TextEnv(gymnasium.Env[str, str]):
         records: Sequence[Record],
         *,
         transition: Transition = append,
-        reward: Reward | WeightedRewards | Sequence[Any] = exact_match,
+        reward: Reward | RewardFunction | WeightedRewards | Sequence[Any] = exact_match,
         max_turns: int = 1,
         terminal: Terminal | None = None,
         max_length: int = 1 << 20,
     ) -> None:
+        if isinstance(records, (str, bytes)) or not hasattr(records, "__len__"):
+            raise TypeError(f"records must be a list of Record objects, got {type(records).__name__}")
         if not len(records):
             raise ValueError("records must hold at least one record, got none")
-        if not isinstance(records[0], Record):
-            raise TypeError(f"records must hold Record objects, got {type(records[0]).__name__}")
-        if max_turns < 1:
-            raise ValueError(f"max_turns must be at least 1, got {max_turns}")
+        wrong = next((record for record in records if not isinstance(record, Record)), None)
+        if wrong is not None:
+            raise TypeError(f"records must hold Record objects, got {type(wrong).__name__}")
+        for name, value in (("max_turns", max_turns), ("max_length", max_length)):
+            if isinstance(value, bool) or not isinstance(value, int):
+                raise TypeError(f"{name} must be an integer, got {type(value).__name__}")
+            if value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
         for name, function in (("transition", transition), ("terminal", terminal)):
             if not callable(function) and (name, function) != ("terminal", None):
                 raise TypeError(f"{name} must be a function, got {type(function).__name__}")
+            if is_async(function):
+                raise TypeError(f"{name} must be a plain function, got an asynchronous one")
         self.records = records
         self.transition = transition
         self.reward = _as_reward(reward)
@@ -121,8 +138,8 @@ class TextEnv(gymnasium.Env[str, str]):
         """Takes one action: reward from g, next state from f.
 
         Returns: (state, reward, terminated, truncated, info); with several rewards info["rewards"] has each by
-            name, None where it does not apply, and info["logged"] what they logged; info["counts"], if there is
-            anything to count, holds numbers such as {"rewards/judge/failed": 1}.
+            name, None where it does not apply, info["logged"] and info["extra"] what they logged;
+            info["counts"], if there is anything to count, holds numbers such as {"rewards/judge/failed": 1}.
         Raises: gymnasium.error.ResetNeeded without an episode under way; TypeError or ValueError if the
             action, the state that f returned, or the reward that g returned is not what it has to be.
         """
@@ -164,6 +181,8 @@ class TextEnv(gymnasium.Env[str, str]):
             info["rewards"] = payment.parts
         if payment.logged:
             info["logged"] = dict(payment.logged)
+        if payment.extra:
+            info["extra"] = dict(payment.extra)
         counts = {**counts, **{f"rewards/{name}/failed": 1 for name in payment.failed}}
         if counts:
             info["counts"] = counts
@@ -197,6 +216,8 @@ class TextEnv(gymnasium.Env[str, str]):
 def _as_reward(reward: Any) -> Any:
     if isinstance(reward, (list, tuple)):
         return WeightedRewards(reward)
+    if isinstance(reward, RewardFunction):
+        return WeightedRewards([reward])
     if not callable(reward):
         raise TypeError(f"reward must be a function or a list of functions, got {type(reward).__name__}")
     if isinstance(reward, WeightedRewards) or not needs_care(reward):
@@ -221,7 +242,7 @@ def _payments(reward: Any, actions: Sequence[Action]) -> list[Payment]:
 
 
 def _number(value: Any) -> float:
-    try:
-        return float(value)
-    except (TypeError, ValueError) as error:
-        raise TypeError(f"the result of reward must be a number, got {type(value).__name__}") from error
+    number = as_number(value)
+    if number is None:
+        raise TypeError(f"the result of reward must be a number, got {type(value).__name__}")
+    return number

@@ -52,9 +52,12 @@ class TokenView(gymnasium.Env[np.ndarray, int]):
         for name, value in (("window", window), ("max_tokens", max_tokens), ("vocabulary", size)):
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ValueError(f"{name} must be an integer of at least 1, got {value!r}")
-        self.tokens = list(range(size)) if tokens is None else [int(token) for token in tokens]
-        if not self.tokens or not all(0 <= token < size for token in self.tokens):
-            raise ValueError(f"tokens must hold ids in [0, {size}), got {list(self.tokens)!r:.60}")
+        if tokens is not None and (isinstance(tokens, (str, bytes)) or not hasattr(tokens, "__iter__")):
+            raise TypeError(f"tokens must be a list of ids or None, got {tokens!r:.60}")
+        self.tokens = list(range(size) if tokens is None else tokens)
+        if not self.tokens or not all(hasattr(t, "__index__") and 0 <= t < size for t in self.tokens):
+            raise ValueError(f"tokens must hold ids in [0, {size}), got {self.tokens!r:.60}")
+        self.size, self._over = size, True
         self.env, self.tokenizer, self.window, self.max_tokens = env, tokenizer, window, max_tokens
         self.action_space: Any = spaces.Discrete(len(self.tokens))
         self.observation_space: Any = spaces.MultiDiscrete([size + 1] * window)
@@ -68,15 +71,21 @@ class TokenView(gymnasium.Env[np.ndarray, int]):
         """Begins an episode of the text environment with the same seed and options."""
         super().reset(seed=seed)
         self._state, info = self.env.reset(seed=seed, options=options)
-        self._ids, self._action = self._encoded(self._state, True), []
+        self._ids, self._action, self._over = self._encoded(self._state, True), [], False
         return self._observation(), info
 
     def step(self, action: int) -> tuple[np.ndarray, float, bool, bool, dict[str, Any]]:
         """Writes one token.
 
         Returns: as Gymnasium has it; info is the text environment's where it answered, else empty.
-        Raises: IndexError for an action outside the space; what the environment's step raises.
+        Raises: gymnasium.error.ResetNeeded without an episode under way; TypeError for an action that is no
+            integer and IndexError for one outside the space; ValueError for a token id that `vocabulary` lacks;
+            what the environment's step raises.
         """
+        if self._over:
+            raise gymnasium.error.ResetNeeded("call reset() before step(): no episode is under way")
+        if not hasattr(action, "__index__"):
+            raise TypeError(f"action must be an integer, got {type(action).__name__}")
         if not 0 <= action < len(self.tokens):
             raise IndexError(f"action must be in [0, {len(self.tokens)}), got {action}")
         token = self.tokens[int(action)]
@@ -92,13 +101,19 @@ class TokenView(gymnasium.Env[np.ndarray, int]):
             self._ids += self._encoded(added, False) if added else []
         else:
             self._ids = self._encoded(self._state, True)
+        self._over = terminated or truncated
         return self._observation(), reward, terminated, truncated, info
 
     def close(self) -> None:
         self.env.close()
 
     def _encoded(self, text: str, special: bool) -> list[int]:
-        return list(self.tokenizer(text, add_special_tokens=special)["input_ids"])
+        ids = list(self.tokenizer(text, add_special_tokens=special)["input_ids"])
+        if max(ids, default=0) >= self.size:
+            raise ValueError(
+                f"vocabulary must be above every token id, got {self.size} for the id {max(ids)}"
+            )
+        return ids
 
     def _observation(self) -> np.ndarray:
         seen = np.zeros(self.window, dtype=np.int64)

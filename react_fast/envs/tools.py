@@ -43,6 +43,8 @@ def tool_calls(action: str) -> list[ToolCall]:
             call = json.loads(text)
         except json.JSONDecodeError as error:
             raise ValueError(f"a call must be JSON: {error.msg} at character {error.pos}") from None
+        except RecursionError:
+            raise ValueError("a call must be JSON: it is nested too deeply") from None
         if not isinstance(call, dict) or not isinstance(call.get("name"), str):
             raise ValueError('a call must be an object with "name" and "arguments"')
         arguments = call.get("arguments", {})
@@ -144,9 +146,12 @@ class ToolEnv(TextEnv):
 
     def _asked(self, action: str) -> list[ToolCall | ValueError]:
         try:
-            return list(self.parse(action))
+            calls = self.parse(action)
         except ValueError as error:
             return [error]
+        if not isinstance(calls, Sequence) or not all(isinstance(call, ToolCall) for call in calls):
+            raise TypeError(f"parse must give a list of ToolCall, got {calls!r:.60}")
+        return list(calls)
 
     def _answers(self, asked: Sequence[ToolCall | ValueError]) -> Any:
         """An answer or an exception for everything asked; the calls of one tool run at one time."""
@@ -183,7 +188,7 @@ def _written(answer: Any) -> str | Exception:
         return "" if answer is None else answer
     try:
         return json.dumps(answer, ensure_ascii=False, default=str)
-    except (TypeError, ValueError) as error:
+    except Exception as error:  # an object whose text cannot be had
         return error
 
 

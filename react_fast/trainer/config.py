@@ -390,13 +390,16 @@ class RunConfig(Section):
         return self
 
     @model_validator(mode="after")
-    def _server_samples_all_tokens(self) -> "RunConfig":
+    def _engine_knows_the_sampler(self) -> "RunConfig":
         for name, whole in (("top_k", None), ("top_p", 1.0), ("min_p", 0.0)):
             if self.rollout.engine == "openai" and getattr(self.trainer, name) != whole:
                 problem = (
                     f"must be {whole} for rollout.engine 'openai': a server does not say which tokens it kept"
                 )
                 raise ConfigError(f"trainer.{name}", problem)
+        if self.rollout.engine == "continuous" and self.trainer.min_p:
+            problem = "must be 0 for rollout.engine 'continuous', which does not know it"
+            raise ConfigError("trainer.min_p", f"{problem}, got {self.trainer.min_p:g}")
         return self
 
     def training(self, phase: str, checkpoints: str | Path | None = None) -> TrainerConfig:

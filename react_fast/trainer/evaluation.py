@@ -9,7 +9,7 @@ import torch
 from ..envs import TextEnv
 from ..envs.rewards import right_answers
 from .results import Answers
-from .rollout import Episodes, PolicyEngine, SamplingParams, key
+from .rollout import Episodes, PolicyEngine, SamplingParams, key, pad_token
 
 # Keeps the draws of a test apart from those of the training rollouts of the same seed.
 _TEST = 3
@@ -41,7 +41,7 @@ def answer(
     Returns: the last action and the sum of rewards of every episode that was played.
     """
     if engine is None:
-        engine = PolicyEngine(model, eos_id=tokenizer.eos_token_id, pad_id=tokenizer.pad_token_id)
+        engine = PolicyEngine(model, eos_id=tokenizer.eos_token_id, pad_id=pad_token(tokenizer))
     episodes = Episodes(engine, tokenizer, env)
     responses: list[str] = []
     rewards: list[float] = []

@@ -3,47 +3,50 @@
 import math
 import operator
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 
-from ..envs import Record
+from ..envs import Record, RewardError
 from .ranks import Ranks
 from .rollout import Trajectory
 
 
 def describe(trajectories: Sequence[Trajectory], supervised: bool) -> dict[str, float]:
-    """Lengths of the responses and, unless `supervised`, their rewards, by TRL's names.
+    """Lengths of the responses and, unless `supervised`, their rewards, by TRL's names: "reward_std" is that of
+    all episodes (with N - 1), "frac_reward_zero_std" the share of groups whose rewards are all the same.
 
     Where the environment has several reward functions, "rewards/<name>/mean" and "/std" (as in TRL of all that it
-    applied to, with N - 1, 0 for a single one; no entry if it applied to none); means of what they logged, sums of
-    what it counted.
+    applied to, with N - 1, 0 for a single one; no entry if it applied to none); sums of what it counted.
     """
     metrics = {"completions/mean_length": float(np.mean([int(t.action_mask.sum()) for t in trajectories]))}
     if supervised:
         return metrics
     rewards = np.array([float(sum(t.rewards)) for t in trajectories])
     groups = np.array([t.group for t in trajectories])
-    spreads = np.array([rewards[groups == g].std() for g in np.unique(groups)])
-    return (
-        metrics
-        | _logged(trajectories)
-        | {
-            "reward": float(rewards.mean()),
-            "reward_std": float(spreads.mean()),
-            "frac_reward_zero_std": float((spreads == 0).mean()),
-            "completions/clipped_ratio": float(np.mean([not t.finished for t in trajectories])),
-            "episodes/truncated_ratio": float(np.mean([t.truncated for t in trajectories])),
-            **_parts(trajectories),
-            **_counts(trajectories),
-        }
-    )
+    alike = [bool(np.ptp(rewards[groups == g]) == 0) for g in np.unique(groups)]
+    return metrics | {
+        "reward": float(rewards.mean()),
+        "reward_std": float(np.std(rewards, ddof=1)) if len(rewards) > 1 else 0.0,
+        "frac_reward_zero_std": float(np.mean(alike)),
+        "completions/clipped_ratio": float(np.mean([not t.finished for t in trajectories])),
+        "episodes/truncated_ratio": float(np.mean([t.truncated for t in trajectories])),
+        **_parts(trajectories),
+        **_counts(trajectories),
+    }
 
 
-def _logged(trajectories: Sequence[Trajectory]) -> dict[str, float]:
+def logged(trajectories: Sequence[Trajectory], own: Collection[str]) -> dict[str, float]:
+    """Means of what the reward functions logged.
+
+    Raises: RewardError for a name among the trainer's `own`.
+    """
     names = dict.fromkeys(name for t in trajectories for name in t.logged)
+    taken = [name for name in names if name in own]
+    if taken:
+        raise RewardError(f"log_metric must be given a name that the trainer does not log, got {taken[0]!r}")
     return {name: float(np.mean([x for t in trajectories for x in t.logged.get(name, [])])) for name in names}
 
 
@@ -65,13 +68,13 @@ def _parts(trajectories: Sequence[Trajectory]) -> dict[str, float]:
 def samples(
     trajectories: Sequence[Trajectory], records: Sequence[Record], tokenizer: Any, count: int = 4
 ) -> list[dict[str, Any]]:
-    """Prompt, response, reference and reward of `count` trajectories at even distances."""
+    """Prompt, response, reference, reward and what `log_extra` got of `count` trajectories at even distances."""
     rows = []
     for trajectory in trajectories[:: max(1, len(trajectories) // count)][:count]:
         record, actions = records[trajectory.record], trajectory.token_ids[trajectory.action_mask]
         response = tokenizer.decode(actions.tolist(), skip_special_tokens=True)
         row = {"prompt": record.prompt, "response": response, "reference": record.reference}
-        rows.append(row | {"reward": float(sum(trajectory.rewards))})
+        rows.append({**trajectory.extra, **row, "reward": float(sum(trajectory.rewards))})
     return rows
 
 

@@ -70,5 +70,5 @@ def finish(metrics: Mapping[str, float]) -> dict[str, float]:
     done = dict(metrics)
     if _MEAN in done:
         mean, square = done.pop(_MEAN), done.pop(_SQUARE)
-        done["sampling/ess"] = mean * mean / square if square else 0.0
+        done["sampling/ess"] = min(mean * mean / square, 1.0) if square else 0.0
     return done

@@ -26,7 +26,7 @@ from .folder import CONFIG, ENVIRONMENT, PHASES, REPORT, RESULTS, RunFolder, Use
 from .ranks import Ranks
 from .reporter import CURVES, METRICS, Reporter, Silent, print_table
 from .results import MODES, TITLES, Answers, compare, joined, measure, table
-from .rollout import EngineError, OpenAIEngine, RolloutEngine, make_engine
+from .rollout import EngineError, EpisodeError, OpenAIEngine, RolloutEngine, make_engine
 from .section import ConfigError
 from .sources import (
     adapt,
@@ -66,7 +66,7 @@ def run(config: RunConfig, *, resume: str | Path = "none", console: Console | No
     folder.open(resume=str(resume) != "none")
     try:
         return _Run(config, folder, console, Ranks(accelerator)).go(str(resume))
-    except (CheckpointError, ConfigError, EngineError, RewardError) as error:
+    except (CheckpointError, ConfigError, EngineError, EpisodeError, RewardError) as error:
         raise UserError(str(error)) from error
     except OSError as error:
         if error.errno not in DISK_FULL:

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import importlib
+import inspect
 import os
 import sys
 from collections.abc import Callable, Collection, Iterator, Sequence
@@ -25,6 +26,7 @@ from ..envs import (
 )
 from ..envs.calls import cause
 from ..envs.metrics import CORPUS_METRICS
+from ..envs.reward_functions import as_number, needs_care
 from ..envs.rewards import REWARDS
 from ..envs.tasks.splits import SPLITS
 from .config import EnvConfig, ModelConfig, RunConfig
@@ -146,7 +148,29 @@ def _rules(config: EnvConfig) -> dict[str, Any]:
     for key in ("transition", "terminal"):
         if name := getattr(config, key):
             found[key] = _function(f"env.{key}", name)
+    wanted = {"reward": as_number, "transition": lambda state: state if isinstance(state, str) else None}
+    for key, function in found.items():
+        if inspect.isfunction(function) and not needs_care(function) and function not in REWARDS.values():
+            found[key] = _in_one_line(f"env.{key}", function, wanted.get(key))
     return found
+
+
+def _in_one_line(key: str, function: Callable[..., Any], wanted: Callable[[Any], Any] | None) -> Any:
+    """The function, whose failures are UserErrors, and its results where `wanted` gives None for them."""
+
+    @functools.wraps(function)
+    def told(*arguments: Any) -> Any:
+        try:
+            found = function(*arguments)
+        except (Exception, SystemExit) as error:
+            problem = cause(error) if isinstance(error, Exception) else repr(error)
+            raise UserError(f"{key} {function.__name__} failed: {problem}") from error
+        if wanted is not None and wanted(found) is None:
+            kind = "number" if key == "env.reward" else "str"
+            raise UserError(f"{key} {function.__name__} must give a {kind}, got {type(found).__name__}")
+        return found
+
+    return told
 
 
 def _reward(key: str, name: str) -> Callable[..., Any]:

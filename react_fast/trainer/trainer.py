@@ -34,7 +34,7 @@ from .credit import REPLAYS
 from .early_stopping import BestStep, EarlyStopping
 from .evaluation import held_out_loss, held_out_reward
 from .interrupt import StopRequest
-from .meters import Clock, describe, samples
+from .meters import Clock, describe, logged, samples
 from .ranks import Ranks, check_split, gathered, shard
 from .rollout import (
     EngineError,
@@ -43,6 +43,7 @@ from .rollout import (
     RolloutEngine,
     SamplingParams,
     Trajectory,
+    pad_token,
     retokenised,
     sampling_params,
 )
@@ -239,6 +240,7 @@ class Trainer:
             metrics |= held_out
             self.best.see(self.step, held_out)
             self.stopping.see(value, self.model)
+        metrics |= logged(trajectories, metrics)
         if self.reporter is not None:
             self.reporter.log(self.step, self.phase, metrics)
             warnings = self.watch.see(metrics) if hasattr(self.reporter, "warn") else {}
@@ -388,8 +390,7 @@ class Trainer:
 
     @property
     def pad_id(self) -> int:
-        pad = self.tokenizer.pad_token_id
-        return pad if pad is not None else (self.eos_id or 0)
+        return pad_token(self.tokenizer)
 
     def _load_state(self, tree: dict[str, Any]) -> None:
         self.step, self.updater.updates = tree["step"], tree["updates"]

@@ -3,12 +3,12 @@
 from typing import TYPE_CHECKING, Any
 
 from .engines import make_engine
-from .episodes import Episodes, answered
+from .episodes import EpisodeError, Episodes, answered
 from .openai_engine import OpenAIEngine
 from .policy_engine import PolicyEngine
 from .sampling import EngineError, RolloutEngine, Sample, SamplingParams, sampling_params
 from .streams import key, permutation, uniforms
-from .trajectory import Trajectory, demonstration, encode, retokenised, state_id
+from .trajectory import Trajectory, demonstration, encode, pad_token, retokenised, state_id
 from .truncation import choose
 
 if TYPE_CHECKING:
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 __all__ = [
     "ContinuousBatchingEngine",
     "EngineError",
+    "EpisodeError",
     "Episodes",
     "GenerateEngine",
     "OpenAIEngine",
@@ -31,6 +32,7 @@ __all__ = [
     "encode",
     "key",
     "make_engine",
+    "pad_token",
     "permutation",
     "retokenised",
     "sampling_params",

@@ -70,54 +70,66 @@ def token_ids(choice: Mapping[str, Any]) -> list[int] | None:
         tokens = _logprobs(choice).get("tokens")
         if not tokens or not all(isinstance(t, str) and t.startswith(_TOKEN_ID) for t in tokens):
             return None
-        ids = [t.removeprefix(_TOKEN_ID) for t in tokens]
-    try:
-        found = [int(i) for i in ids]
-    except (TypeError, ValueError):
-        raise _malformed("whole numbers as token_ids", ids) from None
-    if any(i < 0 for i in found):
-        raise _malformed("token_ids that are not negative", ids)
-    return found
+        digits = [t.removeprefix(_TOKEN_ID) for t in tokens]
+        ids = [int(d) if d.isdecimal() else d for d in digits]
+    if not isinstance(ids, list) or any(isinstance(i, bool) or not isinstance(i, int) or i < 0 for i in ids):
+        raise _malformed("whole numbers as token_ids, none of them negative", ids)
+    return ids
 
 
 def token_logprobs(choice: Mapping[str, Any]) -> list[float] | None:
-    """Log-probabilities of the server's own tokens, NaN for null; None if it returns none."""
+    """Log-probabilities of the server's own tokens, NaN for null and for what is not finite; None if it returns
+    none."""
     values = _logprobs(choice).get("token_logprobs")
     if values is None:
         return None
-    try:
-        return [math.nan if value is None else min(float(value), 0.0) for value in values]
-    except (TypeError, ValueError):
-        raise _malformed("numbers as token_logprobs", values) from None
+    if not isinstance(values, list) or not all(v is None or type(v) in (int, float) for v in values):
+        raise _malformed("numbers as token_logprobs", values)
+    return [math.nan if v is None or not math.isfinite(v) else min(float(v), 0.0) for v in values]
 
 
-def read_sample(choice: Mapping[str, Any], tokenizer: Any, eos_id: int | None, max_new_tokens: int) -> Sample:
-    """The action of a choice; text is tokenised again, and has log-probabilities only where its tokens turn out to
-    be those of the server.
+def read_sample(
+    choice: Mapping[str, Any],
+    tokenizer: Any,
+    eos_id: int | None,
+    max_new_tokens: int,
+    vocabulary: int | None = None,
+) -> Sample:
+    """The action of a choice, up to its first end token; text is tokenised again, and has log-probabilities only
+    where its tokens turn out to be those of the server.
 
+    Args:
+        eos_id: appended to an action that ended without one, unless the server says that another token ended it
+            or there is no room.
+        vocabulary: number of ids that the policy knows; None: not known.
     Raises: EngineError in one line for a malformed answer.
     """
     reason = choice.get("finish_reason")
     if reason not in ("stop", "length"):
         raise _malformed("a finish_reason of 'stop' or 'length'", reason)
     ids, logprobs = token_ids(choice), token_logprobs(choice)
-    exact = ids is not None
+    exact, drifted = ids is not None, False
     if ids is None:
         ids = encode(tokenizer, choice["text"], special=False)
         drifted = tokenizer.decode(ids, skip_special_tokens=False) != choice["text"]
         pieces = _logprobs(choice).get("tokens")
-        if pieces is not None and not _same_tokens(pieces, ids, tokenizer):
-            drifted, logprobs = True, None
-    else:
-        drifted = False
-        if logprobs is not None and len(logprobs) != len(ids):
-            raise _malformed(f"a log-probability for each of its {len(ids)} tokens", logprobs)
-    logprobs = [math.nan] * len(ids) if logprobs is None else logprobs[: len(ids)]
-    if reason == "stop" and eos_id is not None and ids[-1:] != [eos_id]:
-        ids, logprobs = [*ids, eos_id], [*logprobs, math.nan]
+        if pieces is None or not _same_tokens(pieces, ids, tokenizer):
+            drifted, logprobs = drifted or pieces is not None, None
+    if logprobs is not None and len(logprobs) != len(ids):
+        raise _malformed(f"a log-probability for each of its {len(ids)} tokens", logprobs)
+    if exact and len(ids) > max_new_tokens:
+        raise _malformed(f"at most {max_new_tokens} tokens", ids)
+    if vocabulary is not None and max(ids, default=0) >= vocabulary:
+        raise _malformed(f"token_ids below {vocabulary}, the size of the policy's vocabulary", ids)
+    logprobs = [math.nan] * len(ids) if logprobs is None else logprobs
+    if eos_id in ids:
+        length = ids.index(eos_id) + 1
+        ids, logprobs, reason = ids[:length], logprobs[:length], "stop"
+    elif reason == "stop" and eos_id is not None:
+        ended = ids and choice.get("stop_reason") == ids[-1]  # vLLM names another end token
+        if not ended and not (exact and len(ids) == max_new_tokens):
+            ids, logprobs = [*ids, eos_id], [*logprobs, math.nan]
     if len(ids) > max_new_tokens:
-        if exact:
-            raise _malformed(f"at most {max_new_tokens} tokens", ids)
         ids, logprobs, reason, drifted = ids[:max_new_tokens], logprobs[:max_new_tokens], "length", True
     return Sample(ids, logprobs, reason, exact_tokens=exact, drifted=drifted)
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from .sampling import EngineError, RolloutEngine
+from .trajectory import pad_token
 
 
 def _policy(config: Any, model: Any, tokenizer: Any, folder: Path | None) -> None:
@@ -15,14 +16,14 @@ def _policy(config: Any, model: Any, tokenizer: Any, folder: Path | None) -> Non
 def _generate(config: Any, model: Any, tokenizer: Any, folder: Path | None) -> RolloutEngine:
     from .generate_engine import GenerateEngine
 
-    eos_id, pad_id = tokenizer.eos_token_id, tokenizer.pad_token_id
+    eos_id, pad_id = tokenizer.eos_token_id, pad_token(tokenizer)
     return GenerateEngine(model, eos_id=eos_id, pad_id=pad_id, options=config.generation_options)
 
 
 def _continuous(config: Any, model: Any, tokenizer: Any, folder: Path | None) -> RolloutEngine:
     from .generate_engine import ContinuousBatchingEngine
 
-    eos_id, pad_id = tokenizer.eos_token_id, tokenizer.pad_token_id
+    eos_id, pad_id = tokenizer.eos_token_id, pad_token(tokenizer)
     return ContinuousBatchingEngine(model, eos_id=eos_id, pad_id=pad_id, options=config.generation_options)
 
 
@@ -40,6 +41,7 @@ def _openai(config: Any, model: Any, tokenizer: Any, folder: Path | None) -> Rol
         config.served_model,
         tokenizer=tokenizer,
         eos_id=tokenizer.eos_token_id,
+        vocabulary=model.get_input_embeddings().num_embeddings,
         timeout=config.timeout,
         retries=config.retries,
         concurrency=config.concurrency,

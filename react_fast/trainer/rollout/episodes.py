@@ -7,20 +7,24 @@ from typing import Any
 import torch
 
 from ...envs import TextEnv
-from .sampling import RolloutEngine, Sample, SamplingParams
+from .sampling import EngineError, RolloutEngine, Sample, SamplingParams
 from .streams import key
 from .trajectory import Trajectory, encode, state_id
 
 _ENVIRONMENT = 4  # stream of the seeds that environments are reset with
 
 
+class EpisodeError(ValueError):
+    """Episodes of an environment cannot be one sequence of tokens, in one line."""
+
+
 def answered(tokenizer: Any, state: str, seen: str) -> list[int]:
     """Tokens that the environment added to the text so far.
 
-    Raises: ValueError if its transition rewrites that text, which one sequence of tokens cannot express.
+    Raises: EpisodeError if its transition rewrites that text, which one sequence of tokens cannot express.
     """
     if not state.startswith(seen):
-        raise ValueError(
+        raise EpisodeError(
             "the transition of a multi-turn environment must continue the text so far (state + action), "
             f"got {state[:60]!r} after {seen[:60]!r}"
         )
@@ -45,9 +49,14 @@ class Episodes:
         The tokens of a trajectory are exactly those the policy saw and chose: an observation that continues the
         text so far adds its own tokens, masked as no action.
 
-        Raises: ValueError if the environment's transition rewrites the text so far, which one sequence of
-            tokens cannot express.
+        Raises: ValueError for groups or rows of another number than records; EngineError for samples of another
+            number; EpisodeError for a prompt without tokens, and if the environment's transition rewrites the
+            text so far, which one sequence of tokens cannot express.
         """
+        if len(groups) != len(records):
+            raise ValueError(f"groups must be {len(records)} like records, got {len(groups)}")
+        if params.rows is not None and len(params.rows) != len(records):
+            raise ValueError(f"params.rows must be {len(records)} like records, got {len(params.rows)}")
         envs = [self.env.clone() for _ in records]
         numbers = list(params.rows) if params.rows is not None else list(range(len(envs)))
         seeds = [key(params.seed, _ENVIRONMENT, params.step, number) for number in numbers]
@@ -62,6 +71,8 @@ class Episodes:
         while running:
             keyed = SamplingParams(**{**vars(params), "turn": turn, "rows": [numbers[i] for i in running]})
             samples = self.engine.generate([rows[i].ids for i in running], keyed)
+            if len(samples) != len(running):
+                raise EngineError(f"the engine must give {len(running)} samples, got {len(samples)}")
             actions = [self.tokenizer.decode(sample.ids, skip_special_tokens=True) for sample in samples]
             steps = TextEnv.step_many([envs[i] for i in running], actions, [s.ids for s in samples])
             still = []
@@ -82,7 +93,9 @@ class _Row:
 
     def __init__(self, ids: list[int], record: int, group: int, state: str, seed: int) -> None:
         if not ids:
-            raise ValueError(f"the prompt of record {record} must hold at least one token, got an empty text")
+            raise EpisodeError(
+                f"the prompt of record {record} must hold at least one token, got an empty text"
+            )
         self.ids, self.state = ids, state
         self.actions = [False] * len(ids)
         self.turns = [0] * len(ids)
@@ -96,6 +109,7 @@ class _Row:
         self.parts: dict[str, float | None] = {}
         self.counts: dict[str, float] = {}
         self.logged: dict[str, list[float]] = {}
+        self.extra: dict[str, Any] = {}
 
     def note(self, info: Mapping[str, Any]) -> None:
         """Adds what the environment says about a turn."""
@@ -106,6 +120,7 @@ class _Row:
             self.counts[name] = self.counts.get(name, 0.0) + value
         for name, value in info.get("logged", {}).items():
             self.logged.setdefault(name, []).append(value)
+        self.extra |= info.get("extra", {})
 
     def act(self, tokenizer: Any, sample: Sample, action: str, state: str, reward: float, over: bool) -> None:
         turn = len(self.rewards)
@@ -153,6 +168,7 @@ class _Row:
             reward_parts=self.parts,
             counts=self.counts,
             logged=self.logged,
+            extra=self.extra,
             drifted=sum(sample.drifted for sample in self.samples),
             weights_version=min(versions, default=None),
         )

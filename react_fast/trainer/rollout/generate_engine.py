@@ -9,14 +9,19 @@ from typing import Any
 import torch
 from transformers import GenerationConfig
 
-from .sampling import EngineError, Sample, SamplingParams, check_prompts
+from ...envs.calls import cause
+from ..section import nearest
+from .sampling import EngineError, Sample, SamplingParams, check_prompts, check_tokens
 from .scoring_pass import score_samples
 from .streams import key
-from .truncation import floors_between
+from .truncation import floors_between, kept_floors
 
 # Stream of the seeds that torch's own generator is given.
 _GENERATE = 5
 _WANTED = {"return_dict_in_generate": True, "output_scores": True, "output_logits": True}
+# What sampling parameters and engines say themselves.
+_OURS = {"max_new_tokens", "max_length", "do_sample", "temperature", "top_k", "top_p", "min_p", "num_beams"}
+_OURS |= {"num_return_sequences", "eos_token_id", "pad_token_id", *_WANTED}
 _PAGE = 256  # tokens of a page of the cache, transformers' own default
 
 
@@ -32,24 +37,28 @@ class GenerateEngine:
         options: more fields of `GenerationConfig`, such as {"repetition_penalty": 1.1}. With those that change
             logits otherwise than by temperature and truncation, the log-probabilities are still the sampler's, but
             not those that a trainer finds by scoring the sequence.
+    Raises: EngineError in one line for an option that is no such field, that the sampling parameters or the engine
+        say themselves, or that `generate` refuses.
     """
 
     def __init__(
         self, model: Any, *, eos_id: int | None, pad_id: int, options: Mapping[str, Any] | None = None
     ) -> None:
+        check_tokens(eos_id, pad_id)
         self.model, self.eos_id, self.pad_id = model, eos_id, pad_id
-        self.options = dict(options or {})
+        self.options = _checked(options)
 
     @torch.no_grad()
     def generate(self, prompts: Sequence[Sequence[int]], params: SamplingParams) -> list[Sample]:
-        check_prompts(prompts)
+        check_prompts(prompts, params, self.model)
         if not prompts:
             return []
         width = max(map(len, prompts))
         device = next(self.model.parameters()).device
         padded = [[self.pad_id] * (width - len(p)) + list(p) for p in prompts]
         seen = [[0] * (width - len(p)) + [1] * len(p) for p in prompts]
-        with evaluating(self.model), seeded(params, len(prompts)):
+        keyed = seeded(params, len(prompts))
+        with evaluating(self.model), without_defaults(self.model), keyed, _accepted(self.options):
             out = self.model.generate(
                 torch.tensor(padded, device=device),
                 attention_mask=torch.tensor(seen, device=device),
@@ -59,8 +68,11 @@ class GenerateEngine:
         logprobs = torch.empty(tokens.shape)
         floors = torch.empty(tokens.shape)
         for t, (scores, logits) in enumerate(zip(out.scores, out.logits, strict=True)):
-            # A greedy search does not divide by the temperature.
-            scores = scores.float() / (params.temperature if params.greedy else 1.0)
+            scores = scores.float()
+            if params.greedy:  # it neither truncates nor divides by the temperature
+                if params.truncated:
+                    scores = scores.masked_fill(scores < kept_floors(scores, params)[:, None], -math.inf)
+                scores = scores / params.temperature
             chosen = torch.log_softmax(scores, -1).gather(1, tokens[:, t : t + 1].to(device))
             logprobs[:, t] = chosen.squeeze(1)
             floors[:, t] = floors_between(logits, scores > -math.inf)
@@ -87,7 +99,7 @@ class ContinuousBatchingEngine:
     Args:
         model: Hugging Face causal LM. eos_id: token that ends an action, or None. pad_id: any valid token.
         options: more fields of `GenerationConfig`. batching: fields of `ContinuousBatchingConfig`.
-    Raises: EngineError if this version of transformers has no continuous batching.
+    Raises: EngineError if this version of transformers has no continuous batching, and for options as above.
     """
 
     def __init__(
@@ -103,17 +115,18 @@ class ContinuousBatchingEngine:
             raise EngineError(
                 f"{type(model).__name__} has no generate_batch: continuous batching needs a newer transformers"
             )
+        check_tokens(eos_id, pad_id)
         self.model, self.eos_id, self.pad_id = model, eos_id, pad_id
-        self.options, self.batching = dict(options or {}), dict(batching or {})
+        self.options, self.batching = _checked(options), dict(batching or {})
 
     @torch.no_grad()
     def generate(self, prompts: Sequence[Sequence[int]], params: SamplingParams) -> list[Sample]:
-        check_prompts(prompts)
+        check_prompts(prompts, params, self.model)
         if not prompts:
             return []
         if params.min_p > 0:
             raise ValueError(f"min_p must be 0, continuous batching does not know it, got {params.min_p:g}")
-        with evaluating(self.model), seeded(params, len(prompts)):
+        with evaluating(self.model), seeded(params, len(prompts)), _accepted(self.options):
             found = self.model.generate_batch(
                 [list(prompt) for prompt in prompts],
                 generation_config=generation_config(
@@ -155,8 +168,9 @@ class ContinuousBatchingEngine:
     def _sample(self, out: Any, params: SamplingParams) -> Sample:
         ids = list(out.generated_tokens)[: params.max_new_tokens]
         logprobs = list(getattr(out, "logprobs", []))[: len(ids)]
-        # A greedy search does not divide by the temperature.
-        known = len(logprobs) == len(ids) and not (params.greedy and params.temperature != 1)
+        # A greedy search neither truncates nor divides by the temperature.
+        known = len(logprobs) == len(ids)
+        known = known and not (params.greedy and (params.truncated or params.temperature != 1))
         reason = "stop" if ids[-1:] == [self.eos_id] else "length"
         return Sample(ids, logprobs if known else [math.nan] * len(ids), reason, scored=not known)
 
@@ -164,7 +178,7 @@ class ContinuousBatchingEngine:
 def generation_config(
     params: SamplingParams, eos_id: int | None, pad_id: int, options: Mapping[str, Any]
 ) -> GenerationConfig:
-    """What `params` and `options` say; what a checkpoint's own generation_config.json would add is set back."""
+    """What `params` and `options` say."""
     fields: dict[str, Any] = {
         "max_new_tokens": params.max_new_tokens,
         "do_sample": not params.greedy,
@@ -183,6 +197,31 @@ def generation_config(
     return GenerationConfig(**{**fields, **options})
 
 
+def _checked(options: Mapping[str, Any] | None) -> dict[str, Any]:
+    known = [name for name in vars(GenerationConfig()) if not name.startswith("_")]
+    for name in options or {}:
+        if name in _OURS:
+            raise EngineError(
+                f"generation_options must leave {name} to the sampling parameters and the engine"
+            )
+        if name not in known:
+            near = nearest(str(name), known)
+            hint = f"; did you mean {near}?" if near else ""
+            raise EngineError(f"generation_options must hold fields of GenerationConfig, got {name!r}{hint}")
+    return dict(options or {})
+
+
+@contextmanager
+def _accepted(options: Mapping[str, Any]) -> Iterator[None]:
+    """What transformers says against options, in one line."""
+    try:
+        yield
+    except (ValueError, TypeError) as error:
+        if not options:
+            raise
+        raise EngineError(f"generation_options {dict(options)} are refused: {cause(error)}") from error
+
+
 @contextmanager
 def evaluating(model: Any) -> Iterator[None]:
     """The model without dropout, then as it was."""
@@ -192,6 +231,20 @@ def evaluating(model: Any) -> Iterator[None]:
         yield
     finally:
         model.train(was_training)
+
+
+@contextmanager
+def without_defaults(model: Any) -> Iterator[None]:
+    """The model without what its checkpoint's generation_config.json says, then with it again."""
+    owners = [model, model.get_base_model()] if hasattr(model, "get_base_model") else [model]
+    kept = [owner.generation_config for owner in owners]
+    try:
+        for owner in owners:
+            owner.generation_config = GenerationConfig()
+        yield
+    finally:
+        for owner, config in zip(owners, kept, strict=True):
+            owner.generation_config = config
 
 
 @contextmanager

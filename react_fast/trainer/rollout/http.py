@@ -2,8 +2,10 @@
 
 import http.client
 import json
+import math
 import time
 import urllib.error
+import urllib.parse
 import urllib.request
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
@@ -48,6 +50,7 @@ class JsonClient:
         api_key: sent as bearer token.
     Attributes:
         retried: attempts that were repeated so far.
+    Raises: EngineError for an address that is none, ValueError for numbers out of range.
     """
 
     base_url: str
@@ -57,6 +60,16 @@ class JsonClient:
     api_key: str | None = None
     retried: int = 0
     _lock: Lock = field(default_factory=Lock, repr=False)
+
+    def __post_init__(self) -> None:
+        if not _is_address(self.base_url):
+            raise EngineError(f"base_url must be like http://localhost:8000/v1, got {self.base_url!r}")
+        for name, kind in (("timeout", (int, float)), ("retries", int), ("backoff", (int, float))):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, kind) or not 0 <= value < math.inf:
+                raise ValueError(f"{name} must be a number that is not negative, got {value!r}")
+        if self.timeout == 0:
+            raise ValueError("timeout must be above 0, got 0")
 
     def get(self, path: str) -> Any:
         return self.call(path)
@@ -132,6 +145,14 @@ class JsonClient:
         if answer.length:
             raise http.client.IncompleteRead(b"".join(parts), answer.length)
         return b"".join(parts).decode("utf-8", "replace")
+
+
+def _is_address(url: Any) -> bool:
+    try:
+        parts = urllib.parse.urlsplit(url if isinstance(url, str) else "")
+        return parts.scheme in ("http", "https") and bool(parts.hostname) and (parts.port or 1) > 0
+    except ValueError:
+        return False
 
 
 def _error(message: str, status: int) -> EngineError:

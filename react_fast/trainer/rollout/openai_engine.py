@@ -5,6 +5,7 @@ import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import torch
 
 from .completions import DIALECTS, Capabilities, choice_of, read_sample, token_ids, token_logprobs
 from .http import HttpError, JsonClient
-from .sampling import EngineError, Sample, SamplingParams, check_prompts
+from .sampling import EngineError, Sample, SamplingParams, check_prompts, check_tokens
 from .streams import key
 from .trajectory import encode
 from .weights import WeightFolder
@@ -35,6 +36,7 @@ class OpenAIEngine:
         base_url: such as "http://localhost:8000/v1".
         model: name under which the server knows the model; None: the only one it serves.
         tokenizer: of the policy.  eos_id: token that ends an action, or None.
+        vocabulary: number of ids that the policy knows; others are refused; None: not known.
         timeout: seconds for one answer.  retries: of a request, with growing waits.
         concurrency: requests at once.
         server_logprobs: "raw": the server's log-probabilities are those at temperature 1 of all tokens (llama.cpp;
@@ -57,6 +59,7 @@ class OpenAIEngine:
         *,
         tokenizer: Any,
         eos_id: int | None,
+        vocabulary: int | None = None,
         timeout: float = 120.0,
         retries: int = 4,
         concurrency: int = 16,
@@ -68,11 +71,12 @@ class OpenAIEngine:
     ) -> None:
         if server_logprobs not in ("raw", "processed"):
             raise ValueError(f"server_logprobs must be 'raw' or 'processed', got {server_logprobs!r}")
-        if concurrency < 1:
-            raise ValueError(f"concurrency must be at least 1, got {concurrency}")
+        if isinstance(concurrency, bool) or not isinstance(concurrency, int) or concurrency < 1:
+            raise ValueError(f"concurrency must be an integer of at least 1, got {concurrency!r}")
+        check_tokens(eos_id, 0)
         self.client = client or JsonClient(base_url, timeout=timeout, retries=retries, api_key=api_key)
         self.tokenizer, self.eos_id, self.concurrency = tokenizer, eos_id, concurrency
-        self.server_logprobs, self.reload = server_logprobs, reload
+        self.server_logprobs, self.reload, self.vocabulary = server_logprobs, reload, vocabulary
         self.weights = WeightFolder(sync_dir, tokenizer) if sync_dir is not None else None
         self.version, self._given = 0, False
         self.model = self._served(model)
@@ -83,7 +87,7 @@ class OpenAIEngine:
     def generate(self, prompts: Sequence[Sequence[int]], params: SamplingParams) -> list[Sample]:
         """Raises: ValueError for a truncated sampler: a server does not say which tokens it kept, so that its
         samples could not be scored; EngineError as above."""
-        check_prompts(prompts)
+        check_prompts(prompts, params)
         if params.truncated:
             raise ValueError(
                 "top_k, top_p and min_p must keep all tokens for a server, which does not say what it kept"
@@ -126,7 +130,9 @@ class OpenAIEngine:
             raise EngineError(f"sync_dir {self.weights.path} cannot be written: {error}") from None
         if callable(self.reload):
             self.reload(folder, version)
-        elif self.reload is not None:
+        elif self.reload is None:
+            _warn("weights are written to sync_dir and nothing tells the server, since reload_url is not set")
+        else:
             body = {"model_path": str(folder.resolve()), "weight_version": str(version)}
             answer = self.client.post(self.reload, body)
             if isinstance(answer, Mapping) and answer.get("success") is False:
@@ -141,7 +147,7 @@ class OpenAIEngine:
         if self.capabilities.logprobs:
             body["logprobs"] = 1
         choice = choice_of(self.client.post("completions", body | dict(self.capabilities.dialect)))
-        sample = read_sample(choice, self.tokenizer, self.eos_id, params.max_new_tokens)
+        sample = read_sample(choice, self.tokenizer, self.eos_id, params.max_new_tokens, self.vocabulary)
         if not self.capabilities.token_prompts and encode(self.tokenizer, text) != prompt:
             sample.drifted = True
         if self._other_temperature(params):
@@ -158,11 +164,11 @@ class OpenAIEngine:
 
     def _served(self, model: str | None) -> str:
         """Name of the model. A server that cannot list its models is believed to have the one asked for."""
-        try:
+        listed: Any = {"data": []}
+        with suppress(HttpError):
             listed = self.client.get("models")
+        try:
             names = [str(entry["id"]) for entry in listed["data"]]
-        except HttpError:
-            names = []
         except (TypeError, KeyError):
             raise EngineError(
                 f"{self.client.base_url}/models: the answer must list models under 'data', got {str(listed)[:120]}"

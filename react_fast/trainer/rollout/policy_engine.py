@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from ...tracker.policy import cache_argument
-from .sampling import Sample, SamplingParams, check_prompts
+from .sampling import Sample, SamplingParams, check_prompts, check_tokens
 from .streams import uniforms
 from .truncation import choose
 
@@ -23,12 +23,13 @@ class PolicyEngine:
     """
 
     def __init__(self, model: Any, *, eos_id: int | None, pad_id: int) -> None:
+        check_tokens(eos_id, pad_id)
         self.model, self.eos_id, self.pad_id = model, eos_id, pad_id
         self._cached = hasattr(model, "generate")
 
     @torch.no_grad()
     def generate(self, prompts: Sequence[Sequence[int]], params: SamplingParams) -> list[Sample]:
-        check_prompts(prompts)
+        check_prompts(prompts, params, self.model)
         if not prompts:
             return []
         was_training = self.model.training

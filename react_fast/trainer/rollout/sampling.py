@@ -3,7 +3,11 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from numbers import Integral, Real
 from typing import Any, Protocol
+
+_WHOLE = ("max_new_tokens", "seed", "step", "turn", "top_k")
+_REAL = ("temperature", "top_p", "min_p")
 
 
 @dataclass(frozen=True)
@@ -19,9 +23,9 @@ class SamplingParams:
         max_new_tokens: longest action, at least 1.
         temperature: above 0; the limit 0 is `greedy`. It acts before the truncation.
         greedy: the most probable token each time.
-        seed, step, turn: not negative. rows: one number for each prompt; None: 0, 1, 2, ...
+        seed, step, turn: in [0, 2^63). rows: one number for each prompt; None: 0, 1, 2, ...
         top_k: at least 1; None: all. top_p: in (0, 1]; 1: all. min_p: in [0, 1]; 0: all.
-    Raises: ValueError for a number out of range.
+    Raises: ValueError for a number out of range, TypeError for what is none, or no whole one.
     """
 
     max_new_tokens: int
@@ -36,6 +40,17 @@ class SamplingParams:
     min_p: float = 0.0
 
     def __post_init__(self) -> None:
+        for names, kind, wanted in ((_WHOLE, Integral, "an integer"), (_REAL, Real, "a number")):
+            for name in names:
+                value = getattr(self, name)
+                known = isinstance(value, kind) and not isinstance(value, bool)
+                if not known and (name, value) != ("top_k", None):
+                    raise TypeError(f"{name} must be {wanted}, got {type(value).__name__}")
+        if not isinstance(self.greedy, bool):
+            raise TypeError(f"greedy must be True or False, got {type(self.greedy).__name__}")
+        for name in ("seed", "step", "turn"):
+            if not 0 <= getattr(self, name) < 1 << 63:
+                raise ValueError(f"{name} must be in [0, 2^63), got {getattr(self, name)}")
         if self.max_new_tokens < 1:
             raise ValueError(f"max_new_tokens must be at least 1, got {self.max_new_tokens}")
         if not 0 < self.temperature < math.inf:
@@ -76,6 +91,7 @@ class Sample:
         scored: the log-probabilities come from a pass over the finished sequence, not from the sampler.
         drifted: the text that came back, or that of the prompt, does not give the same tokens again.
         weights_version: number of the weights that the engine sampled with; None: those of the policy.
+    Raises: ValueError for log-probabilities of another number than ids, and for another finish_reason.
     """
 
     ids: list[int]
@@ -86,6 +102,12 @@ class Sample:
     scored: bool = False
     drifted: bool = False
     weights_version: int | None = None
+
+    def __post_init__(self) -> None:
+        if len(self.logprobs) != len(self.ids):
+            raise ValueError(f"logprobs must be {len(self.ids)} like ids, got {len(self.logprobs)}")
+        if self.finish_reason not in ("stop", "length"):
+            raise ValueError(f"finish_reason must be 'stop' or 'length', got {self.finish_reason!r}")
 
 
 class RolloutEngine(Protocol):
@@ -103,7 +125,31 @@ class EngineError(RuntimeError):
     """A rollout engine could not do what it was asked, in one line."""
 
 
-def check_prompts(prompts: Sequence[Sequence[int]]) -> None:
-    """Raises: ValueError for a prompt without tokens."""
+def check_tokens(eos_id: Any, pad_id: Any) -> None:
+    """Raises: TypeError for an `eos_id` that is neither an integer nor None, such as a checkpoint's list, and for
+    a `pad_id` that is no integer."""
+    for name, value, none in (("eos_id", eos_id, " or None"), ("pad_id", pad_id, "")):
+        known = isinstance(value, Integral) and not isinstance(value, bool)
+        if not known and not (none and value is None):
+            raise TypeError(f"{name} must be one token{none}, got {value!r:.40}")
+
+
+def check_prompts(prompts: Sequence[Sequence[int]], params: SamplingParams, model: Any = None) -> None:
+    """Raises: ValueError for a prompt without tokens and for `params.rows` of another number; EngineError for what
+    may grow longer than the table of positions of a Hugging Face `model`, if it has one."""
     if any(len(prompt) == 0 for prompt in prompts):
         raise ValueError("prompts must hold at least one token each, got an empty one")
+    if params.rows is not None and len(params.rows) != len(prompts):
+        raise ValueError(f"rows must be {len(prompts)} like prompts, got {len(params.rows)}")
+    positions = getattr(getattr(model, "config", None), "max_position_embeddings", None)
+    longest = max(map(len, prompts), default=0)
+    if isinstance(positions, int) and longest + params.max_new_tokens > positions and not _rotates(model):
+        raise EngineError(
+            f"max_new_tokens must be at most {positions - longest} behind a prompt of {longest} tokens in a model "
+            f"with {positions} positions, got {params.max_new_tokens}"
+        )
+
+
+def _rotates(model: Any) -> bool:
+    """Whether positions are rotations without a table, which have no end."""
+    return any("rope" in name for name in vars(model.config))

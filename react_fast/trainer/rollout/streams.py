@@ -7,7 +7,7 @@ from .sampling import SamplingParams
 
 
 def key(*numbers: int) -> int:
-    """A 63-bit key of its own for every tuple of numbers; what random streams are named by."""
+    """A 63-bit key for every tuple of numbers, which count modulo 2^32; what random streams are named by."""
     words = np.random.SeedSequence([n & 0xFFFFFFFF for n in numbers]).generate_state(1, np.uint64)
     return int(words[0] >> 1)
 

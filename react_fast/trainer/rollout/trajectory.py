@@ -32,7 +32,8 @@ class Trajectory:
         reward_parts: return of every reward function by name, without its weight, where the environment has
             `WeightedRewards`; None if it applied in no turn.
         counts: sums of what the environment counted, such as "rewards/judge/failed", "tools/calls".
-        logged: what the reward functions logged, a value a turn.
+        logged: what the reward functions logged, a value a turn.  extra: the newest of what they gave to
+            `log_extra`, by column.
         weights_version: oldest weights that an action was sampled with; None: the policy's own.
     """
 
@@ -53,6 +54,7 @@ class Trajectory:
     reward_parts: dict[str, float | None] = field(default_factory=dict)
     counts: dict[str, float] = field(default_factory=dict)
     logged: dict[str, list[float]] = field(default_factory=dict)
+    extra: dict[str, Any] = field(default_factory=dict)
     weights_version: int | None = None
 
 
@@ -75,6 +77,12 @@ def retokenised(trajectories: Sequence[Trajectory]) -> dict[str, float]:
 def encode(tokenizer: Any, text: str, *, special: bool = True) -> list[int]:
     """Token ids of a text; `special` lets the tokenizer add what opens a sequence."""
     return list(tokenizer(text, add_special_tokens=special)["input_ids"])
+
+
+def pad_token(tokenizer: Any) -> int:
+    """What fills rows: the tokenizer's pad token, else its end token, else 0."""
+    pad, end = tokenizer.pad_token_id, tokenizer.eos_token_id
+    return next((token for token in (pad, end) if token is not None), 0)
 
 
 def demonstration(tokenizer: Any, prompt: str, reference: str, record: int) -> Trajectory:

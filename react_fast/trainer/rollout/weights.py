@@ -23,7 +23,8 @@ class WeightFolder:
         self.path, self.tokenizer = Path(path), tokenizer
 
     def write(self, model: Any, version: int, weights: Mapping[str, torch.Tensor] | None = None) -> Path:
-        """Write a model, adapters merged, into a folder of its own; older ones but the last are removed.
+        """Write a model, adapters merged, into a folder of its own. Older ones but the last are removed, and what
+        a run that was killed or taken back left: half-written folders and higher versions.
 
         Args: weights: whole ones by name, where the model holds shards; None: the model's.
         Returns: the folder, which appears by one rename.
@@ -31,7 +32,8 @@ class WeightFolder:
         self.path.mkdir(parents=True, exist_ok=True)
         target = self.path / f"version-{version:08d}"
         temporary = self.path / f".version-{version:08d}.{os.getpid()}"
-        shutil.rmtree(temporary, ignore_errors=True)
+        for left in self.path.glob(".version-*"):
+            shutil.rmtree(left, ignore_errors=True)
         if hasattr(model, "merge_and_unload"):
             model = copy.deepcopy(model).merge_and_unload()
         model.save_pretrained(temporary, state_dict=weights)
@@ -43,7 +45,8 @@ class WeightFolder:
         if target.exists():
             shutil.rmtree(target)
         temporary.rename(target)
-        for old in sorted(self.path.glob("version-*"))[:-_KEPT]:
-            if old != target:
-                shutil.rmtree(old, ignore_errors=True)
+        found = sorted(self.path.glob("version-*"))
+        place = found.index(target)
+        for other in found[: max(place + 1 - _KEPT, 0)] + found[place + 1 :]:
+            shutil.rmtree(other, ignore_errors=True)
         return target
