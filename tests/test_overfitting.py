@@ -145,8 +145,8 @@ def test_a_run_takes_it_from_its_configuration(tmp_path, capsys):
     ("name", "message"),
     [
         ("louder", "env.augment must be module:function, got 'louder'"),
-        (f"{__name__}:gone", "env.augment must be module:function"),
-        ("no_such_module:f", "No module named 'no_such_module'"),
+        (f"{__name__}:gone", f"env.augment names no function of {__name__}"),
+        ("no_such_module:f", "env.augment names a module that cannot be imported: "),
     ],
 )
 def test_what_is_no_function_is_refused(tmp_path, capsys, name, message):

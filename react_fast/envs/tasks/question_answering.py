@@ -7,7 +7,7 @@ values (English, euro) are shared.
 
 Validation and test state true facts. In training a fact is asked for in one true context and in several where
 every value is another thing's, so that answers are read and not known by heart: Longpre et al. 2021
-(arXiv:2109.05052), entity substitution.
+(arXiv:2109.05052), entity substitution. Those state one to three facts: short ones teach reading first.
 """
 
 import functools
@@ -21,7 +21,7 @@ from .splits import SPLITS, Groups, check_split
 
 REWARD, METRICS, OPTIONS = "squad_f1", ("squad_em", "squad_f1"), ()
 # Of every training fact: a true one, the others with exchanged values.
-_CONTEXTS = 8
+_CONTEXTS = 24
 
 # CLDR key, name, attributes
 _Thing = tuple[str, str, dict[str, str]]
@@ -31,9 +31,9 @@ _Facts = dict[str, list[_Thing]]
 def load(split: str = "train") -> list[Record]:
     """The records of one split, in a fixed order.
 
-    A prompt is `The currency of Chad is Central African CFA Franc. ...\\nQ: currency of Chad?\\nA:`, its
-    reference ` Central African CFA Franc`, with the blank that makes it the same tokens as in the context;
-    metadata holds kind, attribute, the CLDR keys of both things, and whether values are exchanged.
+    A prompt is `The currency of Chad is Central African CFA Franc. ...\\nQ: currency of Chad?\\nA: The currency of
+    Chad is`, its reference ` Central African CFA Franc`, with the blank that makes it the same tokens as in the
+    context; metadata holds kind, attribute, the CLDR keys of both things, and whether values are exchanged.
 
     Args:
         split: "train" | "validation" | "test", about 72%, 10% and 18% of the things; a training fact is asked
@@ -71,11 +71,13 @@ def _record(things: Sequence[_Thing], kind: str, place: int, attribute: str, num
     stated = [(attribute, name, values), (second, name, values), (alike, other[1], other[2])]
     if number:
         stated = [(fact, about, _another(things, fact, draw)) for fact, about, _ in stated]
+        stated = [stated[0], *draw.sample(stated[1:], number % 3)]
     answer = stated[0][2][attribute]
     draw.shuffle(stated)
     context = " ".join(f"The {fact} of {about} is {known[fact]}." for fact, about, known in stated)
     metadata = {"kind": kind, "key": key, "attribute": attribute, "other": other[0], "exchanged": number > 0}
-    return Record(prompt(context, f"{attribute} of {name}?"), f" {answer}", metadata)
+    asked = f"{attribute} of {name}"
+    return Record(f"{prompt(context, f'{asked}?')} The {asked} is", f" {answer}", metadata)
 
 
 def _another(things: Sequence[_Thing], attribute: str, draw: random.Random) -> dict[str, str]:
