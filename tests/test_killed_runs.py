@@ -89,6 +89,10 @@ def _child(folder: Path, die_at: int | None = None, die_after: float | None = No
     return ours.recv()
 
 
+def _of_time(name: str) -> bool:
+    return "time" in name or name.endswith("_per_second")
+
+
 def _outcome(run: Path) -> dict[str, Any]:
     newest = newest_complete(run / "checkpoints" / "rl")
     assert newest is not None
@@ -98,7 +102,7 @@ def _outcome(run: Path) -> dict[str, Any]:
         "trainer": load_file(newest / TENSORS),
         "results": json.loads((run / "results.json").read_text()),
         "steps": [(line.pop("phase"), line["step"]) for line in lines],
-        "metrics": [{name: x for name, x in line.items() if "time" not in name} for line in lines],
+        "metrics": [{name: x for name, x in line.items() if not _of_time(name)} for line in lines],
     }
 
 
