@@ -7,12 +7,15 @@ from typing import Any
 import pytest
 import torch
 from accelerate.state import AcceleratorState, GradientState, PartialState
+from safetensors.torch import load_file
 
 from react_fast.envs import Record, TextEnv
 from react_fast.tracker import CausalityTracker
 from react_fast.trainer.algorithms import GRPO, REINFORCE, SFT
 from react_fast.trainer.config import TrainerConfig
 from react_fast.trainer.model import fresh_model
+from react_fast.trainer.rollout.weights import WeightFolder
+from react_fast.trainer.state import whole
 from react_fast.trainer.trainer import Trainer
 
 RECORDS = [Record(f"say {i}:", f"word {i}") for i in range(7)]
@@ -113,6 +116,37 @@ def test_a_checkpoint_of_many_is_one_of_one_process(ranks, tmp_path, sharded):
     alone = _trainer("grpo", kl_coef=0.1)
     alone.load(tmp_path / "step-00000002")
     torch.testing.assert_close(_outcome(alone)["weights"], expected["weights"], rtol=1e-7, atol=1e-9)
+
+
+class _Server:
+    """An engine that holds a copy of the policy, in a folder."""
+
+    def __init__(self, trainer: Trainer, folder: Path) -> None:
+        self.generate = trainer.policy_engine.generate
+        self.weights, self.version, self.given = WeightFolder(folder, None), 0, 0
+
+    def sync_weights(self, model: Any, version: int, weights: Any = None) -> None:
+        self.weights.write(model, version, weights)
+        self.version, self.given = version, self.given + 1
+
+
+def _gives_weights_once(rank: int, world: int, folder: Path, sharded: bool) -> None:
+    _as_torchrun_does(rank, world)
+    trainer = _trainer("grpo", sharded)
+    trainer.engine = engine = _Server(trainer, folder)
+    trainer.train_step()
+    trainer.synchronise()
+    assert engine.version == trainer.updates == 1
+    assert engine.given == (2 if rank == 0 else 0)
+    own = whole(dict(trainer.model.named_parameters()), keep=True)
+    for name, value in load_file(folder / "version-00000001" / "model.safetensors").items():
+        assert torch.equal(value, own[name]), name
+
+
+@pytest.mark.parametrize("sharded", [False, True], ids=["copies", "shards"])
+@pytest.mark.parametrize("ranks", [2], indirect=True, scope="session")
+def test_one_process_gives_a_server_the_weights(ranks, tmp_path, sharded):
+    ranks.run(_gives_weights_once, tmp_path, sharded)
 
 
 def _refuses(rank: int, world: int) -> None:
