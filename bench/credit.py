@@ -87,7 +87,9 @@ class Contest(Trainer):
     def score(self, trajectories: Any) -> Batch:
         batch = super().score(trajectories)
         if self.contestant == "oracle":
-            batch.effects = self.task.effects(batch)
+            with torch.no_grad():
+                probabilities = self.model(batch.input_ids)[:, :-1].softmax(-1)
+            batch.effects = self.task.effects(batch, probabilities)
         responses = [self.tokenizer.decode(t.token_ids[1:].tolist()) for t in trajectories]
         records = [self.env.records[t.record] for t in trajectories]
         qualities = [self.task.quality(*pair) for pair in zip(responses, records, strict=True)]

@@ -11,6 +11,7 @@ from react_fast.envs import Record, TextEnv
 from react_fast.envs.slots import ground_truth
 from react_fast.trainer.batch import Batch
 from react_fast.trainer.rollout import Sample, SamplingParams, uniforms
+from react_fast.trainer.rollout.truncation import choose
 
 WORDS = {"?": "go", "!": "hi"}
 LETTERS = "abcdefghijklmnopqrst"
@@ -39,8 +40,7 @@ class Policy(nn.Module):
 
 
 class Engine:
-    """The policy as a rollout engine that computes the last position alone. Prompts have one token, actions one
-    length."""
+    """The policy as a rollout engine that computes the last position alone. Texts have one length."""
 
     def __init__(self, policy: Policy) -> None:
         self.policy = policy
@@ -48,16 +48,20 @@ class Engine:
     @torch.no_grad()
     def generate(self, prompts: Sequence[Sequence[int]], params: SamplingParams) -> list[Sample]:
         draws = uniforms(params, len(prompts))
-        ids = torch.tensor(prompts)
-        prompt, chosen = self.policy.embed(ids[:, 0]), []
+        prompt = self.policy.embed(torch.tensor([ids[0] for ids in prompts]))
+        last, begin = (
+            torch.tensor([ids[-1] for ids in prompts]),
+            torch.tensor([len(ids) for ids in prompts]) - 1,
+        )
+        chosen, logprobs = [], []
         for t in range(params.max_new_tokens):
-            logits = self.policy.logits(self.policy.embed(ids[:, 0]), prompt, self.policy.place[t])
-            cumulative = logits.double().softmax(-1).cumsum(-1)
-            ids = torch.searchsorted(cumulative, draws[:, t : t + 1] * cumulative[:, -1:], right=True)
-            ids = ids.clamp_max(logits.shape[1] - 1)
-            chosen.append(ids)
-        zeros = [0.0] * params.max_new_tokens
-        return [Sample(row, zeros, "length") for row in torch.cat(chosen, 1).tolist()]
+            place = self.policy.place[(begin + t).clamp_max(len(self.policy.place) - 1)]
+            logits = self.policy.logits(self.policy.embed(last), prompt, place)
+            last, scores, _ = choose(logits, draws[:, t], params)
+            chosen.append(last)
+            logprobs.append(scores)
+        rows = zip(torch.stack(chosen, 1).tolist(), torch.stack(logprobs, 1).tolist(), strict=True)
+        return [Sample(*row, "length") for row in rows]
 
 
 class Characters:
@@ -78,7 +82,7 @@ class Characters:
 @dataclass(frozen=True)
 class Task:
     """What is learned: the environment, its texts, a response's part of the best reward, and an action's true
-    effect.
+    effect, out of the batch and the policy's probabilities [B, T-1, V].
     """
 
     env: TextEnv
@@ -86,9 +90,9 @@ class Task:
     length: int
     steps: int
     interventions: int
-    by: Literal["token", "position", "token_at_position"]
+    by: Literal["episode", "token", "token_at_position"]
     quality: Callable[[str, Record], float]
-    effects: Callable[[Batch], torch.Tensor]
+    effects: Callable[[Batch, torch.Tensor], torch.Tensor]
 
 
 def slots(seed: int) -> Task:
@@ -99,9 +103,10 @@ def slots(seed: int) -> Task:
     def quality(text: str, record: Record) -> float:
         return float(truth.values(text) @ truth.weights) / best
 
-    def effects(batch: Batch) -> torch.Tensor:
-        on = batch.targets == 2 * torch.arange(truth.slots) + 1
-        return torch.where(on, weights, -weights / (truth.vocab_size - 1)).double()
+    def effects(batch: Batch, probabilities: torch.Tensor) -> torch.Tensor:
+        slots = torch.arange(truth.slots)
+        on = batch.targets == 2 * slots + 1
+        return weights * (on.double() - probabilities[:, slots, 2 * slots + 1].double())
 
     return Task(
         truth.env(noisy=True),
@@ -121,15 +126,15 @@ def text(seed: int) -> Task:
     def reward(state: str, action: str, record: Record) -> float:
         return float(WORDS[record.prompt] in action)
 
-    def effects(batch: Batch) -> torch.Tensor:
-        """1 for the letters of the word where it stands once or more."""
+    def effects(batch: Batch, probabilities: torch.Tensor) -> torch.Tensor:
+        """Probability of another letter, for the letters of the word where it stands once or more."""
         found = torch.zeros(batch.mask.shape, dtype=torch.float64)
         for row, ids in enumerate(batch.input_ids.tolist()):
             written = "".join(characters[i] for i in ids)
             place = written.find(WORDS[written[0]])
             if place > 0:
                 found[row, place - 1 : place + 1] = 1.0
-        return found
+        return found * (1 - probabilities.double().gather(2, batch.targets[..., None])[..., 0])
 
     characters = LETTERS + "".join(WORDS)
     env = TextEnv([Record(prompt) for prompt in WORDS], reward=reward)

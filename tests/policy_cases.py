@@ -4,7 +4,7 @@ The equations are vectorised over a padded float64 batch and written from the do
 loops over sequences, so the two share no code.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 
 import pytest
 import torch
@@ -57,7 +57,8 @@ class Batch:
         return replace(self.each(change), mask=self.mask)
 
     def loss(self, **options: object) -> rf.PolicyLoss:
-        return rf.policy_loss(**vars(self), **options)
+        given = {field.name: getattr(self, field.name) for field in fields(self)}
+        return rf.policy_loss(**given, **options)
 
     def gradients(self, **options: object) -> list[torch.Tensor]:
         """[loss, d loss / d logprobs, and d loss / d entropy where there is entropy]."""

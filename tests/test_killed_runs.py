@@ -26,6 +26,8 @@ from .ranks import processes
 from .tiny import train_words
 
 KILLS = 50
+ANY_TIME = "any time"
+KINDS = ("generation", "update", "optimizer step", "write", "rename", "remove", ANY_TIME)
 _FILES = {"os.rename": "rename", "os.remove": "remove", "os.rmdir": "remove", "os.mkdir": "write"}
 
 
@@ -52,36 +54,36 @@ class _Moments:
             self._seen(kind)
 
 
-def _train(folder: Path, out: Any, words: list[str], die_at: int | None, die_after: float | None) -> None:
-    """Run the command; die at the event of that number, or after so many seconds. Tells where it ended."""
-    events, began = 0, time.monotonic()
+def _train(folder: Path, out: Any, words: list[str], kind: str, when: float) -> None:
+    """Run the command; die at the event of a kind and that number, or after so many seconds. Tells where it
+    ended."""
+    events, began = Counter[str](), time.monotonic()
 
-    def die(kind: str) -> None:
+    def die() -> None:
         out.send((kind, events, 0.0))
         os.kill(os.getpid(), signal.SIGKILL)
 
-    def seen(kind: str) -> None:
-        nonlocal events
-        events += 1
-        if events == die_at:
-            die(kind)
+    def seen(what: str) -> None:
+        events[what] += 1
+        if what == kind and events[what] == when:
+            die()
 
     sys.stdout = io.StringIO()
     react_fast.trainer.curves.draw_curves = lambda *_: None  # most of the time of so small a run
-    if die_after is not None:
-        threading.Timer(die_after, die, ["any time"]).start()
+    if kind == ANY_TIME:
+        threading.Timer(when, die).start()
     _Moments(folder, seen)
     code = cli.main([*words, "--resume", "auto"])
     out.send((f"exit {code}", events, time.monotonic() - began))
     os._exit(0)
 
 
-def _child(folder: Path, die_at: int | None = None, die_after: float | None = None) -> tuple[str, int, float]:
-    """(how a run in the folder ended, events, seconds)."""
+def _child(folder: Path, kind: str = "", when: float = 0) -> tuple[str, Counter[str], float]:
+    """(how a run in the folder ended, its events, seconds)."""
     words = [*train_words(folder), "--trainer.credit", "attribution", "--trainer.epochs", "2"]
     context = processes()
     ours, theirs = context.Pipe(duplex=False)
-    child = context.Process(target=_train, args=(folder, theirs, words, die_at, die_after))
+    child = context.Process(target=_train, args=(folder, theirs, words, kind, when))
     child.start()
     theirs.close()
     child.join(100)
@@ -119,10 +121,10 @@ def test_a_run_killed_at_fifty_moments_ends_as_if_it_had_not_been(tmp_path):
         folder = tmp_path / str(number)
         folder.mkdir()
         while True:
-            if killed.total() % 3:
-                end, *_ = _child(folder, die_at=draw.randint(1, events // 4))
-            else:
-                end, *_ = _child(folder, die_after=draw.uniform(0, seconds / 2))
+            kind = min(KINDS, key=killed.__getitem__)  # so that every kind has its share
+            last = seconds / 2 if kind == ANY_TIME else events[kind] // 4 + 1
+            when = draw.uniform(0, last) if kind == ANY_TIME else draw.randint(1, int(last))
+            end, *_ = _child(folder, kind, when)
             if end == "exit 0":
                 break
             killed[end] += 1
@@ -131,4 +133,4 @@ def test_a_run_killed_at_fifty_moments_ends_as_if_it_had_not_been(tmp_path):
         assert found.pop("results") == expected["results"]
         for part, values in found.items():
             torch.testing.assert_close(values, expected[part], rtol=0, atol=0, equal_nan=True)
-    assert min(killed[kind] for kind in ("generation", "update", "write", "rename", "any time")) >= 2, killed
+    assert min(killed[kind] for kind in KINDS) >= KILLS // len(KINDS)

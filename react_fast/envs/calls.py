@@ -178,10 +178,9 @@ async def _in_thread(call: Callable[[], T]) -> T:
             return
         try:
             future.set_result(call())
-        except StopIteration as error:  # no future of asyncio takes it
-            future.set_exception(_ordinary(error))
         except BaseException as error:
-            future.set_exception(error)
+            plain = isinstance(error, Exception) and not isinstance(error, StopIteration)
+            future.set_exception(error if plain else _ordinary(error))  # what a future of asyncio takes
 
     threading.Thread(target=run, daemon=True).start()
     return await asyncio.wrap_future(future)

@@ -11,14 +11,15 @@ from typing import Any
 import numpy as np
 import torch
 
+from .rollout import draw
 from .tracker import Moments
 
-_ROWS, _UNITS, _ALTERNATIVES, _VALUES, _KNOWN = 5, 6, 7, 8, 9
-_BUCKETS, _TOKENS, _RECHECK = 65521, 1_000_003, 8
+_ROWS, _REDRAWN, _VALUES = 5, 7, 8
+_BUCKETS, _TOKENS = 65521, 1_000_003
 
 
 class Causal:
-    """Effects of do(action := another draw), kept by token, position or both."""
+    """Effects of drawing anew from an action on, kept for the episode, or by token or token and position."""
 
     def __init__(self, trainer: Any) -> None:
         self.trainer = trainer
@@ -26,113 +27,102 @@ class Causal:
 
     def score(self, trajectories: Sequence[Any], batch: Sequence[Any]) -> int:
         """Give every trajectory its tokens' effects; returns the environment steps it took."""
-        config, steps = self.trainer.config, 0
-        self.own: dict[int, dict[int, float]] = {}
-        if self.trainer.step % config.credit_every == 0:
+        steps = 0
+        self.own: dict[int, torch.Tensor] = {}
+        if self.trainer.step % self.trainer.config.credit_every == 0:
             steps = self._measure(trajectories)
-        for one, scored in zip(trajectories, batch, strict=True):
-            scored.effects = self._effects(one)
-            own = {t: self._shrunk(x, 1) for t, x in self.own.get(id(one), {}).items()}
-            if any(own.values()):
-                for t, x in own.items():
-                    scored.effects[t - 1] = x
+        for row, (one, scored) in enumerate(zip(trajectories, batch, strict=True)):
+            scored.effects = self.own[row] if row in self.own else self._known(one)
         return steps
 
     def _measure(self, trajectories: Sequence[Any]) -> int:
         config, step = self.trainer.config, self.trainer.step
         left, steps = config.credit_interventions, 0
-        before = [{t + 1 for t, x in enumerate(self._effects(one)) if x != 0} for one in trajectories]
         for row in _by_surprise(trajectories, config.seed, step)[:left]:
             if left == 0:
                 break
             one = trajectories[row]
             ids = [int(token) for token in one.token_ids]
-            instead = self._alternatives(one, row)
-            known = before[row] if philox_key(config.seed, _KNOWN, step, row) % _RECHECK else set()
-            changing = [
+            redrawn = self._redrawn(one, row)
+            units = [
                 unit
                 for unit in units_of(one, config.credit_actions, self.trainer.tokenizer)
-                if any(instead[t] != ids[t] for t in unit) and known.isdisjoint(unit)
-            ]
-            if not changing:
+                if any(redrawn[t] != ids[t] for t in unit)
+            ][::-1]
+            own = torch.full((len(ids) - 1,), math.nan, dtype=torch.float64)
+            own[torch.as_tensor(one.action_mask)[1:]] = 0.0
+            if not units:
+                self.own[row] = own
                 continue
-            order = [changing[i] for i in _permutation(len(changing), config.seed, _UNITS, step, row)]
-            values = {0: float(sum(one.rewards))}
 
-            def value(k: int, one: Any = one, order: Any = order, instead: Any = instead) -> float:
+            def value(k: int, one: Any = one, units: Any = units, row: int = row) -> float:
                 nonlocal steps
-                tokens = [int(token) for token in one.token_ids]
-                for t in (t for unit in order[:k] for t in unit):
-                    tokens[t] = instead[t]
-                found, used = play_again(self.trainer, one, turns_of(one, tokens), _ALTERNATIVES)
+                kept = turns_of(one, [int(token) for token in one.token_ids], end=units[k - 1][0])
+                found, used = play_again(self.trainer, one, kept, _REDRAWN, True, row)
                 steps += used
                 return found
 
-            values[len(order)] = value(len(order))
-            found, left = _bisect(value, values, len(order), left - 1)
+            values = {0: float(sum(one.rewards)), len(units): value(len(units))}
+            found, left = _bisect(value, values, len(units), left - 1)
             if not all(math.isfinite(x) for x in found):
                 continue
-            self.own[id(one)] = {t: x for x, unit in zip(found, order, strict=True) for t in unit}
-            for effect, unit in zip(found, order, strict=True):
-                replaced = [t for t in unit if instead[t] != ids[t]]
-                for t in replaced:
-                    position = sum(bool(x) for x in one.action_mask[:t])
-                    self._add(effect, ids[t], position)
-                for t in replaced:
-                    position = sum(bool(x) for x in one.action_mask[:t])
-                    self._add(-effect, instead[t], position)
+            for effect, unit in zip(found, units, strict=True):
+                for t in unit:
+                    own[t - 1] = effect
+            self.own[row] = own
+            if config.credit_by != "episode":
+                self._remember(one, units, found, redrawn)
         return steps
 
-    def _add(self, effect: float, token: int, position: int) -> None:
-        self.moments.setdefault(self._key(token, position), Moments()).add(effect)
+    def _remember(self, one: Any, units: list[list[int]], found: list[float], redrawn: list[int]) -> None:
+        ids = [int(token) for token in one.token_ids]
+        for effect, unit in zip(found, units, strict=True):
+            for t in unit:
+                self._add(effect, ids[t], one, t)
+            other = next(t for t in unit if redrawn[t] != ids[t])
+            self._add(-effect, redrawn[other], one, other)
+
+    def _add(self, effect: float, token: int, one: Any, t: int) -> None:
+        key = self._key(token, sum(bool(x) for x in one.action_mask[:t]))
+        self.moments.setdefault(key, Moments()).add(effect)
 
     def _key(self, token: int, position: int) -> int:
         by = self.trainer.config.credit_by
-        code = {"token": token, "position": position}.get(by, position * _TOKENS + token)
-        return code % _BUCKETS
+        return (token if by == "token" else position * _TOKENS + token) % _BUCKETS
 
-    def _effects(self, one: Any) -> torch.Tensor:
-        """[L - 1]: means, softly thresholded at what chance would reach."""
-        found = torch.zeros(len(one.token_ids), dtype=torch.float64)
+    def _known(self, one: Any) -> torch.Tensor:
+        """[L - 1]: means, softly thresholded at what chance would reach, times the probability of another token;
+        NaN without a table."""
+        found = torch.full((len(one.token_ids),), math.nan, dtype=torch.float64)
+        if self.trainer.config.credit_by == "episode":
+            return found[1:]
+        degrees = sum(m.count - 1 for m in self.moments.values())
+        spread = sum(m.m2 for m in self.moments.values()) / degrees if degrees else 0.0
         least = 1e-9 * max((abs(m.mean) for m in self.moments.values()), default=0.0)
         position = 0
         for t, token in enumerate(one.token_ids):
             if one.action_mask[t]:
                 m = self.moments.get(self._key(int(token), position), Moments())
-                found[t] = self._shrunk(m.mean, m.count, least)
+                limit = math.sqrt(2 * math.log(max(len(self.moments), 1)) * spread / max(m.count, 1))
+                size = abs(m.mean) - limit if degrees else 0.0
+                effect = math.copysign(size, m.mean) if size > least else 0.0
+                found[t] = effect * (1 - math.exp(float(one.sampler_logprobs[t])))
                 position += 1
         return found[1:]
 
-    def _shrunk(self, mean: float, count: int, least: float = 1e-9) -> float:
-        degrees = sum(m.count - 1 for m in self.moments.values())
-        if degrees == 0:
-            return 0.0
-        spread = sum(m.m2 for m in self.moments.values()) / degrees
-        size = abs(mean) - math.sqrt(2 * math.log(len(self.moments)) * spread / max(count, 1))
-        return math.copysign(size, mean) if size > least else 0.0
-
     @torch.no_grad()
-    def _alternatives(self, one: Any, row: int) -> list[int]:
-        """At every action another token than the one taken, drawn from the policy there; the end token is neither
-        drawn nor replaced."""
+    def _redrawn(self, one: Any, row: int) -> list[int]:
+        """At every action what the policy draws there under the other noise."""
         trainer = self.trainer
         trainer.model.eval()
         ids = [int(token) for token in one.token_ids]
-        logits = trainer.logits(torch.tensor(ids))
-        key = philox_key(trainer.config.seed, _ALTERNATIVES, trainer.step, row)
-        draws = np.random.Generator(np.random.Philox(key)).random(len(ids) - 1)
-        instead, end = list(ids), trainer.tokenizer.eos_token_id
-        for t in range(1, len(ids)):
-            if one.action_mask[t] and ids[t] != end:
-                p = torch.softmax(logits[t - 1].float() / trainer.config.temperature, 0).double()
-                p[ids[t]] = 0.0
-                if end is not None:
-                    p[end] = 0.0
-                cumulative = p.cumsum(0)
-                if cumulative[-1] > 0:
-                    drawn = int(torch.searchsorted(cumulative, draws[t - 1] * cumulative[-1], right=True))
-                    instead[t] = min(drawn, len(p) - 1)
-        return instead
+        logits, redrawn = trainer.logits(torch.tensor(ids)), list(ids)
+        for turn in range(len(one.rewards)):
+            places = [t for t in range(1, len(ids)) if one.action_mask[t] and one.turn_index[t] == turn]
+            draws = trainer.draws(row, turn, philox_key(trainer.config.seed, _REDRAWN), 0)
+            for t, u in zip(places, draws, strict=False):
+                redrawn[t] = draw(logits[t - 1], u, trainer.config)[0]
+        return redrawn
 
 
 class MonteCarlo:
@@ -142,16 +132,17 @@ class MonteCarlo:
         self.trainer = trainer
 
     def score(self, trajectories: Sequence[Any], batch: Sequence[Any]) -> int:
-        config, steps, number = self.trainer.config, 0, 0
-        for one, scored in zip(trajectories, batch, strict=True):
+        config, steps = self.trainer.config, 0
+        for row, (one, scored) in enumerate(zip(trajectories, batch, strict=True)):
             units = units_of(one, config.credit_actions, self.trainer.tokenizer)
             values = []
             for unit in units:
                 turns = turns_of(one, [int(token) for token in one.token_ids], end=unit[0])
                 total = 0.0
-                for _ in range(config.credit_samples):
+                for sample in range(config.credit_samples):
+                    number = row * config.credit_samples + sample
                     found, used = play_again(self.trainer, one, turns, _VALUES, True, number)
-                    total, steps, number = total + found, steps + used, number + 1
+                    total, steps = total + found, steps + used
                 values.append(total / config.credit_samples)
             values.append(float(sum(one.rewards)))
             advantages = torch.zeros(len(one.token_ids) - 1, dtype=scored.step_rewards.dtype)
@@ -160,6 +151,36 @@ class MonteCarlo:
                     advantages[t - 1] = values[i + 1] - values[i]
             scored.step_advantages = advantages
         return steps
+
+
+def add_effects(batch: Sequence[Any], floor: float) -> None:
+    """A_t + (1 - floor) w (e_t - mean e), w = min(n, mean A^2 / mean e^2), with the effects e in the unit of A,
+    the means of e over the n actions of a row, of e^2 over those of all rows, whose effect is known."""
+    known: list[list[tuple[int, float]]] = []  # place and effect
+    squares: list[float] = []
+    size = 0.0
+    for one in batch:
+        peers = [other for other in batch if other.group == one.group]
+        mean = sum(other.reward for other in peers) / len(peers)
+        spread = sum((other.reward - mean) ** 2 for other in peers)
+        square = sum(float((other.advantages**2).sum()) / max(1, int(other.mask.sum())) for other in peers)
+        ratio = math.sqrt(square / spread) if spread > 0 else 0.0
+        row = [
+            (t, float(effect) * ratio)
+            for t, effect in enumerate(one.effects)
+            if one.mask[t] and not math.isnan(effect)
+        ]
+        squares += [float(a) ** 2 for a, m in zip(one.advantages, one.mask, strict=True) if m]
+        size += sum(effect**2 for _, effect in row)
+        known.append(row)
+    for one, row in zip(batch, known, strict=True):
+        mean = sum(effect for _, effect in row) / len(row) if row else 0.0
+        ratio = (sum(squares) / len(squares)) / (size / sum(map(len, known))) if size > 0 else 0.0
+        weight = min(len(row), ratio)
+        advantages = one.advantages.clone()
+        for t, effect in row:
+            advantages[t] += (1 - floor) * weight * (effect - mean)
+        one.advantages = advantages
 
 
 CREDITS = {"causal": Causal, "monte_carlo": MonteCarlo}
@@ -179,7 +200,7 @@ def play_again(
         room = trainer.config.max_new_tokens - len(action)
         free = turn >= len(turns) or (open and turn == len(turns) - 1)
         if free and room and action[-1:] != [trainer.tokenizer.eos_token_id]:
-            action += trainer.act(ids + action, number, turn, seed=seed)[:room]
+            action += trainer.act(ids + action, number, turn, seed=seed, skip=len(action))[:room]
         text = trainer.tokenizer.decode(action, skip_special_tokens=True)
         seen = state + text
         state, reward, terminated, truncated, _ = env.step(text)

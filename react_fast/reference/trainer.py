@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from .algorithms import RULES
-from .credit import CREDITS, philox_key
+from .credit import CREDITS, add_effects, philox_key
 from .logprob import token_logprobs
 from .rollout import draw, importance
 
@@ -178,21 +178,26 @@ class Trainer:
                 _extend(episode, [(i, 0.0, -math.inf) for i in self.encode(answer, False)], False, turn)
         return episode
 
-    def act(self, prompt: list[int], row: int, turn: int, seed: int | None = None) -> list[int]:
+    def act(
+        self, prompt: list[int], row: int, turn: int, seed: int | None = None, skip: int = 0
+    ) -> list[int]:
         """Tokens of one action; see `sample`."""
-        return [i for i, _, _ in self.sample(prompt, row, turn, seed)]
+        return [i for i, _, _ in self.sample(prompt, row, turn, seed, skip)]
+
+    def draws(self, row: int, turn: int, seed: int, skip: int) -> np.ndarray:
+        """[max_new_tokens] of the stream keyed (seed, step) and (turn, row), from its place `skip` on."""
+        key = np.array([seed, self.step], dtype=np.uint64)
+        counter = np.array([0, 0, turn, row], dtype=np.uint64)
+        stream = np.random.Generator(np.random.Philox(key=key, counter=counter))
+        return stream.random(skip + self.config.max_new_tokens)[skip:]
 
     @torch.no_grad()
     def sample(
-        self, prompt: list[int], row: int, turn: int, seed: int | None = None
+        self, prompt: list[int], row: int, turn: int, seed: int | None = None, skip: int = 0
     ) -> list[tuple[int, float, float]]:
-        """Sample one action by inverse transform from the draws keyed (seed, step) and (turn, row): tokens with
-        their log-probabilities and logit floors."""
-        key = np.array([self.config.seed if seed is None else seed, self.step], dtype=np.uint64)
-        counter = np.array([0, 0, turn, row], dtype=np.uint64)
-        draws = np.random.Generator(np.random.Philox(key=key, counter=counter)).random(
-            self.config.max_new_tokens
-        )
+        """Sample one action by inverse transform from `draws`: tokens with their log-probabilities and logit
+        floors."""
+        draws = self.draws(row, turn, self.config.seed if seed is None else seed, skip)
         self.model.eval()
         chosen: list[tuple[int, float, float]] = []
         for u in draws:
@@ -295,12 +300,11 @@ class Trainer:
             advantages = torch.as_tensor(advantages).expand(one.mask.shape)
             if one.attribution is not None:
                 advantages = self._spread(one, advantages, one.attribution.abs())
-            if one.effects is not None:
-                agreeing = (advantages.sign() * one.effects).clamp_min(0)
-                advantages = self._spread(one, advantages, agreeing)
             if one.step_advantages is not None:
                 advantages = one.step_advantages
             one.advantages = torch.where(one.mask, advantages, 0.0)
+        if any(one.effects is not None for one in batch):
+            add_effects(batch, self.config.credit_floor)
         return batch
 
     def _spread(self, one: Scored, advantages: torch.Tensor, size: torch.Tensor) -> torch.Tensor:

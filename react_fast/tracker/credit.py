@@ -50,34 +50,49 @@ def attribution_credit(
 def causal_credit(
     advantages: torch.Tensor, effects: torch.Tensor, mask: torch.Tensor, *, floor: float = 0.5
 ) -> torch.Tensor:
-    """An action gets its trajectory's advantage in proportion to its effect, where effect and advantage agree in
-    sign: what raised the outcome takes the praise, what lowered it the blame, the rest the floor.
+    """An action gets its trajectory's advantage, and above the floor its own effect less the row's mean effect.
 
-        credit_t = A_t w_t        w_t = floor + (1 - floor) s_t sum_i A_i / sum_i A_i s_i
-        s_t = max(0, sign(A_t) effect_t)
+        credit_t = A_t + (1 - floor) w_i (e_t - mean_i e)        w_i = min(n_i, mean A^2 / mean e^2)
 
-    with the sums over the row's actions whose advantage has the sign of A_t. So the positive credit of a row sums
-    to what uniform credit gives it, the negative too, and no action's sign is turned. Where no effect of a sign
-    agrees credit is uniform.
+    with the mean over the n_i actions of row i whose effect is known, that of A^2 over all actions of all rows and
+    that of e^2 over all whose effect is known. So a row's credit sums to what uniform credit gives it.
 
-    Bias and variance: uniform credit and Monte-Carlo step advantages keep the policy gradient unbiased. These
-    weights hang on the sampled actions, so they do not, unless floor is 1; what they buy is that actions without
-    an effect no longer carry the noise of those that have one.
+    Bias and variance: an effect whose mean, given what came before, is the action's advantage (as that of an
+    action against what the policy would have drawn) leaves the policy gradient's direction as it is and is weighed
+    against A as two estimates of one number are, by the inverse of their variances: w is large where effects are
+    small but for a few actions, and near 0 where they are noisier than A. w_i = n_i gives an action all that its
+    effect explains of the row's total. Other effects bias the gradient, unless floor is 1.
 
     Args:
         advantages: [B] floating, or [B, T], one an action.
-        effects: [B, T] floating. E[outcome] - E[outcome | do(action := another)], only where `mask` is true.
+        effects: [B, T] floating, in the unit of the advantages. E[outcome] - E[outcome | do(action := another)],
+            only where `mask` is true; NaN where it is not known.
         mask: [B, T] bool or 0/1 integers, true where an action stands.
-        floor: share in [0, 1] that stays uniform; 1 is uniform credit.
-    Returns: [B, T], dtype of `advantages`; 0 where the mask is false. NaN or inf in a row's counting effects
-        or in its advantage gives NaN in that row.
+        floor: share in [0, 1] of what effects say that is left out; 1 is uniform credit.
+    Returns: [B, T], dtype of `advantages`; 0 where the mask is false. An infinite effect, or NaN or inf in a row's
+        advantage, gives NaN in that row.
     Raises: TypeError for another dtype, ValueError if shapes or devices differ or floor is outside [0, 1].
-    Source: credit by counterfactual actions: Foerster et al. 2018, COMA (arXiv:1705.08926), which subtracts the
-        counterfactual as a baseline; by what an action changes: Harutyunyan et al. 2019, HCA (arXiv:1912.02503).
+    Source: credit by counterfactual actions: Foerster et al. 2018, COMA (arXiv:1705.08926); a total that is
+        divided among the actions which made it: Arjona-Medina et al. 2019, RUDDER (arXiv:1806.07857).
     """
     level, keep = _levels(advantages, mask)
     _scores("effects", effects, mask, advantages, floor)
-    return _spread(level, (level.sign() * effects).clamp_min(0), keep, floor)
+    known = keep & ~effects.isnan()
+    lost = ((keep & ~level.isfinite()) | (known & effects.isinf())).any(1, keepdim=True)
+    counts = known & ~lost
+    effect = torch.where(counts, effects.double(), 0.0)
+    outcome = torch.where(keep & ~lost, level.double(), 0.0)
+    if floor < 1 and bool((effect != 0).any()):
+        # Relative to the largest, so that squares stay in the number range.
+        largest, highest = effect.abs().max(), outcome.abs().max().clamp_min(torch.finfo(torch.float64).tiny)
+        effect, count = effect / largest, counts.sum(1, keepdim=True)
+        ratio = (
+            (outcome / highest).square().sum() / effect.square().sum() * counts.sum() / (keep & ~lost).sum()
+        )
+        weight = torch.minimum(count * largest, ratio * (highest / largest) * highest)
+        above = weight * (effect - effect.sum(1, keepdim=True) / count.clamp_min(1))
+        level = level + torch.where(counts, (1 - floor) * above, 0.0).to(level.dtype)
+    return torch.where(keep, torch.where(lost, torch.nan, level), 0.0)
 
 
 def _spread(level: torch.Tensor, size: torch.Tensor, keep: torch.Tensor, floor: float) -> torch.Tensor:

@@ -11,15 +11,15 @@ from ..ops.moments import RunningMoments
 BUCKETS = 65521
 # Token ids are below it, so that a code holds position and token.
 _TOKENS = 1_000_003
-KEYS = ("token", "position", "token_at_position")
+KEYS = ("token", "token_at_position")
 
 
 class EffectTable:
-    """Moments of measured effects by token, by position in the response, or by both, in constant memory: what
+    """Moments of measured effects by token, or by token and position in the response, in constant memory: what
     falls into the same of 65,521 buckets shares them.
 
     Args:
-        by: "token" | "position" | "token_at_position".
+        by: "token" | "token_at_position".
         device: of the state and of what is added.
     Raises: ValueError for another name.
     """
@@ -40,29 +40,21 @@ class EffectTable:
             e_k = sign(m_k) max(0, |m_k| - sqrt(2 ln K) s / sqrt(n_k))
 
         with m the mean and n the count of key k, K the keys that were seen and s^2 the variance within keys,
-        pooled. Unseen keys get 0, and so does everything before a key was seen twice.
+        pooled. Unseen keys get 0, and so does everything before a key was seen twice; so does what is left below
+        1e-9 of the largest mean, which is rounding.
 
         Source: Donoho & Johnstone 1994, the universal soft threshold.
         """
-        mean, keys = self.moments.mean, self._keys(token_ids, positions)
-        return self.shrunk(mean[keys], self.moments.count[keys], least=1e-9 * float(mean.abs().max()))
-
-    def shrunk(self, mean: torch.Tensor, count: torch.Tensor, *, least: float = 1e-9) -> torch.Tensor:
-        """Means of `count` effects each, drawn towards 0 as in `effects`; what is left below `least` is
-        rounding, which a row's weights would make a whole effect."""
-        moments = self.moments.state_dict()
-        seen = int((moments["count"] > 0).sum())
-        degrees = int(moments["count"].sum()) - seen
+        moments, keys = self.moments.state_dict(), self._keys(token_ids, positions)
+        mean, count = self.moments.mean, moments["count"]
+        seen = int((count > 0).sum())
+        degrees = int(count.sum()) - seen
         if degrees == 0:
-            return torch.zeros_like(mean)
+            return torch.zeros_like(mean[keys])
         limit = (2 * math.log(seen) * moments["m2"].sum() / degrees).sqrt()
-        size = mean.abs() - limit / count.clamp_min(1).double().sqrt()
-        return torch.where(size > least, mean.sign() * size, 0.0)
+        size = mean[keys].abs() - limit / count[keys].clamp_min(1).double().sqrt()
+        return torch.where(size > 1e-9 * mean.abs().max(), mean[keys].sign() * size, 0.0)
 
     def _keys(self, token_ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-        codes = {
-            "token": token_ids,
-            "position": positions,
-            "token_at_position": positions * _TOKENS + token_ids,
-        }
-        return codes[self.by] % BUCKETS
+        codes = token_ids if self.by == "token" else positions * _TOKENS + token_ids
+        return codes % BUCKETS

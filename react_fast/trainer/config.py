@@ -244,15 +244,15 @@ class TrainerConfig(Section):
     credit: Literal["uniform", "attribution", "causal", "monte_carlo"] = "uniform"
     """Spread of an advantage over tokens."""
     credit_floor: Annotated[float, Field(ge=0, le=1)] = 0.5
-    """Share of an advantage that attribution and causal credit leave uniform."""
+    """Share that attribution and causal credit leave uniform; 1: all."""
     credit_actions: Literal["token", "word", "line", "turn"] = "token"
-    """Actions that causal credit replaces and monte_carlo credit values."""
+    """Actions that causal credit measures and monte_carlo credit values."""
     credit_interventions: Count = 16
     """Causal credit: most episodes that a step plays again."""
     credit_every: Count = 1
     """Causal credit: training steps between interventions."""
-    credit_by: Literal["token", "position", "token_at_position"] = "token"
-    """Causal credit: what effects are accumulated by."""
+    credit_by: Literal["episode", "token", "token_at_position"] = "episode"
+    """Causal credit: effects count in the episode they were measured in, or in all by token (and place)."""
     credit_samples: Count = 4
     """monte_carlo credit: episodes played on from each state."""
     eval_every: Natural = 0

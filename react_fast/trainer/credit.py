@@ -4,10 +4,11 @@
 | --- | --- | --- |
 | uniform | unbiased | nothing |
 | monte_carlo | unbiased: a state's value does not hang on the action taken there | steps x samples replays |
-| attribution, causal | biased unless the floor is 1, for less variance | a backward; a few reward calls |
+| causal | biased by its shortcuts: choice of episodes, bisection, table | a few replays |
+| attribution | biased unless the floor is 1 | a backward |
 
-Source: Kazemnejad et al. 2024, VinePPO (arXiv:2410.01679), for monte_carlo; Foerster et al. 2018, COMA
-(arXiv:1705.08926), for rewards of counterfactual actions; Mao et al. 2018 (arXiv:1807.02264): the
+Source: Kazemnejad et al. 2024, VinePPO (arXiv:2410.01679), for states valued by playing on; Oberst & Sontag 2019
+(arXiv:1905.05824) for counterfactuals under the noise that was; Mao et al. 2018 (arXiv:1807.02264): the
 environment's own randomness may be held fixed in what is subtracted.
 """
 
@@ -15,6 +16,7 @@ import itertools
 import math
 import warnings
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -27,11 +29,11 @@ from ..tracker.text import Text
 from .batch import Batch
 from .ranks import gathered
 from .replay import Count, Replay, replay
-from .rollout import Trajectory, key, permutation, sampling_params
+from .rollout import Trajectory, key, permutation, sampling_params, uniforms
+from .rollout.truncation import choose
 
 # Streams of random numbers, beside the trainer's own.
-_ROWS, _UNITS, _ALTERNATIVES, _VALUES, _KNOWN = 5, 6, 7, 8, 9
-RECHECK = 8
+_ROWS, _REDRAWN, _VALUES = 5, 7, 8
 
 
 class Replays:
@@ -83,34 +85,45 @@ class Attributions(Replays):
 
 
 class CausalReplays(Replays):
-    """do(action := another draw of the policy), the rest of the response fixed, the environment's randomness
-    the same.
+    """do(the policy draws anew from here on), under one other noise for all of an episode's actions, the
+    environment's randomness the same.
 
-    A measured step takes the trajectories whose rewards differ most from their group's mean. In a random order all
-    of one's actions are replaced, by bisection: see `contributions`. Those whose effect is known already
-    stay, but in one trajectory in RECHECK, so that the budget goes to the others. An action's effect counts
-    for its tokens, and turned around for those that stand in their place. A trajectory then gets what the
-    table knows, and one that was measured its own effects, where any of them exceeds what chance would reach.
+        value(k) = return with the first k actions kept and the rest redrawn
+        effect_k = value(k) - value(k-1)
+
+    Action by action the noise of the redrawing gives way to that of the episode. So effects sum to what the
+    episode got above a redrawn one, an action that the redrawing would have chosen, too, has none, and the mean
+    of an effect is the advantage of the action.
+
+    Three shortcuts, each of which biases that mean: a measured step takes the trajectories whose rewards differ
+    most from their group's mean, until the budget is spent. By bisection (see `contributions`) one costs about
+    log2(n) replays for each of its n actions that counts; effects that cancel between two equal values are not
+    seen. With `credit_by` "token" or "token_at_position" the other trajectories get what a table has learned: an
+    action's effect against another action, times the probability of another; what a token does must then hardly
+    hang on its context. An engine whose draws cannot be named (see `SamplingParams.skip`) redraws under other
+    noise each time, which biases nothing and makes effects noisier.
     """
 
     def __init__(self, trainer: Any) -> None:
         super().__init__(trainer)
-        self.table = EffectTable(trainer.config.credit_by, trainer.accelerator.device)
+        by = trainer.config.credit_by
+        self.table = None if by == "episode" else EffectTable(by, trainer.accelerator.device)
 
     def play(self, trajectories: Sequence[Trajectory], batch: Batch, count: Count) -> None:
         own = torch.full(batch.mask.shape, torch.nan, dtype=torch.float64)
         if self.trainer.step % self.trainer.config.credit_every == 0:
             self._measure(trajectories, batch, count, own)
         own = own.to(batch.mask.device)
-        kept = self.table.shrunk(own.nan_to_num(), torch.ones_like(own))
-        telling = (kept != 0).any(1, keepdim=True) & ~own.isnan()
-        batch.effects = torch.where(telling, kept, self._effects(batch))
+        batch.effects = torch.where(own.isnan(), self._known(batch), own)
 
     def state_dict(self) -> dict[str, Any]:
-        return super().state_dict() | {"by": self.table.by, "effects": self.table.moments.state_dict()}
+        table = {} if self.table is None else {"effects": self.table.moments.state_dict()}
+        return super().state_dict() | {"by": self.trainer.config.credit_by} | table
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         super().load_state_dict(state)
+        if self.table is None:
+            return
         if state.get("by") == self.table.by:
             self.table.moments.load_state_dict(state["effects"])
         else:
@@ -120,120 +133,105 @@ class CausalReplays(Replays):
                 stacklevel=2,
             )
 
+    def _known(self, batch: Batch) -> torch.Tensor:
+        """[B, T-1] effects out of the table, NaN where it has none to tell."""
+        if self.table is None:
+            return torch.full(batch.mask.shape, torch.nan, dtype=torch.float64, device=batch.mask.device)
+        found = self.table.effects(batch.targets, (batch.mask.cumsum(1) - 1).clamp_min(0))
+        return found * -torch.expm1(batch.sampler_logprobs.double())
+
     def _measure(
         self, trajectories: Sequence[Trajectory], batch: Batch, count: Count, own: torch.Tensor
     ) -> None:
-        """Add to the table, and to `own` [B, T-1] what was found in this very trajectory."""
+        """Fill rows of `own` [B, T-1] with the effects of all their actions, and add them to the table."""
         config, step = self.trainer.config, self.trainer.step
         left = config.credit_interventions
-        measured: list[tuple[float, int, int]] = []
-        known = torch.nn.functional.pad((self._effects(batch) != 0) & batch.mask, (1, 0)).cpu()
         for row in _by_surprise(batch, config.seed, step)[:left]:
             if left == 0:
                 break
             one, ids = trajectories[row], trajectories[row].token_ids.tolist()
-            instead = self._alternatives(batch, row)
-            fixed = set(known[row].nonzero()[:, 0].tolist())
-            if key(config.seed, _KNOWN, step, row) % RECHECK == 0:
-                fixed = set()
+            redrawn = self._redrawn(batch, trajectories, row)
             units = [
                 unit
                 for unit in units_of(one, config.credit_actions, self.trainer.tokenizer)
-                if any(instead[t] != ids[t] for t in unit) and fixed.isdisjoint(unit)
+                if any(redrawn[t] != ids[t] for t in unit)
             ]
             if not units:
+                own[row, batch.mask[row].cpu()] = 0.0
                 continue
-            order = [units[i] for i in permutation(len(units), config.seed, _UNITS, step, row)]
+            last_first = units[::-1]
 
-            def value(k: int, one: Trajectory = one, order: Any = order, instead: Any = instead) -> float:
-                changed = one.token_ids.tolist()
-                for t in (t for unit in order[:k] for t in unit):
-                    changed[t] = instead[t]
-                again = Replay(one.record, one.seed, turns_of(one, torch.tensor(changed)))
-                return play_again(self.trainer, [again], _ALTERNATIVES, count)[0]
+            def value(k: int, one: Trajectory = one, units: Any = last_first, row: int = row) -> float:
+                kept = turns_of(one, one.token_ids, end=units[k - 1][0])
+                again = Replay(one.record, one.seed, kept, open=True, number=row)
+                return play_again(self.trainer, [again], _REDRAWN, count)[0]
 
-            found, spent = contributions(value, float(sum(one.rewards)), len(order), left)
+            found, spent = contributions(value, float(sum(one.rewards)), len(units), left)
             left -= spent
             if not np.isfinite(found).all():
                 continue
-            measured += _by_token(one, order, found, instead)
-            for effect, unit in zip(found, order, strict=True):
+            own[row, batch.mask[row].cpu()] = 0.0
+            for effect, unit in zip(found, last_first, strict=True):
                 own[row, torch.tensor(unit) - 1] = effect
-        if measured:
-            device = batch.mask.device
-            effects, tokens, positions = zip(*measured, strict=True)
-            self.table.add(
-                torch.tensor(effects, dtype=torch.float64, device=device),
-                torch.tensor(tokens, device=device),
-                torch.tensor(positions, device=device),
-            )
+            if self.table is not None:
+                self._add(one, last_first, found, redrawn)
 
-    def _effects(self, batch: Batch) -> torch.Tensor:
-        """[B, T-1]"""
-        return self.table.effects(batch.targets, (batch.mask.cumsum(1) - 1).clamp_min(0))
+    def _add(self, one: Trajectory, units: list[list[int]], found: list[float], redrawn: list[int]) -> None:
+        """An effect counts for its action's tokens, and turned around for the first that was drawn otherwise."""
+        assert self.table is not None
+        places, ids = (one.action_mask.cumsum(0) - 1).tolist(), one.token_ids.tolist()
+        measured = []
+        for effect, unit in zip(found, units, strict=True):
+            measured += [(effect, ids[t], places[t]) for t in unit]
+            other = next(t for t in unit if redrawn[t] != ids[t])
+            measured.append((-effect, redrawn[other], places[other]))
+        effects, tokens, positions = zip(*measured, strict=True)
+        device = self.trainer.accelerator.device
+        self.table.add(
+            torch.tensor(effects, dtype=torch.float64, device=device),
+            torch.tensor(tokens, device=device),
+            torch.tensor(positions, device=device),
+        )
 
     @torch.no_grad()
-    def _alternatives(self, batch: Batch, row: int) -> list[int]:
-        """Token ids of a row with, at every action, another token than the one taken, drawn from the policy. The
-        end token is neither drawn nor replaced: an environment that sees texts alone would reward what stands
-        behind it.
-        """
-        trainer = self.trainer
+    def _redrawn(self, batch: Batch, trajectories: Sequence[Trajectory], row: int) -> list[int]:
+        """Token ids of a row with, at every action, what the policy draws there under the other noise."""
+        trainer, one = self.trainer, trajectories[row]
+        params = sampling_params(trainer.config, seed=key(trainer.config.seed, _REDRAWN), step=trainer.step)
         part = batch.select(torch.tensor([row]))
         was_training = trainer.model.training
         trainer.model.eval()
         with gathered(trainer.policy):
-            logits = trainer.policy.logits(part)[:, :-1].float() / trainer.config.temperature
+            logits = trainer.policy.logits(part)[0, :-1]
         trainer.model.train(was_training)
-        taken = part.targets[0]
-        p = torch.softmax(logits[0], -1).double().scatter(1, taken[:, None], 0.0)
-        free = part.mask[0]
-        if trainer.eos_id is not None:
-            p[:, trainer.eos_id] = 0.0
-            free = free & (taken != trainer.eos_id)
-        cumulative = p.cumsum(1)
-        seed = key(trainer.config.seed, _ALTERNATIVES, trainer.step, row)
-        draws = torch.from_numpy(np.random.Generator(np.random.Philox(seed)).random(len(taken)))
-        total = cumulative[:, -1:]
-        drawn = torch.searchsorted(cumulative, draws.to(p)[:, None] * total, right=True)[:, 0]
-        # Where the policy leaves no other choice the token stays.
-        drawn = torch.where(free & (total[:, 0] > 0), drawn.clamp_max(p.shape[1] - 1), taken)
-        return [int(part.input_ids[0, 0]), *drawn.tolist()]
-
-
-def _by_token(
-    one: Trajectory, order: list[list[int]], found: list[float], instead: list[int]
-) -> list[tuple[float, int, int]]:
-    """(effect, token, position in the response) of every replaced token, and turned around of what stood in its
-    place."""
-    positions, ids = (one.action_mask.cumsum(0) - 1).tolist(), one.token_ids.tolist()
-    return [
-        (sign * effect, tokens[t], positions[t])
-        for effect, unit in zip(found, order, strict=True)
-        for t in unit
-        if instead[t] != ids[t]
-        for sign, tokens in ((1, ids), (-1, instead))
-    ]
+        ids = one.token_ids.tolist()
+        for turn in range(len(one.rewards)):
+            places = ((one.turn_index == turn) & one.action_mask).nonzero()[:, 0]
+            if len(places):
+                draws = uniforms(replace(params, turn=turn, rows=[row]), 1)[0, : len(places)]
+                drawn = choose(logits[(places - 1).to(logits.device)], draws, params)[0]
+                for t, token in zip(places.tolist(), drawn.tolist(), strict=True):
+                    ids[t] = token
+        return ids
 
 
 class MonteCarloReplays(Replays):
     """A step's advantage: mean return of the episodes that the policy plays on from behind it, less those
-    from before it; the end's value is the trajectory's own return."""
+    from before it, under the same noise; the end's value is the trajectory's own return."""
 
     def play(self, trajectories: Sequence[Trajectory], batch: Batch, count: Count) -> None:
         config = self.trainer.config
         samples = config.credit_samples
         steps = [units_of(one, config.credit_actions, self.trainer.tokenizer) for one in trajectories]
-        numbers = itertools.count()
         states = (
-            (one, turns_of(one, one.token_ids, end=unit[0]))
-            for one, units in zip(trajectories, steps, strict=True)
+            (row, one, turns_of(one, one.token_ids, end=unit[0]))
+            for row, (one, units) in enumerate(zip(trajectories, steps, strict=True))
             for unit in units
         )
         wanted = (
-            Replay(one.record, one.seed, turns, True, next(numbers))
-            for one, turns in states
-            for _ in range(samples)
+            Replay(one.record, one.seed, turns, True, row * samples + sample)
+            for row, one, turns in states
+            for sample in range(samples)
         )
         returns = play_again(self.trainer, wanted, _VALUES, count)
         values = iter(np.array(returns).reshape(-1, samples).mean(1).tolist())
@@ -280,8 +278,8 @@ def turns_of(one: Trajectory, ids: torch.Tensor, end: int | None = None) -> list
 
 
 def play_again(trainer: Any, wanted: Iterable[Replay], stream: int, count: Count) -> list[float]:
-    """Returns of replays, config.eval_batch of them at a time; the policy draws from a stream of its own for every
-    use and step, and for every replay's number."""
+    """Returns of replays, config.eval_batch of them at a time; the policy draws from streams of their own for
+    every use and step, one for each of the replays' numbers."""
     config = trainer.config
     params = sampling_params(config, seed=key(config.seed, stream), step=trainer.step)
     returns: list[float] = []
@@ -294,6 +292,23 @@ def play_again(trainer: Any, wanted: Iterable[Replay], stream: int, count: Count
         for other in trainer.ranks.joined([own], trainer.ranks.world):
             count.add(other)
     return returns
+
+
+def in_advantages(batch: Batch) -> torch.Tensor:
+    """[B, T-1] the batch's effects in the unit of its advantages: times the ratio of a group's root mean square
+    advantage to that of its rewards' distances from their mean, 0 where the rewards are equal."""
+    assert batch.effects is not None
+    assert batch.advantages is not None
+    count = batch.mask.sum(1).clamp_min(1)
+    level = batch.advantages.double()
+    level = level[:, None] if level.dim() == 1 else level
+    squares = torch.where(batch.mask, level.square(), 0.0).sum(1) / count
+    ratio = torch.zeros_like(squares)
+    for group in batch.groups.unique():
+        rows, rewards = batch.groups == group, batch.rewards[batch.groups == group].double()
+        spread = (rewards - rewards.mean()).square().sum()
+        ratio[rows] = torch.where(spread > 0, (squares[rows].sum() / spread).sqrt(), 0.0)
+    return batch.effects * ratio[:, None]
 
 
 def _by_surprise(batch: Batch, seed: int, step: int) -> list[int]:

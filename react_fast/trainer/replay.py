@@ -16,7 +16,8 @@ class Replay:
         record, seed: of the environment's reset; with the seed of the rollout its randomness comes again.
         turns: tokens of each turn's action.
         open: whether the policy goes on with the last of them; else it acts only where the given ones run out.
-        number: names the stream of random numbers that the policy draws from.
+        number: names the stream of random numbers that the policy draws from, each token of a turn by its place
+            in the turn: episodes of one number differ where their actions lead apart, not by chance.
     """
 
     record: int
@@ -91,7 +92,8 @@ def _actions(
     ]
     if free:
         numbers = [rows[i][1].number for i in free]
-        keyed = SamplingParams(**{**vars(params), "turn": turn, "rows": numbers})
+        skip = [len(actions[i]) for i in free]
+        keyed = SamplingParams(**{**vars(params), "turn": turn, "rows": numbers, "skip": skip})
         samples = engine.generate([rows[i][0] + actions[i] for i in free], keyed)
         for i, sample in zip(free, samples, strict=True):
             drawn = sample.ids[: params.max_new_tokens - len(actions[i])]

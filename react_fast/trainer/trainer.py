@@ -30,7 +30,7 @@ from .checkpoint import (
     tied,
 )
 from .config import TrainerConfig
-from .credit import REPLAYS
+from .credit import REPLAYS, in_advantages
 from .early_stopping import BestStep, EarlyStopping
 from .evaluation import held_out_loss, held_out_reward
 from .interrupt import StopRequest
@@ -159,9 +159,8 @@ class Trainer:
         """Set the advantages: [B] or [B, T-1] from the algorithm, spread by attribution or effects if the
         config says so; monte_carlo's are the steps' own, in the reward's unit.
 
-        Attribution and causal credit multiply a trajectory's advantages with weights that keep the sum of the
-        positive and of the negative ones. Uniform and monte_carlo credit keep the policy gradient unbiased; see
-        `trainer.credit`.
+        Attribution and causal credit keep the sum of a trajectory's advantages; see `tracker.credit` for how, and
+        `trainer.credit` for which credit keeps the policy gradient unbiased.
         """
         if batch.step_advantages is not None:
             batch.advantages = batch.step_advantages
@@ -169,7 +168,7 @@ class Trainer:
         batch.advantages = self.algorithm.advantages(self.config, batch)
         if batch.effects is not None:
             batch.advantages = causal_credit(
-                batch.advantages, batch.effects, batch.mask, floor=self.config.credit_floor
+                batch.advantages, in_advantages(batch), batch.mask, floor=self.config.credit_floor
             )
         if batch.attribution is not None:
             batch.advantages = attribution_credit(

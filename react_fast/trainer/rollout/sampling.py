@@ -24,6 +24,8 @@ class SamplingParams:
         temperature: above 0; the limit 0 is `greedy`. It acts before the truncation.
         greedy: the most probable token each time.
         seed, step, turn: in [0, 2^63). rows: one number for each prompt; None: 0, 1, 2, ...
+        skip: draws at the start of each row's stream that are left out, as those of tokens which stand in the
+            prompt already; None: none. Engines whose draws cannot be named (`PolicyEngine`'s can) ignore it.
         top_k: at least 1; None: all. top_p: in (0, 1]; 1: all. min_p: in [0, 1]; 0: all.
     Raises: ValueError for a number out of range, TypeError for what is none, or no whole one.
     """
@@ -35,6 +37,7 @@ class SamplingParams:
     step: int = 0
     turn: int = 0
     rows: Sequence[int] | None = None
+    skip: Sequence[int] | None = None
     top_k: int | None = None
     top_p: float = 1.0
     min_p: float = 0.0
@@ -141,6 +144,8 @@ def check_prompts(prompts: Sequence[Sequence[int]], params: SamplingParams, mode
         raise ValueError("prompts must hold at least one token each, got an empty one")
     if params.rows is not None and len(params.rows) != len(prompts):
         raise ValueError(f"rows must be {len(prompts)} like prompts, got {len(params.rows)}")
+    if params.skip is not None and len(params.skip) != len(prompts):
+        raise ValueError(f"skip must be {len(prompts)} like prompts, got {len(params.skip)}")
     positions = getattr(getattr(model, "config", None), "max_position_embeddings", None)
     longest = max(map(len, prompts), default=0)
     if isinstance(positions, int) and longest + params.max_new_tokens > positions and not _rotates(model):

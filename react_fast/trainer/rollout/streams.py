@@ -17,13 +17,14 @@ def permutation(count: int, *keys: int) -> np.ndarray:
 
 
 def uniforms(params: SamplingParams, count: int) -> torch.Tensor:
-    """[rows, max_new_tokens] float64 in [0, 1) from Philox streams keyed by (seed, step) and (turn, row)."""
+    """[rows, max_new_tokens] float64 in [0, 1) from Philox streams keyed by (seed, step) and (turn, row), each
+    from its place `skip` on."""
     rows = params.rows if params.rows is not None else range(count)
     key = np.array([params.seed, params.step], dtype=np.uint64)
+    skip = params.skip if params.skip is not None else [0] * count
     draws = np.empty((count, params.max_new_tokens))
-    for i, row in enumerate(rows):
+    for i, (row, start) in enumerate(zip(rows, skip, strict=True)):
         counter = np.array([0, 0, params.turn, row], dtype=np.uint64)
-        draws[i] = np.random.Generator(np.random.Philox(key=key, counter=counter)).random(
-            params.max_new_tokens
-        )
+        stream = np.random.Generator(np.random.Philox(key=key, counter=counter))
+        draws[i] = stream.random(start + params.max_new_tokens)[start:]
     return torch.from_numpy(draws)
