@@ -1,0 +1,159 @@
+"""Ours in the place of other packages' functions, and theirs back: all names of a package at once, or none."""
+
+import difflib
+import importlib
+import logging
+import os
+import sys
+import threading
+from types import TracebackType
+from typing import Any, NamedTuple
+
+from .points import Integration, PatchError, check_parity, check_signature, check_version, located
+
+_log = logging.getLogger("react_fast")
+_lock = threading.RLock()
+# Packages with an integration, by the name that `patch` takes; the module has INTEGRATION.
+NAMES = ("stable_baselines3", "torchrl", "trl")
+_KEPT = __package__.partition(".")[0]  # our own modules hold originals and replacements side by side
+
+
+class _Swap(NamedTuple):
+    """One name: what was there and what is."""
+
+    owner: Any
+    attribute: str
+    original: Any
+    replacement: Any
+    place: str
+
+
+_active: dict[str, list[_Swap]] = {}
+_told: set[str] = set()
+
+
+class Patch:
+    """What `patch` returns; leaving it as a context takes back what that call replaced."""
+
+    def __init__(self, name: str, own: bool) -> None:
+        self.name, self._own = name, own
+
+    def __enter__(self) -> "Patch":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._own:
+            unpatch(self.name)
+
+
+def patch(name: str) -> Patch:
+    """Let another trainer compute with react_fast: `patch("trl")`, or `with patch("trl"):`.
+
+    Every name is checked first: the package's version, the signature, and the numbers and gradients of the original
+    and of ours on a few rows. Then all are replaced, or none. One line a name goes to the logger "react_fast".
+
+    Args:
+        name: "trl", "torchrl" or "stable_baselines3"; `react-fast info --integrations` lists what each replaces.
+    Returns: a context manager that need not be used. Patching what is patched changes nothing.
+    Raises: PatchError (a RuntimeError) in one line, with everything left as it was: package missing, another version
+        or signature, an attribute that is gone, other numbers. ValueError for a name without an integration.
+
+    Where the environment has REACT_FAST_DISABLE=1, or this name in it (a list with commas), nothing is replaced.
+    """
+    with _lock:
+        integration = find(name)
+        if disabled(name):
+            if name not in _told:
+                _told.add(name)
+                _log.warning("%s is left as it is: REACT_FAST_DISABLE", name)
+            return Patch(name, own=False)
+        if name in _active:
+            return Patch(name, own=False)
+        swaps = _planned(integration)
+        _put(swaps)
+        _active[name] = swaps
+        for swap in swaps:
+            _log.info("%s is replaced by react_fast", swap.place)
+        return Patch(name, own=True)
+
+
+def unpatch(name: str) -> None:
+    """Put the package's own objects back, also where a module imported ours since. Without a patch: nothing."""
+    with _lock:
+        find(name)
+        for swap in reversed(_active.pop(name, [])):
+            if vars(swap.owner).get(swap.attribute) is swap.replacement:
+                setattr(swap.owner, swap.attribute, swap.original)
+            else:
+                _log.warning("%s was replaced again by someone else and is left so", swap.place)
+            for owner, attribute in _bindings(swap.replacement):
+                setattr(owner, attribute, swap.original)
+
+
+def is_patched(name: str) -> bool:
+    return name in _active
+
+
+def disabled(name: str) -> bool:
+    words = [word.strip() for word in os.environ.get("REACT_FAST_DISABLE", "").split(",")]
+    return name in words or "1" in words
+
+
+def find(name: str) -> Integration:
+    """The integration of that name. Raises: ValueError that names those there are."""
+    if name not in NAMES:
+        near = difflib.get_close_matches(name, NAMES, 1)
+        raise ValueError(f"name must be one of {', '.join(NAMES)}, got {name!r}{f'; {near[0]}?' if near else ''}")
+    return importlib.import_module(f".{name}", __package__).INTEGRATION
+
+
+def check(integration: Integration) -> list[tuple[Any, str, Any, Any]]:
+    """(owner, attribute, original, replacement) of every point once all are checked. Raises: PatchError."""
+    check_version(integration)
+    found = []
+    for point in integration.points:
+        owner, attribute, original = located(point)
+        check_signature(point, original)
+        replacement = point.replacement(original)
+        check_parity(point, original, replacement)
+        found.append((owner, attribute, original, replacement))
+    return found
+
+
+def _planned(integration: Integration) -> list[_Swap]:
+    swaps = []
+    for point, (owner, attribute, original, replacement) in zip(
+        integration.points, check(integration), strict=True
+    ):
+        swaps.append(_Swap(owner, attribute, original, replacement, point.target))
+        if point.aliases:
+            swaps += [
+                _Swap(module, name, original, replacement, f"{module.__name__}.{name}")
+                for module, name in _bindings(original)
+                if (module, name) != (owner, attribute)
+            ]
+    return swaps
+
+
+def _bindings(value: Any) -> list[tuple[Any, str]]:
+    """(module, name) of every global of an imported module, ours aside, that is this object."""
+    found = []
+    for name, module in list(sys.modules.items()):
+        if name.partition(".")[0] != _KEPT:
+            globals_ = list(getattr(module, "__dict__", {}).items())
+            found += [(module, key) for key, held in globals_ if held is value]
+    return found
+
+
+def _put(swaps: list[_Swap]) -> None:
+    done: list[_Swap] = []
+    try:
+        for swap in swaps:
+            setattr(swap.owner, swap.attribute, swap.replacement)
+            done.append(swap)
+    except Exception as error:
+        for swap in reversed(done):
+            setattr(swap.owner, swap.attribute, swap.original)
+        raise PatchError(f"{swap.place} cannot be replaced: {error}") from error
