@@ -154,6 +154,6 @@ def _put(swaps: list[_Swap]) -> None:
             setattr(swap.owner, swap.attribute, swap.replacement)
             done.append(swap)
     except Exception as error:
-        for swap in reversed(done):
-            setattr(swap.owner, swap.attribute, swap.original)
+        for past in reversed(done):
+            setattr(past.owner, past.attribute, past.original)
         raise PatchError(f"{swap.place} cannot be replaced: {error}") from error

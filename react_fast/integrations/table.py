@@ -2,20 +2,20 @@
 
 from collections.abc import Sequence
 
-from .patching import NAMES, check, disabled, find, is_patched
+from . import patching
 from .points import PatchError, installed
 
 _TITLES = ("package", "version", "patch point", "replacement", "state")
 
 
-def table_lines(names: Sequence[str] = NAMES) -> list[str]:
+def table_lines(names: Sequence[str] = patching.NAMES) -> list[str]:
     """One line a name that `patch` replaces, under titles; imports the packages, to see whether it can here.
 
     States: available, patched, disabled (REACT_FAST_DISABLE), package missing, refused with the reason.
     """
     rows = [_TITLES]
     for name in names:
-        integration = find(name)
+        integration = patching.find(name)
         state = _state(name)
         for point in integration.points:
             place = point.target.removeprefix(f"{integration.package}.")
@@ -27,15 +27,15 @@ def table_lines(names: Sequence[str] = NAMES) -> list[str]:
 
 
 def _state(name: str) -> str:
-    integration = find(name)
+    integration = patching.find(name)
     if installed(integration) is None:
         return "package missing"
-    if is_patched(name):
+    if patching.is_patched(name):
         return "patched"
-    if disabled(name):
+    if patching.disabled(name):
         return "disabled"
     try:
-        check(integration)
+        patching.check(integration)
     except PatchError as error:
         return f"refused: {error}"
     return "available"
