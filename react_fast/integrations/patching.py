@@ -83,13 +83,15 @@ def unpatch(name: str) -> None:
     """Put the package's own objects back, also where a module imported ours since. Without a patch: nothing."""
     with _lock:
         find(name)
-        for swap in reversed(_active.pop(name, [])):
+        swaps = _active.pop(name, [])
+        for swap in reversed(swaps):
             if vars(swap.owner).get(swap.attribute) is swap.replacement:
                 setattr(swap.owner, swap.attribute, swap.original)
             else:
                 _log.warning("%s was replaced again by someone else and is left so", swap.place)
-            for owner, attribute in _bindings(swap.replacement):
-                setattr(owner, attribute, swap.original)
+        originals = {id(swap.replacement): swap.original for swap in swaps}
+        for owner, attribute, held in _bindings(originals):
+            setattr(owner, attribute, originals[id(held)])
 
 
 def is_patched(name: str) -> bool:
@@ -105,17 +107,20 @@ def find(name: str) -> Integration:
     """The integration of that name. Raises: ValueError that names those there are."""
     if name not in NAMES:
         near = difflib.get_close_matches(name, NAMES, 1)
-        raise ValueError(f"name must be one of {', '.join(NAMES)}, got {name!r}{f'; {near[0]}?' if near else ''}")
+        raise ValueError(
+            f"name must be one of {', '.join(NAMES)}, got {name!r}{f'; {near[0]}?' if near else ''}"
+        )
     return importlib.import_module(f".{name}", __package__).INTEGRATION
 
 
 def check(integration: Integration) -> list[tuple[Any, str, Any, Any]]:
     """(owner, attribute, original, replacement) of every point once all are checked. Raises: PatchError."""
     check_version(integration)
-    found = []
-    for point in integration.points:
-        owner, attribute, original = located(point)
+    places = [located(point) for point in integration.points]
+    for point, (_, _, original) in zip(integration.points, places, strict=True):
         check_signature(point, original)
+    found = []
+    for point, (owner, attribute, original) in zip(integration.points, places, strict=True):
         replacement = point.replacement(original)
         check_parity(point, original, replacement)
         found.append((owner, attribute, original, replacement))
@@ -123,27 +128,29 @@ def check(integration: Integration) -> list[tuple[Any, str, Any, Any]]:
 
 
 def _planned(integration: Integration) -> list[_Swap]:
-    swaps = []
-    for point, (owner, attribute, original, replacement) in zip(
-        integration.points, check(integration), strict=True
-    ):
-        swaps.append(_Swap(owner, attribute, original, replacement, point.target))
-        if point.aliases:
-            swaps += [
-                _Swap(module, name, original, replacement, f"{module.__name__}.{name}")
-                for module, name in _bindings(original)
-                if (module, name) != (owner, attribute)
-            ]
+    found = check(integration)
+    swaps = [_Swap(*place, point.target) for point, place in zip(integration.points, found, strict=True)]
+    by_original = {
+        id(swap.original): swap
+        for point, swap in zip(integration.points, swaps, strict=True)
+        if point.aliases
+    }
+    own = {(id(swap.owner), swap.attribute) for swap in swaps}
+    for module, name, held in _bindings(by_original):
+        if (id(module), name) not in own:
+            swap = by_original[id(held)]
+            place = f"{module.__name__}.{name}"
+            swaps.append(_Swap(module, name, swap.original, swap.replacement, place))
     return swaps
 
 
-def _bindings(value: Any) -> list[tuple[Any, str]]:
-    """(module, name) of every global of an imported module, ours aside, that is this object."""
+def _bindings(wanted: dict[int, Any]) -> list[tuple[Any, str, Any]]:
+    """(module, name, object) of every global of an imported module, ours aside, whose id is among `wanted`."""
     found = []
-    for name, module in list(sys.modules.items()):
+    for name, module in list(sys.modules.items()) if wanted else ():
         if name.partition(".")[0] != _KEPT:
             globals_ = list(getattr(module, "__dict__", {}).items())
-            found += [(module, key) for key, held in globals_ if held is value]
+            found += [(module, key, held) for key, held in globals_ if id(held) in wanted]
     return found
 
 

@@ -25,7 +25,8 @@ def advantages_into(buffer: Any, last_values: torch.Tensor, dones: np.ndarray) -
     """
     ended = np.concatenate([buffer.episode_starts[1:], np.asarray(dones)[None]]) != 0
     rewards, values, ends = (
-        torch.from_numpy(np.ascontiguousarray(np.asarray(x).T)) for x in (buffer.rewards, buffer.values, ended)
+        torch.from_numpy(np.ascontiguousarray(np.asarray(x).T))
+        for x in (buffer.rewards, buffer.values, ended)
     )
     last = last_values.detach().flatten().to("cpu", rewards.dtype)
     advantages, returns = gae(

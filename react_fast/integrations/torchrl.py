@@ -27,7 +27,9 @@ def _scan(a: Tensor, b: Tensor, time: int) -> Tensor:
     return y.view(shape).movedim(-1, time)
 
 
-def _covered(time_dim: int, scalars: tuple[Any, ...], floats: tuple[Any, ...], flags: tuple[Any, ...]) -> bool:
+def _covered(
+    time_dim: int, scalars: tuple[Any, ...], floats: tuple[Any, ...], flags: tuple[Any, ...]
+) -> bool:
     first = floats[0]
     if torch.compiler.is_compiling() or not isinstance(first, Tensor) or first.dim() < 2:
         return False
@@ -111,7 +113,8 @@ def vtrace(original: Callable[..., Any]) -> Callable[..., Any]:
         targets = _scan(on * ratio.clamp(max=_number(c_thresh, reward)), delta, time_dim) + state_value
         steps = targets.shape[time_dim]
         after = torch.cat(
-            [targets.narrow(time_dim, 1, steps - 1), next_state_value.narrow(time_dim, steps - 1, 1)], time_dim
+            [targets.narrow(time_dim, 1, steps - 1), next_state_value.narrow(time_dim, steps - 1, 1)],
+            time_dim,
         )
         after = torch.where(done, next_state_value, after)
         return rho * (reward + beyond * after - state_value), targets
@@ -128,9 +131,7 @@ def _cases(floats: tuple[str, ...], **numbers: float) -> Callable[[torch.device]
     def tensors(device: torch.device, features: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         generator = torch.Generator().manual_seed(features)
         shape = 2, 5, features
-        given = {
-            name: torch.randn(shape, generator=generator).to(device).requires_grad_() for name in floats
-        }
+        given = {name: torch.randn(shape, generator=generator).to(device).requires_grad_() for name in floats}
         done = torch.zeros(shape, dtype=torch.bool, device=device)
         done[0, 1], done[1, 3], done[1, 4] = True, True, True
         terminated = done.clone()
@@ -140,9 +141,7 @@ def _cases(floats: tuple[str, ...], **numbers: float) -> Callable[[torch.device]
     def run(features: int, time_dim: int, with_end: bool, device: torch.device) -> Any:
         def run(function: Any) -> dict[str, Tensor]:
             given, flags = tensors(device, features)
-            moved = {
-                name: x.movedim(1, time_dim).contiguous() for name, x in (given | flags).items()
-            }
+            moved = {name: x.movedim(1, time_dim).contiguous() for name, x in (given | flags).items()}
             if not with_end:
                 del moved["terminated"]
             found = function(**numbers, **moved, time_dim=time_dim)

@@ -53,7 +53,9 @@ def _gradients(found: dict[str, Tensor], **inputs: Tensor) -> dict[str, Tensor]:
 
 
 def _head_cases(device: torch.device) -> list[Case]:
-    def run(temperature: float, biased: bool, softcap: float | None, scale: float, dtype: Any, outputs: Any) -> Any:
+    def run(
+        temperature: float, biased: bool, softcap: float | None, scale: float, dtype: Any, outputs: Any
+    ) -> Any:
         def run(function: Any) -> dict[str, Tensor]:
             hidden, weight = (
                 _numbers(device, n, WIDTH, seed=1).to(dtype).requires_grad_() for n in (ROWS, VOCAB)
@@ -109,7 +111,9 @@ def _compaction_cases(device: torch.device) -> list[Case]:
 
         names = {**add.__globals__, "_use_triton": function}
         model = _TinyModel(_numbers(device, VOCAB, WIDTH))
-        types.FunctionType(add.__code__, names, add.__name__, add.__defaults__)(model, 0.7, False, _EVERYTHING)
+        types.FunctionType(add.__code__, names, add.__name__, add.__defaults__)(
+            model, 0.7, False, _EVERYTHING
+        )
         hidden = _numbers(device, 2, ROWS, WIDTH).requires_grad_()
         labels = torch.tensor([[-100, -100, 3, 18, -100], [-100] * ROWS], device=device)
         found = model(hidden, labels=labels, fused_lm_head=True)

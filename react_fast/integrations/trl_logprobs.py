@@ -65,7 +65,9 @@ def fused_head(original: Any) -> Any:
                     mean = _mean_logits(hidden, weight, bias) * (logit_scale / temperature)
                 if "is_top1" in outputs:
                     options = temperature, chunk_size, final_logit_softcapping, logit_scale, ("is_top1",)
-                    top = _is_top1(state, hidden, weight, bias, targets, lambda *x: original.apply(*x, *options)[4])
+                    top = _is_top1(
+                        state, hidden, weight, bias, targets, lambda *x: original.apply(*x, *options)[4]
+                    )
             return logp.float(), entropy.float() if "entropy" in outputs else None, None, mean, top
 
     return HeadLogProbs
@@ -94,7 +96,12 @@ def _mean_logits(hidden: Tensor, weight: Tensor, bias: Maybe) -> Tensor:
 
 
 def _is_top1(
-    state: Tensor, hidden: Tensor, weight: Tensor, bias: Maybe, targets: Tensor, original: Callable[..., Tensor]
+    state: Tensor,
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Maybe,
+    targets: Tensor,
+    original: Callable[..., Tensor],
 ) -> Tensor:
     """[N] bool. Where several tokens share the largest logit, the original says which of them is the first."""
     largest, ties, chosen = state[:, 0], state[:, 1], state[:, 4]
