@@ -1,4 +1,4 @@
-"""Other trainers with react_fast under them: `patch` for those that take names, classes for those that have doors."""
+"""react_fast under other trainers: `patch` where names are replaced, classes where they have doors for them."""
 
 from .patching import Patch, is_patched, patch, unpatch
 from .points import PatchError

@@ -51,14 +51,14 @@ class Patch:
 def patch(name: str) -> Patch:
     """Let another trainer compute with react_fast: `patch("trl")`, or `with patch("trl"):`.
 
-    Every name is checked first: the package's version, the signature, and the numbers and gradients of the original
-    and of ours on a few rows. Then all are replaced, or none. One line a name goes to the logger "react_fast".
+    Every name is checked first: the package's version, the signature, and the numbers and gradients of original
+    and ours on a few rows. Then all are replaced, or none. One line a name goes to the logger "react_fast".
 
     Args:
         name: "trl", "torchrl" or "stable_baselines3"; `react-fast info --integrations` lists what each replaces.
     Returns: a context manager that need not be used. Patching what is patched changes nothing.
-    Raises: PatchError (a RuntimeError) in one line, with everything left as it was: package missing, another version
-        or signature, an attribute that is gone, other numbers. ValueError for a name without an integration.
+    Raises: PatchError (a RuntimeError) in one line, with everything left as it was: package missing, another
+        version or signature, an attribute that is gone, other numbers. ValueError for a name without integration.
 
     Where the environment has REACT_FAST_DISABLE=1, or this name in it (a list with commas), nothing is replaced.
     """

@@ -1,7 +1,7 @@
 """Stable-Baselines3: advantages and returns of PPO's and A2C's rollout buffers.
 
-`patch("stable_baselines3")` replaces the method for every buffer; `PPO(..., rollout_buffer_class=RolloutBuffer)` with
-the class from here does it for one. Equal to float32 rounding. Of a PPO step it is under one percent.
+`patch("stable_baselines3")` replaces the method for every buffer; `PPO(..., rollout_buffer_class=RolloutBuffer)`
+with the class from here does it for one. Equal to float32 rounding. Of a PPO step it is under one percent.
 """
 
 import importlib

@@ -1,9 +1,9 @@
 """torchrl: its value estimators, each one reverse scan instead of a loop or a convolution.
 
-Replaced under every name that a module bound: `generalized_advantage_estimate`, `td_lambda_return_estimate`, the two
-`vec_` of them (and with them `vec_td1_return_estimate`), `vtrace_advantage_estimate`. What GAE, TD0Estimator's
-relatives and VTrace call is thereby ours. The originals are called for gamma or lambda of more than one number,
-`rolling_gamma`, flags that are not bool, arguments of different shapes or dtypes, and under torch.compile.
+Replaced under every name that a module bound: `generalized_advantage_estimate`, `td_lambda_return_estimate`, their
+`vec_` twins and `vtrace_advantage_estimate`, which the estimators GAE, TDLambdaEstimator and VTrace call. The
+originals are called for gamma or lambda of more than one number, `rolling_gamma`, flags that are not bool, tensors
+of different shapes or dtypes, and under torch.compile.
 """
 
 import functools

@@ -8,7 +8,7 @@
 
 Numbers and gradients are TRL's to the rounding of the dtype. The original is called for what ours does not give:
 `log_sum_sq_probs` (DPO with use_weighting), `mean_logits` under a softcap (KTO and DPO on Gemma 2), weights that
-DeepSpeed ZeRO-3 has partitioned, other devices than CPU and CUDA, under torch.compile and on the reference backend.
+DeepSpeed ZeRO-3 has partitioned, devices other than CPU and CUDA, torch.compile and the reference backend.
 """
 
 import types
@@ -192,3 +192,12 @@ INTEGRATION = Integration(
         ),
     ),
 )  # fmt: skip
+
+
+def __getattr__(name: str) -> Any:
+    """GRPOTrainer, once TRL is there to derive it from."""
+    if name != "GRPOTrainer":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from .trl_trainer import GRPOTrainer
+
+    return GRPOTrainer

@@ -1,4 +1,4 @@
-"""What stands in the place of TRL's log-probability functions; each takes the original and calls it for the rest."""
+"""What stands in the place of TRL's log-probability functions; the original is called for the rest."""
 
 import functools
 from collections.abc import Callable
