@@ -74,7 +74,7 @@ class Interventions:
         chosen = torch.randint(len(places), (self.budget,), generator=generator).to(device)
         rows, at = places[chosen].unbind(1)
         taken = output["completion_ids"][rows, at]
-        instead = self._drawn(output, rows, at, taken, temperature, generator)
+        instead = self._drawn(output, rows, at, temperature, generator)
         inputs, prompts, completions, ids, rewards = self._last
         changed_ids = [list(ids[row]) for row in rows.tolist()]
         for changed, t, token in zip(changed_ids, at.tolist(), instead.tolist(), strict=True):
@@ -115,15 +115,10 @@ class Interventions:
 
     @torch.no_grad()
     def _drawn(
-        self,
-        output: dict[str, Any],
-        rows: Tensor,
-        at: Tensor,
-        taken: Tensor,
-        temperature: float,
-        generator: Any,
+        self, output: dict[str, Any], rows: Tensor, at: Tensor, temperature: float, generator: Any
     ) -> Tensor:
-        """Another token than the one taken, and not the end token, at every place; the same where there is none."""
+        """[N] tokens other than those taken and the end; the same where there is none."""
+        taken = output["completion_ids"][rows, at]
         logits = self._logits(output, rows, at)
         p = torch.softmax(logits.double() / temperature, -1).scatter(1, taken[:, None], 0.0)
         if self._eos() >= 0:
