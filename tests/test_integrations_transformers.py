@@ -26,7 +26,7 @@ def _train(folder, callbacks, steps=4, resume=None, **options):
     model, _ = make_policy(torch.float32)
     arguments = TrainingArguments(
         output_dir=str(folder), max_steps=steps, per_device_train_batch_size=2, learning_rate=1e-2, logging_steps=1,
-        report_to="none", use_cpu=True, save_steps=2, disable_tqdm=True, **options,
+        report_to="none", use_cpu=True, save_steps=2, disable_tqdm=True, **options
     )  # fmt: skip
     trainer = Trainer(
         model=model, args=arguments, train_dataset=Dataset.from_dict(_rows()), callbacks=callbacks
