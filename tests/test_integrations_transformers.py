@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from datasets import Dataset
 from transformers import Trainer, TrainingArguments
 
 from react_fast.integrations.transformers import CausalityCallback
@@ -19,18 +18,18 @@ def _rows():
     labels[:, :PROMPT] = -100
     seen = torch.ones_like(ids)
     seen[1, -2:], labels[1, -2:] = 0, -100
-    return {"input_ids": ids.tolist(), "attention_mask": seen.tolist(), "labels": labels.tolist()}
+    return [
+        {"input_ids": i, "attention_mask": s, "labels": x} for i, s, x in zip(ids, seen, labels, strict=True)
+    ]
 
 
 def _train(folder, callbacks, steps=4, resume=None, **options):
     model, _ = make_policy(torch.float32)
     arguments = TrainingArguments(
-        output_dir=str(folder), max_steps=steps, per_device_train_batch_size=2, learning_rate=1e-2, logging_steps=1,
-        report_to="none", use_cpu=True, save_steps=2, disable_tqdm=True, **options
+        output_dir=str(folder), max_steps=steps, per_device_train_batch_size=2, learning_rate=1e-2,
+        logging_steps=1, report_to="none", use_cpu=True, save_steps=2, disable_tqdm=True, **options,
     )  # fmt: skip
-    trainer = Trainer(
-        model=model, args=arguments, train_dataset=Dataset.from_dict(_rows()), callbacks=callbacks
-    )
+    trainer = Trainer(model=model, args=arguments, train_dataset=_rows(), callbacks=callbacks)
     trainer.train(resume_from_checkpoint=resume)
     return trainer
 
@@ -68,7 +67,7 @@ def test_training_is_bitwise_the_same_and_evaluation_is_not_observed(tmp_path, a
     assert torch.equal(weights(plain.model), weights(watched.model))
     assert callback.tracker.calls == 4 * accumulation
     before = int(callback.tracker.by_token.count.sum())
-    watched.evaluate(Dataset.from_dict(_rows()))
+    watched.evaluate(_rows())
     watched.model.train()(
         input_ids=torch.ones(1, 3, dtype=torch.long)
     )  # after the training: no hooks are left

@@ -7,6 +7,7 @@ import torch
 
 import react_fast as rf
 from react_fast.integrations import trl_logprobs
+from react_fast.integrations.transformers import CausalityCallback
 
 from .peers import peer
 from .training import make_policy, weights
@@ -168,3 +169,14 @@ def test_causal_credit_finds_the_token_that_earns_the_reward(trl, tmp_path):
 def test_wrong_credit_is_refused(trl, tmp_path):
     with pytest.raises(ValueError, match=r"^credit must be one of uniform, attribution, causal, got 'all'$"):
         _with_credit(trl, tmp_path, "all")
+
+
+def test_the_causality_callback_watches_completions(trl, tmp_path):
+    callback = CausalityCallback()
+    trainer = _grpo(trl, tmp_path)
+    trainer.add_callback(callback)
+    trainer.train()
+    report = callback.tracker.findings()["meta"]
+    assert report["observed_calls"] == 2
+    assert report["observed_tokens"] > 0
+    assert any("causality/tokens" in log for log in trainer.state.log_history)
