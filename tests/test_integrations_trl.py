@@ -82,6 +82,17 @@ OPTIONS = {
 }
 
 
+def test_head_on_the_kernels_of_a_gpu(replacements, originals):
+    """In Triton's interpreter: the top token is told from what the kernels leave, too."""
+    given, ids = _inputs(bias=True)
+    ids[:3] = (given["hidden"] @ given["weight"].T + given["bias"]).argmax(1)[:3]
+    theirs = _head(originals.head, given, ids, 0.7)
+    with rf.use_backend("triton"):
+        ours = _head(replacements.head, given, ids, 0.7)
+    _assert_same(ours, theirs, 2e-6)
+    assert ours["is_top1"].any()
+
+
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("option", OPTIONS)
 def test_head_gives_trl_s_numbers_and_gradients(replacements, originals, option, bias):

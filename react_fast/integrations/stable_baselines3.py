@@ -23,22 +23,20 @@ def advantages_into(buffer: Any, last_values: torch.Tensor, dones: np.ndarray) -
             says that step t is an episode's first, so that step t - 1 was the end of one.
         last_values: [n_envs] or [n_envs, 1], value behind the last step. dones: [n_envs], whether it was an end.
     """
-    ended = np.concatenate([buffer.episode_starts[1:], np.asarray(dones)[None]]) != 0
-    rewards, values, ends = (
-        torch.from_numpy(np.ascontiguousarray(np.asarray(x).T))
-        for x in (buffer.rewards, buffer.values, ended)
+    starts = np.concatenate([buffer.episode_starts[1:] != 0, np.asarray(dones, dtype=bool)[None]])
+    rewards, values, ended = (
+        torch.from_numpy(x).t().contiguous() for x in (buffer.rewards, buffer.values, starts)
     )
-    last = last_values.detach().flatten().to("cpu", rewards.dtype)
     advantages, returns = gae(
         rewards,
         values,
         gamma=float(buffer.gamma),
         lam=float(buffer.gae_lambda),
-        last_values=last,
-        terminated=ends,
+        last_values=last_values.detach().flatten().to("cpu", rewards.dtype),
+        terminated=ended,
     )
-    buffer.advantages[:] = advantages.numpy().T
-    buffer.returns = np.ascontiguousarray(returns.numpy().T)
+    torch.from_numpy(buffer.advantages).copy_(advantages.t())
+    buffer.returns = returns.t().contiguous().numpy()
 
 
 def method(original: Callable[..., None]) -> Callable[..., None]:
