@@ -7,6 +7,8 @@ import pytest
 import torch
 
 import react_fast as rf
+from react_fast import cli
+from react_fast.integrations import patching
 
 from .peers import peer
 
@@ -223,3 +225,13 @@ def test_dictionaries_of_observations_have_a_buffer_too():
     assert ours.RolloutBuffer is ours.RolloutBuffer
     with pytest.raises(AttributeError, match="ReplayBuffers"):
         _ = ours.ReplayBuffers
+
+
+def test_info_lists_the_integrations(monkeypatch, capsys):
+    peer("stable_baselines3")
+    monkeypatch.setattr(patching, "NAMES", ("stable_baselines3",))
+    assert cli.main(["info", "--integrations"]) == 0
+    titles, line = capsys.readouterr().out.splitlines()
+    assert titles.split() == ["package", "version", "patch", "point", "replacement", "state"]
+    place = "common.buffers.RolloutBuffer.compute_returns_and_advantage"
+    assert [*line.split()[:1], *line.split()[2:]] == ["stable_baselines3", place, "gae", "available"]

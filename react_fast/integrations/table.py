@@ -8,13 +8,13 @@ from .points import PatchError, installed
 _TITLES = ("package", "version", "patch point", "replacement", "state")
 
 
-def table_lines(names: Sequence[str] = patching.NAMES) -> list[str]:
+def table_lines(names: Sequence[str] | None = None) -> list[str]:
     """One line a name that `patch` replaces, under titles; imports the packages, to see whether it can here.
 
     States: available, patched, disabled (REACT_FAST_DISABLE), package missing, refused with the reason.
     """
     rows = [_TITLES]
-    for name in names:
+    for name in patching.NAMES if names is None else names:
         integration = patching.find(name)
         state = _state(name)
         for point in integration.points:
