@@ -33,7 +33,9 @@ def torchrl():
     place = peer("torchrl.objectives.value.functional")
     user = peer("torchrl.objectives.value.advantages")
     before = {name: getattr(place, name) for name in NAMES}
+    state = torch.get_rng_state()
     with rf.patch("torchrl"):
+        assert torch.equal(torch.get_rng_state(), state)
         ours = {name: getattr(place, name) for name in NAMES}
         assert all(getattr(user, name) is ours[name] for name in NAMES)
     assert all(getattr(place, name) is before[name] is getattr(user, name) for name in NAMES)

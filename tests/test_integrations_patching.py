@@ -1,6 +1,7 @@
 """The patch manager, on a package made here: checked first, all names or none, and back to the same objects."""
 
 import dataclasses
+import importlib.abc
 import logging
 import sys
 import threading
@@ -151,6 +152,17 @@ def _other_dtype(package):
     _change(package, 2, replacement=lambda original: lambda self, x: (x + 1).double())
 
 
+def _broken_import(package):
+    class Finder(importlib.abc.MetaPathFinder):
+        def find_spec(self, name, path=None, target=None):
+            if name == "nopeer":
+                sys.meta_path.remove(self)
+                raise ZeroDivisionError("no")
+
+    sys.meta_path.insert(0, Finder())
+    _change(package, 1, target="nopeer.square")
+
+
 def _failing(package):
     def fail(self, x):
         raise ZeroDivisionError("nothing\nworks")
@@ -169,6 +181,7 @@ REFUSALS = {
     "numbers": (_other_numbers, r"peer\.Buffer\.fill with five numbers on cpu: value differs by "),
     "gradient": (_other_gradient, r"gradient differs by 1\.0e\+00"),
     "dtype": (_other_dtype, r"value is torch\.float64 \[5\], not torch\.float32 \[5\]"),
+    "import fails": (_broken_import, r"nopeer cannot be imported: ZeroDivisionError: no$"),
     "exception": (_failing, r"ours failed: ZeroDivisionError: nothing works$"),
 }
 

@@ -34,7 +34,9 @@ def originals(utils):
 
 @pytest.fixture(scope="module")
 def replacements(utils):
+    before = torch.get_rng_state()
     with rf.patch("trl"):
+        assert torch.equal(torch.get_rng_state(), before)  # what a user draws next is what it was
         return _functions(utils)
 
 

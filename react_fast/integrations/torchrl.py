@@ -131,7 +131,12 @@ def _cases(floats: tuple[str, ...], **numbers: float) -> Callable[[torch.device]
     def tensors(device: torch.device, features: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         generator = torch.Generator().manual_seed(features)
         shape = 2, 5, features
-        given = {name: torch.randn(shape, generator=generator).to(device).requires_grad_() for name in floats}
+        given = {
+            name: torch.randn(shape, generator=generator, device="cpu", dtype=torch.float32)
+            .to(device)
+            .requires_grad_()
+            for name in floats
+        }
         done = torch.zeros(shape, dtype=torch.bool, device=device)
         done[0, 1], done[1, 3], done[1, 4] = True, True, True
         terminated = done.clone()

@@ -37,7 +37,7 @@ def compacting(original: Callable[[torch.device], bool]) -> Callable[[torch.devi
 def _numbers(device: torch.device, *shape: int, seed: int = 0) -> Tensor:
     """Random numbers that leave torch's own generators alone."""
     generator = torch.Generator().manual_seed(seed + sum(shape))
-    return torch.randn(*shape, generator=generator).to(device)
+    return torch.randn(*shape, generator=generator, device="cpu", dtype=torch.float32).to(device)
 
 
 def _gradients(found: dict[str, Tensor], **inputs: Tensor) -> dict[str, Tensor]:
@@ -53,7 +53,7 @@ def _gradients(found: dict[str, Tensor], **inputs: Tensor) -> dict[str, Tensor]:
 
 
 def _head_cases(device: torch.device) -> list[Case]:
-    def run(
+    def with_options(
         temperature: float, biased: bool, softcap: float | None, scale: float, dtype: Any, outputs: Any
     ) -> Any:
         def run(function: Any) -> dict[str, Tensor]:
@@ -75,11 +75,11 @@ def _head_cases(device: torch.device) -> list[Case]:
 
     plain, half = torch.float32, torch.bfloat16
     return [
-        Case("log-probabilities alone", run(1.0, False, None, 1.0, plain, ("log_probs",))),
-        Case("temperature, bias and scale", run(0.7, True, None, 0.5, plain, _EVERYTHING)),
-        Case("a softcap", run(1.3, False, 2.0, 1.0, plain, ("log_probs", "entropy"))),
+        Case("log-probabilities alone", with_options(1.0, False, None, 1.0, plain, ("log_probs",))),
+        Case("temperature, bias and scale", with_options(0.7, True, None, 0.5, plain, _EVERYTHING)),
+        Case("a softcap", with_options(1.3, False, 2.0, 1.0, plain, ("log_probs", "entropy"))),
         # Products of WIDTH numbers rounded to 8 bits, and probabilities of them.
-        Case("bfloat16", run(0.7, True, None, 1.0, half, ("log_probs", "entropy")), 0.05),
+        Case("bfloat16", with_options(0.7, True, None, 1.0, half, ("log_probs", "entropy")), 0.05),
     ]
 
 
@@ -88,18 +88,17 @@ class _TinyModel(torch.nn.Module):
 
     def __init__(self, weight: Tensor) -> None:
         super().__init__()
-        self.head = torch.nn.Linear(WIDTH, VOCAB, bias=False, device=weight.device)
-        self.head.weight = torch.nn.Parameter(weight)
+        self.head = types.SimpleNamespace(weight=weight, bias=None)
         self.config = types.SimpleNamespace(model_type="tiny")
         self.config.get_text_config = lambda: self.config
 
     def forward(self, hidden: Tensor) -> Tensor:
-        return self.head(hidden)
+        return hidden @ self.head.weight.T
 
     def base_model(self, hidden: Tensor, **_: Any) -> Any:
         return types.SimpleNamespace(last_hidden_state=hidden)
 
-    def get_output_embeddings(self) -> torch.nn.Module:
+    def get_output_embeddings(self) -> Any:
         return self.head
 
 
@@ -110,7 +109,7 @@ def _compaction_cases(device: torch.device) -> list[Case]:
         from trl.trainer.utils import add_fused_lm_head as add
 
         names = {**add.__globals__, "_use_triton": function}
-        model = _TinyModel(_numbers(device, VOCAB, WIDTH))
+        model = _TinyModel(_numbers(device, VOCAB, WIDTH).requires_grad_())
         types.FunctionType(add.__code__, names, add.__name__, add.__defaults__)(
             model, 0.7, False, _EVERYTHING
         )
