@@ -79,6 +79,8 @@ def package(monkeypatch):
     monkeypatch.setattr(patching, "find", lambda name: found["peer"])
     monkeypatch.setattr(points.importlib.metadata, "version", version)
     monkeypatch.setattr(patching, "_told", set())
+    # Of the thousands of modules that other tests have imported none is looked through.
+    monkeypatch.setattr(patching, "sys", types.SimpleNamespace(modules={"peer": peer, "peer.user": user}))
     monkeypatch.delenv("REACT_FAST_DISABLE", raising=False)
     yield types.SimpleNamespace(peer=peer, user=user, found=found)
     rf.unpatch("peer")

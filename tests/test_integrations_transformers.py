@@ -59,13 +59,12 @@ def _first_batch(trainer):
     return dict(next(iter(trainer.get_train_dataloader())))
 
 
-@pytest.mark.parametrize("accumulation", [1, 2])
-def test_training_is_bitwise_the_same_and_evaluation_is_not_observed(tmp_path, accumulation):
-    plain = _train(tmp_path / "plain", [], gradient_accumulation_steps=accumulation)
+def test_training_is_bitwise_the_same_and_evaluation_is_not_observed(tmp_path):
+    plain = _train(tmp_path / "plain", [], gradient_accumulation_steps=2)
     callback = CausalityCallback()
-    watched = _train(tmp_path / "watched", [callback], gradient_accumulation_steps=accumulation)
+    watched = _train(tmp_path / "watched", [callback], gradient_accumulation_steps=2)
     assert torch.equal(weights(plain.model), weights(watched.model))
-    assert callback.tracker.calls == 4 * accumulation
+    assert callback.tracker.calls == 8
     before = int(callback.tracker.by_token.count.sum())
     watched.evaluate(_rows())
     watched.model.train()(
