@@ -49,8 +49,8 @@ from .reference.objectives import (
 
 __version__ = "0.1.0"
 
-# Names that need the `train` extra are imported when first used, so that `import react_fast` needs torch and
-# numpy only.
+# Names that need the `train` extra, and what few use, are imported when first used, so that `import react_fast`
+# needs torch and numpy only.
 _LAZY: dict[str, str] = {
     "CausalityTracker": ".tracker",
     "A2C": ".trainer.algorithms",
@@ -66,6 +66,8 @@ _LAZY: dict[str, str] = {
     "TrainerConfig": ".trainer.config",
     "fresh_model": ".trainer.model",
     "load_model": ".trainer.model",
+    "patch": ".integrations",
+    "unpatch": ".integrations",
 }
 
 __all__ = [

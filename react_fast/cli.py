@@ -26,7 +26,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if arguments is None else arguments)
     missing = [name for name in _TRAIN_EXTRA if importlib.util.find_spec(name) is None]
     if missing and words[:1] == ["info"]:
-        print("\n".join(info_lines()))
+        print("\n".join(_info("--integrations" in words)))
         return 0
     if missing:
         print(f"react-fast needs {', '.join(missing)}; {_INSTALL}", file=sys.stderr)
@@ -156,11 +156,23 @@ def _app() -> Any:
         run.report(folder)
 
     @app.command()
-    def info() -> None:
+    def info(
+        integrations: bool = typer.Option(
+            False, help="What `react_fast.patch` replaces in which package, and whether it can here."
+        ),
+    ) -> None:
         """Versions, backends, instruction sets, threads, GPU."""
-        typer.echo("\n".join(info_lines()))
+        typer.echo("\n".join(_info(integrations)))
 
     return app
+
+
+def _info(integrations: bool) -> list[str]:
+    if not integrations:
+        return info_lines()
+    from .integrations.table import table_lines
+
+    return table_lines()
 
 
 if __name__ == "__main__":

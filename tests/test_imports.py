@@ -18,12 +18,12 @@ ALLOWED = {
     "kernels": set(),
     "envs": set(),
     "ops": OPS,
-    "integrations": OPS,
+    "integrations": OPS | {"tracker"},
     "presets": OPS,
     "info": OPS,
     "tracker": OPS,
     "trainer": OPS | {"tracker", "envs", "info"},
-    "cli": OPS | {"tracker", "envs", "info", "trainer"},
+    "cli": OPS | {"tracker", "envs", "info", "trainer", "integrations"},
 }
 HEAVY = (
     "transformers",

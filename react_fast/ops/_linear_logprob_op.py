@@ -23,23 +23,26 @@ def _gradients(
     g = zero if d_logp is None else rows.take(d_logp).double()
     h = None if d_entropy is None else rows.take(d_entropy).double()
     d_hidden = d_weight = d_bias = None
-    if wanted[0]:
+    # What the entropy's gradient needs was not summed in the forward.
+    again = wanted[0] and h is not None and len(sums.Q) != len(sums.U)
+    if wanted[0] and not again:
         d_hidden = engine.hidden_gradient(sums, g, h, rows, head, options)
-        if head.group is not None:
-            d_hidden = _vocab_parallel.total(d_hidden, head.group, options.invariant)
-    if wanted[1] or wanted[2]:
-        _, d_weight, d_bias = second_pass(
+    if again or wanted[1] or wanted[2]:
+        found, d_weight, d_bias = second_pass(
             rows,
             head,
             options,
             sums,
             g,
             h,
-            (False, *wanted[1:]),
+            (again, *wanted[1:]),
             kept,
             main_grad if wanted[1] else None,
             lent,
         )
+        d_hidden = found if again else d_hidden
+    if d_hidden is not None and head.group is not None:
+        d_hidden = _vocab_parallel.total(d_hidden, head.group, options.invariant)
     dtype = rows.hidden.dtype
     return (
         None if d_hidden is None else rows.back(d_hidden.to(dtype)),
@@ -52,21 +55,27 @@ def _gradients(
 
 
 class Eager(torch.autograd.Function):
+    """(logp, entropy or empty, state [rows that count, 5] of the fold, without gradient).
+
+    entropy_gradient: the entropy's gradient for hidden is prepared in the forward, for a GEMM; without, a backward
+        that brings one computes the logits again.
+    """
+
     @staticmethod
     def forward(
         ctx: Any, hidden: Tensor, weight: Tensor, bias: Maybe, token_ids: Tensor, mask: Maybe, per_row: Maybe,
         options: Options, want_entropy: bool, group: Any, main_grad: Maybe, recording: bool,
+        entropy_gradient: bool = True,
     ) -> Any:  # fmt: skip
         rows, head = Rows(hidden, token_ids, mask, per_row, options), Head(weight, bias, group)
         want_hidden, want_weight, want_bias = (recording and need for need in ctx.needs_input_grad[:3])
+        want_Q = want_hidden and want_entropy and entropy_gradient
         keep = tiles.workspace() if want_weight or want_bias else 0
         # The weight's gradient is written in the backward; until then its memory keeps logits.
         lent = tiles.fresh(weight) if want_weight and main_grad is None else None
 
         def fold(head: Head) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
-            return engine.forward(
-                rows, head, options, want_entropy, want_hidden, want_hidden and want_entropy, keep, lent
-            )
+            return engine.forward(rows, head, options, want_entropy, want_hidden, want_Q, keep, lent)
 
         if group is None:
             wrong = rows.check(head.vocab)
@@ -84,7 +93,8 @@ class Eager(torch.autograd.Function):
         sums = engine.finish(state, rows.inverse_t, U, Q)
         found = engine.results(rows, sums, want_entropy, accumulation_dtype(hidden.dtype), wrong)
         del rows.hidden  # autograd keeps it, and notices when it is changed in place
-        return found
+        ctx.mark_non_differentiable(state)
+        return *found, state
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -94,7 +104,7 @@ class Eager(torch.autograd.Function):
         rows.hidden = hidden.reshape(hidden.shape[:-1].numel(), hidden.shape[-1]).contiguous()
         d_logp, d_entropy = upstream[0], upstream[1] if ctx.want_entropy else None
         if d_logp is None and d_entropy is None:
-            return (None,) * 11
+            return (None,) * 12
         sums = engine.finish(state, rows.inverse_t, U, Q)
         found = _gradients(
             rows, Head(weight, bias, *ctx.group), ctx.options, sums, d_logp, d_entropy, ctx.needs_input_grad[:3],
@@ -102,7 +112,7 @@ class Eager(torch.autograd.Function):
         )  # fmt: skip
         if ctx.lent is not None:  # is a gradient now, and has no logits for another backward
             ctx.kept, ctx.lent = [], None
-        return *found, *[None] * 8
+        return *found, *[None] * 9
 
 
 # ---- compiled: one operator, whose saved tensors have the shapes of the inputs ---------------------------------

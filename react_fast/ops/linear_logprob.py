@@ -147,7 +147,7 @@ def linear_token_logprobs(
         scale, shared, cap, _ = given.options
         logp, entropy = support_token_logprobs(*tensors, support, scale, shared, cap, bool(return_entropy))
     elif is_eager(given.hidden):
-        logp, entropy = Eager.apply(
+        logp, entropy, _ = Eager.apply(
             *tensors, given.options, bool(return_entropy), tp_group, main_grad, recording
         )
     else:

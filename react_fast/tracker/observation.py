@@ -43,6 +43,7 @@ class Observation(Accumulation):
         *,
         step: int | None = None,
         group_index: torch.Tensor | None = None,
+        late: bool = False,
     ) -> Iterator[None]:
         """Around forward and backward of one training micro-batch: reads the gradient that the backward
         computes anyway and accumulates gradient x input by token, pair of neighbouring tokens, position, kind
@@ -59,8 +60,9 @@ class Observation(Accumulation):
                 first true. None: sequences begin at column 0.
             step: of the training, for `every`, decay and drift; None: the number of this call.
             group_index: [B] integer in [0, groups), of every row; None: of none.
+            late: the backward comes after this context, if at all.
         Raises: TypeError or ValueError for bad input; RuntimeError at the end if no gradient reached the
-            embedding, or if its output was changed in place.
+            embedding and it is not late, or if its output was changed in place.
         """
         _check.integer("input_ids", input_ids)
         check_rectangle("input_ids", input_ids)
@@ -88,7 +90,7 @@ class Observation(Accumulation):
             finite = counted & scores.isfinite()
             self._observe(number, scores, input_ids.long(), finite, positions, action_mask.bool(), groups)
 
-        with self.policy.watched(input_ids, record):
+        with self.policy.watched(input_ids, record, late):
             yield
 
     def score_batch(

@@ -94,13 +94,16 @@ class Policy:
 
     @contextmanager
     def watched(
-        self, input_ids: torch.Tensor, record: Callable[[torch.Tensor, torch.Tensor], None]
+        self,
+        input_ids: torch.Tensor,
+        record: Callable[[torch.Tensor, torch.Tensor], None],
+        late: bool = False,
     ) -> Iterator[None]:
-        """Calls record(gradient, embedding output), [B, T, D] each, when a backward inside reaches the
-        embedding output of a forward on `input_ids` inside.
+        """Calls record(gradient, embedding output), [B, T, D] each, when a backward reaches the embedding output
+        of a forward on `input_ids` inside. The backward is inside, too, unless it is `late`.
 
         Raises: ValueError if the forward embeds another shape; RuntimeError if the output was changed in
-            place before the backward, or at the end if no gradient arrived.
+            place before the backward, or at the end if no gradient arrived and it is not `late`.
         """
         arrived: list[bool] = []
 
@@ -130,7 +133,7 @@ class Policy:
             yield
         finally:
             handle.remove()
-        if not arrived:
+        if not (arrived or late):
             raise RuntimeError(
                 "observe must enclose the forward and the backward, got no gradient at the embedding"
             )

@@ -1,0 +1,106 @@
+"""A callback that lets react_fast's causality tracker watch any Hugging Face Trainer, TRL's among them."""
+
+import contextlib
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from transformers import TrainerCallback
+
+from ..tracker import CausalityTracker
+
+STATE = "causality.pt"
+
+
+class CausalityCallback(TrainerCallback):
+    """Attribution of the training loss to tokens, read from the training's own backward, at no pass of its own.
+
+    `Trainer(..., callbacks=[CausalityCallback()])`. Watched is every forward of the model in training mode, with
+    gradient and `input_ids`; actions are the tokens with a label, without labels those that are attended to. The
+    outcome is -loss, as the trainer scales it for accumulation. Checkpoints get a file causality.pt, with what all
+    processes saw, and a run that resumes from its own folder goes on with it.
+
+    Args:
+        tracker: a CausalityTracker of the trainer's model; None: one is made when training begins.
+        features: how many key features are logged.
+        **options: of the CausalityTracker that is made (every, decay, groups, ...).
+    Attributes:
+        tracker: `.report()`, `.key_features()`; None before the training began.
+    Raises: ValueError for both a tracker and options.
+    Logged, into the log history and for callbacks after this one: causality/tokens, observed so far on this
+        process, and causality/<text>, mean attribution of the most reliable features.
+    """
+
+    def __init__(self, tracker: CausalityTracker | None = None, *, features: int = 5, **options: Any) -> None:
+        if tracker is not None and options:
+            raise ValueError(f"options must be empty with a tracker, got {', '.join(options)}")
+        self.tracker, self.features, self._options = tracker, features, options
+        self._stack = contextlib.ExitStack()
+        self._step = 0
+
+    # ---- the trainer's events ------------------------------------------------------------------------------
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **given: Any) -> None:
+        model = given["model"]
+        if self.tracker is None:
+            self.tracker = CausalityTracker(model, given.get("processing_class"), **self._options)
+        self._step = state.global_step
+        if state.global_step and state.is_world_process_zero:
+            self._resume(Path(args.output_dir) / f"checkpoint-{state.global_step}" / STATE)
+        self._stack.callback(model.register_forward_pre_hook(self._before, with_kwargs=True).remove)
+        self._stack.callback(model.register_forward_hook(self._after, always_call=True).remove)
+        self._inside = contextlib.ExitStack()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **given: Any) -> None:
+        self._step = state.global_step
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **given: Any) -> None:
+        if self.tracker is None or logs is None:
+            return
+        found = {"causality/tokens": float(self.tracker.by_token.count.sum())}
+        for feature in self.tracker.key_features(self.features):
+            found[f"causality/{feature.family} {feature.name}"] = feature.mean
+        logs.update(found)
+        if state.log_history:
+            state.log_history[-1].update(found)
+
+    def on_save(self, args: Any, state: Any, control: Any, **given: Any) -> None:
+        if self.tracker is None:
+            return
+        several = dist.is_initialized() and dist.get_world_size() > 1
+        whole = self.tracker.gather() if several else self.tracker
+        folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+        if state.is_world_process_zero and folder.is_dir():
+            whole.save(folder / STATE)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **given: Any) -> None:
+        self._stack.close()
+
+    # ---- inside --------------------------------------------------------------------------------------------
+
+    def _resume(self, path: Path) -> None:
+        assert self.tracker is not None
+        if path.exists():
+            self.tracker.load_state_dict(torch.load(path, weights_only=True))
+        else:
+            warnings.warn(f"there is no {path}: the causality tracker starts anew", stacklevel=2)
+
+    def _before(self, model: Any, arguments: tuple[Any, ...], given: dict[str, Any]) -> None:
+        ids = given.get("input_ids")
+        if not (
+            model.training and torch.is_grad_enabled() and isinstance(ids, torch.Tensor) and ids.dim() == 2
+        ):
+            return
+        assert self.tracker is not None
+        seen, labels = given.get("attention_mask"), given.get("labels")
+        seen = seen if isinstance(seen, torch.Tensor) and seen.shape == ids.shape else None
+        if isinstance(labels, torch.Tensor) and labels.shape == ids.shape:
+            actions = labels != -100
+        else:
+            actions = torch.ones_like(ids, dtype=torch.bool) if seen is None else seen.bool()
+        self._inside.enter_context(self.tracker.observe(ids, actions, seen, step=self._step, late=True))
+
+    def _after(self, model: Any, arguments: tuple[Any, ...], output: Any) -> None:
+        self._inside.close()

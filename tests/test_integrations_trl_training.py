@@ -1,0 +1,182 @@
+"""Two steps of TRL's trainers with and without `patch("trl")`: the same losses, gradient norms and weights."""
+
+import contextlib
+
+import pytest
+import torch
+
+import react_fast as rf
+from react_fast.integrations import trl_logprobs
+from react_fast.integrations.transformers import CausalityCallback
+
+from .peers import peer
+from .training import make_policy, weights
+
+PROMPTS = ["es>pt:Alemania=", "es>pt:Francia=", "es>it:España=", "es>it:Suiza="]
+COMMON = {
+    "max_steps": 2, "learning_rate": 1e-2, "logging_steps": 1, "report_to": "none", "use_cpu": True, "bf16": False,
+    "gradient_checkpointing": False, "save_strategy": "no", "disable_tqdm": True, "log_level": "error",
+    "per_device_train_batch_size": 4,
+}  # fmt: skip
+SAMPLED = {"num_generations": 2, "max_completion_length": 5, "temperature": 0.8}
+LOGGED = ("loss", "grad_norm", "entropy", "reward", "logits/chosen", "mean_token_accuracy")
+
+
+@pytest.fixture(scope="module")
+def trl():
+    return peer("trl")
+
+
+def _vowels(completions, **_):
+    return [sum(letter in "aeiou" for letter in text) / 8 for text in completions]
+
+
+def _grpo(trl, folder, **options):
+    config = trl.GRPOConfig(output_dir=str(folder), **{**COMMON, **SAMPLED, **options})
+    return _online(trl.GRPOTrainer, config)
+
+
+def _rloo(trl, folder):
+    return _online(trl.RLOOTrainer, trl.RLOOConfig(output_dir=str(folder), **COMMON, **SAMPLED, beta=0.0))
+
+
+def _online(kind, config):
+    from datasets import Dataset
+
+    model, tokenizer = make_policy(torch.float32)
+    data = Dataset.from_list([{"prompt": text} for text in PROMPTS])
+    return kind(
+        model=model, reward_funcs=_vowels, args=config, train_dataset=data, processing_class=tokenizer
+    )
+
+
+def _dpo(trl, folder):
+    from datasets import Dataset
+
+    model, tokenizer = make_policy(torch.float32)
+    config = trl.DPOConfig(output_dir=str(folder), **COMMON)
+    data = Dataset.from_list(
+        [{"prompt": text, "chosen": " Alemanha", "rejected": " Germany"} for text in PROMPTS]
+    )
+    return trl.DPOTrainer(
+        model=model, ref_model=make_policy(torch.float32)[0], args=config, train_dataset=data,
+        processing_class=tokenizer,
+    )  # fmt: skip
+
+
+RUNS = {
+    "GRPO": _grpo,
+    "GRPO with entropy bonus": lambda trl, folder: _grpo(trl, folder, entropy_coef=0.05),
+    "RLOO": _rloo,
+    "DPO": _dpo,
+}
+
+
+@pytest.mark.parametrize("run", RUNS)
+def test_two_steps_are_the_same(trl, tmp_path, run, monkeypatch):
+    found, calls = [], []
+    checked = trl_logprobs.checked
+    monkeypatch.setattr(trl_logprobs, "checked", lambda *x: calls.append(1) or checked(*x))
+    for number, context in enumerate((contextlib.nullcontext, lambda: rf.patch("trl"))):
+        with context():
+            trainer = RUNS[run](trl, tmp_path / str(number))
+            trainer.train()
+        assert bool(calls) == bool(number)  # the patch is live
+        logs = [log for log in trainer.state.log_history if "loss" in log]
+        assert len(logs) == 2
+        found.append((logs, weights(trainer.model)))
+    (theirs, before), (ours, after) = found
+    for wanted, got in zip(theirs, ours, strict=True):
+        assert wanted.keys() == got.keys()
+        for name in LOGGED:
+            if name in wanted:
+                assert got[name] == pytest.approx(wanted[name], rel=1e-5, abs=1e-6), name
+    assert float(theirs[0]["grad_norm"]) > 0.01
+    torch.testing.assert_close(after, before, rtol=0, atol=1e-4)  # of steps of 1e-2
+
+
+def _with_credit(trl, folder, credit, reward=_vowels, max_steps=2, **options):
+    from datasets import Dataset
+
+    from react_fast.integrations.trl import GRPOTrainer
+
+    model, tokenizer = make_policy(torch.float32)
+    config = trl.GRPOConfig(output_dir=str(folder), **{**COMMON, **SAMPLED, "max_steps": max_steps})
+    return GRPOTrainer(
+        model=model, reward_funcs=reward, args=config, processing_class=tokenizer,
+        train_dataset=Dataset.from_list([{"prompt": text} for text in PROMPTS]), credit=credit, **options,
+    )  # fmt: skip
+
+
+def test_the_subclass_replaces_no_global_and_trains_the_same(trl, tmp_path, monkeypatch):
+    utils = peer("trl.trainer.utils")
+    before = utils._ChunkedLogProbFunction, utils._use_triton
+    theirs = _grpo(trl, tmp_path / "theirs", max_steps=1)
+    theirs.train()
+    calls, checked = [], trl_logprobs.checked
+    monkeypatch.setattr(trl_logprobs, "checked", lambda *x: calls.append(1) or checked(*x))
+    ours = _with_credit(trl, tmp_path / "ours", "uniform", max_steps=1)
+    ours.train()
+    assert len(calls) == 1
+    assert (utils._ChunkedLogProbFunction, utils._use_triton) == before
+    torch.testing.assert_close(weights(ours.model), weights(theirs.model), rtol=0, atol=1e-4)
+
+
+def test_attribution_spreads_the_advantage_as_the_tracker_scores(trl, tmp_path):
+    trainer = _with_credit(trl, tmp_path, "attribution", max_steps=1)
+    trainer.train()
+    inputs = [trainer.train_dataset[i // 2] for i in (0, 1, 2, 3)]
+    trainer.model.train()
+    output = trainer._generate_and_score_completions(inputs)
+    mask, credit = output["completion_mask"].bool(), output["advantages"]
+    assert credit.shape == mask.shape
+    assert not credit[~mask].any()
+    row = int(credit.abs().sum(1).argmax())
+    prompt = output["prompt_ids"][row][output["prompt_mask"][row].bool()]
+    response = output["completion_ids"][row][mask[row]]
+    told = trainer.tracker.attribute(prompt.tolist(), response.tolist()).scores[len(prompt) :].abs()
+    level = credit[row][mask[row]].sum() / mask[row].sum()  # what uniform credit gives
+    wanted = level * (0.5 + 0.5 * told * len(told) / told.sum())
+    torch.testing.assert_close(credit[row][mask[row]], wanted.to(credit), rtol=1e-4, atol=1e-6)
+
+
+def test_causal_credit_finds_the_token_that_earns_the_reward(trl, tmp_path):
+    """The reward looks at the second token alone, so no other has an effect."""
+    seen = []
+
+    def second(completion_ids, log_metric, **_):
+        seen.append(len(completion_ids))
+        log_metric("scored", 1.0)
+        return [float(len(ids) > 1 and ids[1] % 2) for ids in completion_ids]
+
+    trainer = _with_credit(trl, tmp_path, "causal", second, credit_interventions=64)
+    trainer.train()
+    assert seen == [4, 64, 4, 64]
+    assert all(log["scored"] == 1.0 for log in trainer.state.log_history if "loss" in log)
+    moments = trainer.interventions.table.moments
+    assert float(moments.count.sum()) > 100
+    trainer.model.train()
+    output = trainer._generate_and_score_completions([trainer.train_dataset[i // 2] for i in range(4)])
+    credit, mask = output["advantages"], output["completion_mask"].bool()
+    effects = trainer.interventions.table.moments.mean
+    positions = torch.arange(mask.shape[1]).expand_as(mask)
+    known = effects[trainer.interventions.table._keys(output["completion_ids"], positions)]
+    assert not known[:, [0, 2, 3, 4]].any()
+    assert known[:, 1].any()
+    assert credit.shape == mask.shape
+
+
+def test_wrong_credit_is_refused(trl, tmp_path):
+    with pytest.raises(ValueError, match=r"^credit must be one of uniform, attribution, causal, got 'all'$"):
+        _with_credit(trl, tmp_path, "all")
+
+
+def test_the_causality_callback_watches_completions(trl, tmp_path):
+    callback = CausalityCallback()
+    trainer = _grpo(trl, tmp_path, max_steps=1)
+    trainer.add_callback(callback)
+    trainer.train()
+    report = callback.tracker.findings()["meta"]
+    assert report["observed_calls"] == 1
+    assert report["observed_tokens"] > 0
+    assert any("causality/tokens" in log for log in trainer.state.log_history)
