@@ -9,7 +9,7 @@ learning rate of five, chosen on three other seeds:
     causal       credit="causal": interventions are environment steps, and counted
     attribution  credit="attribution": gradient x input of the policy
     oracle       causal's rule with the true effects, which cost nothing
-    placebo      causal, interventions and all, with every trajectory's weights shuffled among its actions
+    placebo      causal, interventions and all, with every trajectory's credit shuffled among its actions
 
 A finished run lies in bench/out/credit and is not run again. Writes bench/results/credit.md, credit.json (the
 curves) and credit.png.
@@ -260,7 +260,7 @@ optimiser are the same for all, and everyone has its own best learning rate of
 credit_floor is {FLOOR}; interventions a step and what effects are kept by stand with each task. These and the
 tasks were chosen by trying on seeds 0 to 2, which are among those below: that favours causal. The
 environment's own noise is the same in a trajectory and in the interventions on it (reset with its seed). Oracle:
-the true effects, free; placebo: causal's weights shuffled among a trajectory's actions.
+the true effects, free; placebo: causal's credit shuffled among a trajectory's actions.
 """
 
 
