@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from .calls import Arguments, Calls, cause, is_async, run
 
 if TYPE_CHECKING:
-    from .text_env import Record
+    from .record import Record
 
 _MARK = "_react_fast_reward"
 _ON_ERROR = "'raise', 'skip' or a finite number"
@@ -34,6 +34,18 @@ class Action(NamedTuple):
     record: "Record"
     ids: list[int] | None = None
     columns: tuple[str, ...] = ()
+
+    @property
+    def prompt(self) -> Any:
+        """The state, or the messages that it was rendered from."""
+        said = self.record.conversation
+        return self.state if said is None else said
+
+    @property
+    def completion(self) -> Any:
+        """The action, or the message that answers the record's messages."""
+        answer = [{"role": "assistant", "content": self.text}]
+        return self.text if self.record.conversation is None else answer
 
 
 class Payment(NamedTuple):
@@ -62,8 +74,10 @@ class RewardFunction:
         function: one of
             g(state, action, record) -> number or None;
             f(prompts, completions, **columns) -> list of numbers or None, TRL's form, known by the name
-                `completions`: prompts are the states that the actions were taken in; the columns are lists: the
-                records' metadata by their keys (None where a record lacks one), `reference`, `completion_ids`
+                `completions`: prompts are the states that the actions were taken in, completions the actions, or,
+                where the record's prompt is messages, those and [{"role": "assistant", "content": action}]; the
+                columns are lists: the records' metadata by their keys (None where a record lacks one),
+                `reference`, `completion_ids`
                 (the actions' tokens, None where not known), `trainer_state`, which is None,
                 `log_metric(name, number)`, whose means over a call are logged, and `log_extra(column, values)`,
                 whose values, one a row, stand beside the samples; only those that the function names, or all
@@ -145,8 +159,8 @@ class RewardFunction:
         keys = list(dict.fromkeys(key for a in actions for key in (*a.columns, *a.record.metadata)))
         columns: dict[str, Any] = {str(key): [a.record.metadata.get(key) for a in actions] for key in keys}
         columns |= {
-            "prompts": [a.state for a in actions],
-            "completions": [a.text for a in actions],
+            "prompts": [a.prompt for a in actions],
+            "completions": [a.completion for a in actions],
             "reference": [a.record.reference for a in actions],
             "completion_ids": [a.ids for a in actions],
             "trainer_state": None,
@@ -176,7 +190,7 @@ class RewardFunction:
                 return number, False
             value = ValueError(f"must give a finite number or None, got {str(value)[:60]!r}")
         if self.on_error == "raise":
-            where = f"row {row}, prompt {action.record.prompt[:40]!r}"
+            where = f"row {row}, prompt {str(action.record.prompt)[:40]!r}"
             raise RewardError(f"reward {self.label!r} failed on {where}: {cause(value)}") from value
         return (None if self.on_error == "skip" else float(self.on_error)), True
 
@@ -311,7 +325,9 @@ def needs_care(function: Any) -> bool:
 
 def nothing_applies(record: "Record") -> RewardError:
     """The error for an episode that no function rewarded."""
-    return RewardError(f"no reward applies to the record with prompt {record.prompt[:40]!r}: all gave None")
+    return RewardError(
+        f"no reward applies to the record with prompt {str(record.prompt)[:40]!r}: all gave None"
+    )
 
 
 def _total(due: Sequence[float]) -> float:

@@ -10,6 +10,7 @@ from .config import RunConfig, TrainerConfig
 from .estimate import Memory, in_units, memory
 from .explain import quiet_libraries
 from .model import outline
+from .rollout import encode, opening
 from .sources import load_augmentation, load_environments, make_algorithm, texts, user_input
 
 
@@ -19,12 +20,13 @@ def describe(config: RunConfig) -> None:
     Raises: UserError in one line for what the user can mend.
     """
     quiet_libraries()
-    algorithm, records = make_algorithm(config), load_environments(config.env)["train"].records
+    algorithm, env = make_algorithm(config), load_environments(config.env)["train"]
     load_augmentation(config.env)
     print(yaml.safe_dump(config.model_dump(), sort_keys=False, allow_unicode=True), end="")
     print(f"# {config.trainer.batch_line()}")
     with user_input():
-        model, tokenizer = outline(config.model, texts(records))
+        model, tokenizer = outline(config.model, texts(env.records))
+        records = env.rendered(tokenizer).records
     copies = {"warm_start": 0, "rl": _copies(algorithm, config)}
     for phase, supervised in (("warm_start", True), ("rl", algorithm.supervised)):
         if phase == "warm_start" and not config.warm_start.steps:
@@ -46,11 +48,9 @@ def _copies(algorithm: Any, config: RunConfig) -> int:
 def _longest(tokenizer: Any, records: Sequence[Record], supervised: bool, new: int) -> tuple[int, int]:
     """(tokens of the longest prompt, most tokens behind it)."""
 
-    def length(texts: list[str]) -> int:
-        return max(map(len, tokenizer(texts)["input_ids"])) if texts else 0
-
-    answers = [record.reference for record in records if record.reference]
-    return length([record.prompt for record in records]), length(answers) + 1 if supervised else new
+    answers = [encode(tokenizer, r.reference, special=False) for r in records if r.reference]
+    longest = max(len(opening(tokenizer, record.prompt, record)) for record in records)
+    return longest, max(map(len, answers), default=0) + 1 if supervised else new
 
 
 def _tokens(config: TrainerConfig, prompt: int, response: int) -> str:

@@ -188,7 +188,21 @@ def outline(config: ModelConfig, texts: Iterable[str]) -> tuple[Any, Any]:
         model: Any = AutoModelForCausalLM.from_config(shape, dtype=getattr(torch, config.dtype)).eval()
         if adapted or config.lora.r:
             model = adapters.outline_adapters(model, adapted, config.lora)
-    return _faked(model), tokenizer
+    return _faked(model), with_template(tokenizer, config.chat_template)
+
+
+def with_template(tokenizer: Any, path: str | None) -> Any:
+    """The tokenizer with the chat template of a Jinja file, if one is given.
+
+    Raises: ValueError if the file cannot be read.
+    """
+    if path is None:
+        return tokenizer
+    try:
+        tokenizer.chat_template = Path(path).read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        raise ValueError(f"model.chat_template {path} cannot be read: {_first_line(error)}") from None
+    return tokenizer
 
 
 def _faked(model: Any) -> Any:

@@ -109,6 +109,8 @@ class _Run:
         model, self.tokenizer = load_policy(self.config.model, texts(train), seed)
         with self.ranks.accelerator.main_process_first():  # it writes what the others read
             self.model = adapt(model, self.tokenizer, self.config.model, self.folder, seed)
+        with user_input():
+            self.envs = {split: env.rendered(self.tokenizer) for split, env in self.envs.items()}
         self.tracker = make_tracker(self.config.tracker, self.model, self.tokenizer)
 
     def go(self, resume: str) -> dict[str, Any]:

@@ -71,16 +71,17 @@ def load_policy(config: ModelConfig, texts: Sequence[str], seed: int) -> tuple[A
 
     Raises: UserError for a folder that is no causal language model with a tokenizer.
     """
-    from .model import fresh_model, load_model
+    from .model import fresh_model, load_model, with_template
 
     dtype = getattr(torch, config.dtype)
     with user_input():
         if config.path is not None:
-            return load_model(config.path, dtype)
-        others = ("path", "dtype", "lora")
-        sizes = {name: getattr(config, name) for name in ModelConfig.model_fields if name not in others}
-        model, tokenizer = fresh_model(texts, seed=seed, **sizes)
-        return model.to(dtype), tokenizer
+            model, tokenizer = load_model(config.path, dtype)
+        else:
+            others = ("path", "dtype", "chat_template", "lora")
+            sizes = {name: getattr(config, name) for name in ModelConfig.model_fields if name not in others}
+            model, tokenizer = fresh_model(texts, seed=seed, **sizes)
+        return model.to(dtype), with_template(tokenizer, config.chat_template)
 
 
 def adapt(model: Any, tokenizer: Any, config: ModelConfig, folder: RunFolder, seed: int) -> Any:
@@ -100,7 +101,7 @@ def adapt(model: Any, tokenizer: Any, config: ModelConfig, folder: RunFolder, se
 
 def texts(records: Sequence[Record]) -> list[str]:
     """Every prompt and reference: what a fresh tokenizer learns from."""
-    return [text for record in records for text in (record.prompt, record.reference) if text]
+    return [text for record in records for text in record.texts]
 
 
 def metric_names(config: EnvConfig) -> tuple[str, ...]:

@@ -64,7 +64,7 @@ class Trainer:
         model: Hugging Face causal LM, or any module with `model(ids [B, T]) -> logits [B, T, V]`.
         tokenizer: its tokenizer: `tokenizer(text, add_special_tokens=...)["input_ids"]`, `decode`,
             `eos_token_id`, `pad_token_id`.
-        env: a TextEnv; its records are the training prompts.
+        env: a TextEnv; its records are the training prompts, messages by the tokenizer's chat template.
         algorithm: `GRPO()`, `PPO()`, `DPO()`, `SFT()`, or any `Algorithm`.
         tracker: CausalityTracker that observes the training backward; needed by credit="attribution". If it has
             groups, every record's metadata names one of them as "group".
@@ -101,7 +101,8 @@ class Trainer:
                 raise ValueError(f"eval_env must be given when config.{name} is, got None")
         if self.config.threads is not None:
             torch.set_num_threads(self.config.threads)
-        self.tokenizer, self.env, self.eval_env = tokenizer, env, eval_env
+        self.tokenizer, self.env = tokenizer, env.rendered(tokenizer)
+        self.eval_env = eval_env and eval_env.rendered(tokenizer)
         self.augment, self._plain_env = augment, env
         self.algorithm, self.tracker, self.phase = algorithm, tracker, phase
         groups = group_numbers(tracker.groups, env) if tracker is not None and tracker.groups else None
@@ -136,7 +137,8 @@ class Trainer:
         step = self.step if step is None else step
         if self.augment is not None:
             chosen, seed = self.records_of(step), self.config.seed
-            self.env = augmented(self._plain_env, self.augment, chosen, seed=seed, step=step)
+            options = {"seed": seed, "step": step, "tokenizer": self.tokenizer}
+            self.env = augmented(self._plain_env, self.augment, chosen, **options)
         return self.algorithm.collect(self, step)
 
     def score(self, trajectories: Sequence[Trajectory]) -> Batch:
@@ -258,7 +260,7 @@ class Trainer:
             greedy: the most probable token each time, or sampled at temperature 1.
         Raises: ValueError if there is no environment to test on.
         """
-        env = env or self.eval_env
+        env = self.eval_env if env is None else env.rendered(self.tokenizer)
         if env is None:
             raise ValueError("env must be given when the trainer has no eval_env, got None")
         metrics = {"eval/reward": held_out_reward(self, env, greedy=greedy)}

@@ -144,7 +144,7 @@ class ILQL(Algorithm):
             answers = records[i].metadata.get("answers", ())
             texts = [records[i].reference, records[i].metadata.get("rejected"), *answers]
             known = dict.fromkeys(text for text in texts if text is not None)
-            found += [demonstration(tokenizer, records[i].prompt, text, i) for text in known]
+            found += [demonstration(tokenizer, records[i], text, i) for text in known]
         if not found:
             raise ValueError(
                 "records must have a reference, metadata 'rejected' or 'answers' for ILQL, got none"

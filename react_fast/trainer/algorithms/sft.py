@@ -44,7 +44,7 @@ class SFT(Algorithm):
     ) -> list[Trajectory]:
         answers = [written(i, records[i].reference, "reference") for i in chosen]
         pairs = zip(chosen, answers, strict=True)
-        return [demonstration(tokenizer, records[i].prompt, answer, i) for i, answer in pairs]
+        return [demonstration(tokenizer, records[i], answer, i) for i, answer in pairs]
 
     def advantages(self, config: Any, batch: Batch) -> torch.Tensor:
         return torch.ones_like(batch.rewards)
