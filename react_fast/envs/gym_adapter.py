@@ -9,8 +9,8 @@ import numpy as np
 from gymnasium import spaces
 
 from .calls import cause
+from .notes import is_number
 from .record import Record
-from .reward_functions import is_number
 from .text_env import Step, TextEnv
 
 _KINDS = (spaces.Discrete, spaces.Box, spaces.MultiDiscrete, spaces.MultiBinary, spaces.Text)

@@ -7,13 +7,13 @@ from typing import Any
 import gymnasium
 
 from .calls import is_async
+from .notes import TrainerState, as_number
 from .record import Record, check_messages, rendered
 from .reward_functions import (
     Action,
     Payment,
     RewardFunction,
     WeightedRewards,
-    as_number,
     needs_care,
     nothing_applies,
 )
@@ -186,7 +186,7 @@ class TextEnv(gymnasium.Env[str, str]):
             info["logged"] = dict(payment.logged)
         if payment.extra:
             info["extra"] = dict(payment.extra)
-        counts = {**counts, **{f"rewards/{name}/failed": 1 for name in payment.failed}}
+        counts = {**counts, **payment.counts, **{f"rewards/{name}/failed": 1 for name in payment.failed}}
         if counts:
             info["counts"] = counts
         return self._state, payment.total or 0.0, terminated, self._over and not terminated, info
@@ -214,6 +214,11 @@ class TextEnv(gymnasium.Env[str, str]):
         other = self.clone()
         other.records = [rendered(record, tokenizer) for record in self.records]
         return other
+
+    def inform(self, state: TrainerState | None) -> None:
+        """Tell reward functions in TRL's form, those of clones included, how far the training is."""
+        if isinstance(self.reward, WeightedRewards):
+            self.reward.trainer_state = state
 
     def clone(self) -> "TextEnv":
         """An independent copy that goes on from here: same state, turn and random numbers; shared records."""

@@ -1,11 +1,11 @@
 """`react-fast train --dry-run`: the configuration and what follows from it, without weights or a run folder."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import yaml
 
-from ..envs import Record
+from ..envs import Record, RewardModel, TextEnv
 from .config import RunConfig, TrainerConfig
 from .estimate import Memory, in_units, memory
 from .explain import quiet_libraries
@@ -20,13 +20,15 @@ def describe(config: RunConfig) -> None:
     Raises: UserError in one line for what the user can mend.
     """
     quiet_libraries()
-    algorithm, env = make_algorithm(config), load_environments(config.env)["train"]
+    algorithm, env = make_algorithm(config), load_environments(config.env, "meta")["train"]
     load_augmentation(config.env)
     print(yaml.safe_dump(config.model_dump(), sort_keys=False, allow_unicode=True), end="")
     print(f"# {config.trainer.batch_line()}")
     with user_input():
         model, tokenizer = outline(config.model, texts(env.records))
         records = env.rendered(tokenizer).records
+    for name, size in _reward_models(env):
+        print(f"# reward model {name}: about {in_units(size)} of memory a process")
     copies = {"warm_start": 0, "rl": _copies(algorithm, config)}
     for phase, supervised in (("warm_start", True), ("rl", algorithm.supervised)):
         if phase == "warm_start" and not config.warm_start.steps:
@@ -37,6 +39,13 @@ def describe(config: RunConfig) -> None:
         length = sum(longest)
         found = memory(model, training, length=length, copies=copies[phase], supervised=supervised)
         print(f"# {phase}: {_memory(found)}")
+
+
+def _reward_models(env: TextEnv) -> Iterator[tuple[str, int]]:
+    """(name, bytes of its parameters) of every reward model."""
+    for one in getattr(env.reward, "functions", ()):
+        if isinstance(one.function, RewardModel):
+            yield one.label, sum(p.numel() * p.element_size() for p in one.function.model.parameters())
 
 
 def _copies(algorithm: Any, config: RunConfig) -> int:

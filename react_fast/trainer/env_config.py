@@ -1,10 +1,27 @@
 """The environment's part of the configuration tree."""
 
-from typing import Literal
+from collections.abc import Mapping
+from typing import Any, Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
-from .section import Count, Positive, Section
+from ..envs.notes import is_number
+from .section import ConfigError, Count, Positive, Section
+
+
+class RewardModelConfig(Section):
+    """A reward model, whose logit for prompt and response is the reward; NAME is what logs call it."""
+
+    model: str | None = None
+    """Local Hugging Face folder of a sequence classifier with one label."""
+    weight: float = 1.0
+    """Factor in the total."""
+    batch_size: Count = 8
+    """Texts of a forward."""
+    max_length: Count | None = None
+    """Tokens of a text, cut on the left; none: what the model takes. rewards/NAME/truncated counts them."""
+    dtype: Literal["float32", "bfloat16", "float16", "float64"] = "float32"
+    """Type of its parameters; the device is the trainer's."""
 
 
 class EnvConfig(Section):
@@ -24,8 +41,9 @@ class EnvConfig(Section):
     """Of the files."""
     reward: str | None = None
     """Name such as chrf, squad_f1, rouge_l, span_f1, or module:function; none: the task's."""
-    rewards: dict[str, float] = Field(default={})
-    """Several rewards in place of one: their weights by such names."""
+    rewards: dict[str, float | RewardModelConfig] = Field(default={})
+    """Several rewards in place of one: their weights by such names; for a reward model its section by a name of
+    yours, such as {helpful: {model: folder, weight: 0.5}}."""
     transition: str | None = None
     """Next state f as module:function; none: the text so far and the action."""
     terminal: str | None = None
@@ -49,3 +67,27 @@ class EnvConfig(Section):
     """Validation prompts of an evaluation during training."""
     test_prompts: Count = 512
     """Test prompts of the result table."""
+
+    @field_validator("rewards", mode="before")
+    @classmethod
+    def _numbers_or_models(cls, rewards: Any) -> Any:
+        """Errors that name the entry: a union's would name its branches."""
+        if not isinstance(rewards, Mapping):
+            return rewards
+        return {name: _weight_or_model(str(name), value) for name, value in rewards.items()}
+
+
+def _weight_or_model(name: str, value: Any) -> Any:
+    if isinstance(value, RewardModelConfig):
+        return value
+    if not isinstance(value, Mapping):
+        if is_number(value):
+            return value
+        raise ConfigError(name, f"must be a weight or a reward model's section, got {value!r:.60}")
+    try:
+        found = RewardModelConfig(**value)
+    except ConfigError as error:
+        raise error.within(name) from None
+    if not found.model:
+        raise ConfigError(f"{name}.model", "must name a folder, got none")
+    return found

@@ -86,7 +86,8 @@ class _Run:
         self.config, self.folder, self.ranks = config, folder, ranks
         if config.trainer.threads is not None:
             torch.set_num_threads(config.trainer.threads)
-        self.envs, self.augment = load_environments(config.env), load_augmentation(config.env)
+        self.envs = load_environments(config.env, ranks.accelerator.device)
+        self.augment = load_augmentation(config.env)
         self._build()
         self.engine: Any = None  # that of the newest training; None: the model itself
         self.algorithm = make_algorithm(config)
@@ -365,6 +366,6 @@ def report(path: str | Path) -> None:
     tracker = make_tracker(config.tracker, model, tokenizer)
     if tracker is not None:
         restore(tracker, checkpoint)
-        write_report(tracker, load_environments(config.env)["test"], config, folder.path / REPORT)
+        write_report(tracker, load_environments(config.env, "meta")["test"], config, folder.path / REPORT)
     for name in folder.files():
         print(f"  {folder.path / name}", file=sys.stdout)

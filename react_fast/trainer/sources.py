@@ -14,6 +14,7 @@ import torch
 
 from ..envs import (
     Record,
+    RewardFunction,
     Rules,
     TextEnv,
     ToolEnv,
@@ -26,10 +27,12 @@ from ..envs import (
 )
 from ..envs.calls import cause
 from ..envs.metrics import CORPUS_METRICS
-from ..envs.reward_functions import as_number, needs_care
+from ..envs.notes import as_number
+from ..envs.reward_functions import as_reward, needs_care
 from ..envs.rewards import REWARDS
 from ..envs.tasks.splits import SPLITS
-from .config import EnvConfig, ModelConfig, RunConfig
+from .config import ModelConfig, RunConfig
+from .env_config import EnvConfig, RewardModelConfig
 from .folder import RunFolder, UserError
 from .section import ConfigError, nearest
 
@@ -45,15 +48,16 @@ def user_input() -> Iterator[None]:
         raise UserError(str(error)) from error
 
 
-def load_environments(config: EnvConfig) -> dict[str, TextEnv]:
+def load_environments(config: EnvConfig, device: Any = None) -> dict[str, TextEnv]:
     """The environments "train", "validation" and "test".
 
+    Args: device: of reward models; None: the CPU; "meta": without their weights.
     Raises: UserError for a bad file, reward, metric or language pair.
     """
     with user_input():
         metric_names(config)
         make: Callable[..., TextEnv] = TextEnv
-        rules = _rules(config)
+        rules = _rules(config, device)
         if config.tools:
             tools = [_function("env.tools", name) for name in config.tools]
             preface = tools_preface(tools) if config.tools_described else ""
@@ -133,7 +137,7 @@ def _module(config: EnvConfig) -> Any:
     return importlib.import_module(f"react_fast.envs.tasks.{config.task}")
 
 
-def _rules(config: EnvConfig) -> dict[str, Any]:
+def _rules(config: EnvConfig, device: Any) -> dict[str, Any]:
     """Reward, transition and terminal of the environments; what a key names comes before the marked functions."""
     if config.reward and config.rewards:
         raise ConfigError("env.rewards", "must not stand beside env.reward; give one of them")
@@ -142,8 +146,7 @@ def _rules(config: EnvConfig) -> dict[str, Any]:
     if marked.transition:
         found["transition"] = marked.transition
     if config.rewards:
-        functions = [_reward("env.rewards", name) for name in config.rewards]
-        found["reward"] = WeightedRewards(functions, list(config.rewards.values()))
+        found["reward"] = WeightedRewards([_weighted(*entry, device) for entry in config.rewards.items()])
     elif config.reward or not marked.rewards:
         found["reward"] = _reward("env.reward", config.reward or _module(config).REWARD)
     for key in ("transition", "terminal"):
@@ -172,6 +175,19 @@ def _in_one_line(key: str, function: Callable[..., Any], wanted: Callable[[Any],
         return found
 
     return told
+
+
+def _weighted(name: str, entry: float | RewardModelConfig, device: Any) -> RewardFunction:
+    """One of several rewards, by its name or the section of a reward model."""
+    if not isinstance(entry, RewardModelConfig):
+        return as_reward(_reward("env.rewards", name), weight=entry)
+    from .reward_models import load_reward_model
+
+    try:
+        model = load_reward_model(entry, name, device)
+    except (ValueError, OSError) as error:
+        raise ConfigError(f"env.rewards.{name}:", str(error)) from error
+    return RewardFunction(model, weight=entry.weight, name=name)
 
 
 def _reward(key: str, name: str) -> Callable[..., Any]:

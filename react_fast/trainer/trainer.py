@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
-from ..envs import TextEnv
+from ..envs import TextEnv, TrainerState
 from ..ops.backend import accumulation_dtype
 from ..tracker.credit import attribution_credit, causal_credit
 from . import mismatch
@@ -135,6 +135,7 @@ class Trainer:
     def collect(self, step: int | None = None) -> list[Trajectory]:
         """Trajectories of one step (counted from 0): rollouts of the policy, or what is written in the records."""
         step = self.step if step is None else step
+        self.env.inform(self.state)
         if self.augment is not None:
             chosen, seed = self.records_of(step), self.config.seed
             options = {"seed": seed, "step": step, "tokenizer": self.tokenizer}
@@ -234,6 +235,7 @@ class Trainer:
         metrics = self.update(batch)
         clock.lap("update")
         self.step += 1
+        self.env.inform(self.state)
         metrics |= describe(trajectories, self.algorithm.supervised) | clock.metrics(trajectories)
         if not self.algorithm.supervised:
             metrics |= self.replays.metrics | retokenised(trajectories)
@@ -265,6 +267,13 @@ class Trainer:
             raise ValueError("env must be given when the trainer has no eval_env, got None")
         metrics = {"eval/reward": held_out_reward(self, env, greedy=greedy)}
         return metrics | ({"eval/loss": held_out_loss(self, env)} if self.algorithm.supervised else {})
+
+    @property
+    def state(self) -> TrainerState:
+        """What reward functions are told about the training."""
+        epoch = self.step * self.config.prompts_per_step / len(self.env.records)
+        first, local = self.ranks.first, self.accelerator.is_local_main_process
+        return TrainerState(self.step, self.config.steps, epoch, first, local)
 
     # ---- used by the algorithms ----------------------------------------------------------------------------
 
@@ -311,6 +320,7 @@ class Trainer:
         numbers = list(params.rows) if params.rows is not None else list(range(len(records)))
         mine = self.ranks.share(list(range(len(records))))
         params = replace(params, rows=[numbers[i] for i in mine])
+        env.inform(self.state)
         with gathered(self.policy):
             played = Episodes(self.engine, self.tokenizer, env).play(
                 [records[i] for i in mine], [groups[i] for i in mine], params
