@@ -4,8 +4,7 @@ Every random number is keyed by (seed, step, row), so a run that stops between t
 with bitwise the same weights, and a checkpoint holds no random state.
 """
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -26,7 +25,6 @@ from .checkpoint import (
     load_checkpoint,
     load_weights,
     newest_complete,
-    save_checkpoint,
     tied,
 )
 from .config import TrainerConfig
@@ -49,8 +47,9 @@ from .rollout import (
 )
 from .schedule import prompts
 from .scoring import Scorer, Scores, policy_of, reference_policy
-from .state import join, load_module_state, load_optimizer_state, split, whole
+from .state import join, load_module_state, whole
 from .symptoms import Watch
+from .training_state import load_state_tree, same_setting, state_tree, write
 from .updater import Updater, sampling_temperature
 
 # Of the configuration, as accelerate calls them.
@@ -333,39 +332,9 @@ class Trainer:
         """Write a checkpoint of the finished steps into config.checkpoint_dir; None without such a folder."""
         if self.config.checkpoint_dir is None:
             return None
-        tracker = self.tracker
-        if tracker is not None and self.ranks.world > 1:
-            tracker = tracker.gather()
-        tree = {
-            "step": self.step,
-            "updates": self.updater.updates,
-            "optimizer": self.updater.optimizer.state_dict(),
-            "heads": self.policy.heads.state_dict(),
-            "memory": self.memory.state_dict() if self.memory is not None else None,
-            "replays": self.replays.state_dict(),
-            "stopping": self.stopping.state_dict(),
-            "best": self.best.state_dict(),
-            "reference": self.reference.state_dict() if self.reference is not None else None,
-            "tracker": tracker.state_dict() if tracker is not None else None,
-        }
-        tree = whole(tree, keep=self.ranks.first)
+        tree = whole(state_tree(self), keep=self.ranks.first)
         weights = self._whole_weights()
-        return self.ranks.once(lambda: self._write(tree, weights), CheckpointError)
-
-    def _write(self, tree: dict[str, Any], weights: Any) -> Path:
-        assert self.config.checkpoint_dir is not None
-        rest, tensors = split(tree, "trainer")
-        return save_checkpoint(
-            self.config.checkpoint_dir,
-            self.step,
-            model=self.model,
-            weights=weights,
-            tokenizer=self.tokenizer if hasattr(self.tokenizer, "save_pretrained") else None,
-            tensors=tensors,
-            state={"trainer": rest, "phase": self.phase},
-            keep=self.config.keep_checkpoints,
-            best=self.best.step,
-        )
+        return self.ranks.once(lambda: write(self, tree, weights), CheckpointError)
 
     def _whole_weights(self) -> dict[str, torch.Tensor] | None:
         """The model's weights by name on the first rank, where the ranks hold shards; every rank has to ask."""
@@ -381,15 +350,15 @@ class Trainer:
         """
         checkpoint = load_checkpoint(path)
         load_weights(self.model, path)
-        with _same_setting(path):
-            self._load_state(join(checkpoint.state["trainer"], checkpoint.tensors))
+        with same_setting(path):
+            load_state_tree(self, join(checkpoint.state["trainer"], checkpoint.tensors))
 
     def load_heads(self, checkpoint: Checkpoint) -> None:
         """Take the heads and the step of a checkpoint of `save`, and nothing else.
 
         Raises: CheckpointError for one of another version or setting.
         """
-        with _same_setting(checkpoint.path):
+        with same_setting(checkpoint.path):
             tree = join(checkpoint.state["trainer"], checkpoint.tensors)
             self.step = tree["step"]
             load_module_state(self.policy.heads, tree["heads"])
@@ -403,20 +372,6 @@ class Trainer:
     @property
     def pad_id(self) -> int:
         return pad_token(self.tokenizer)
-
-    def _load_state(self, tree: dict[str, Any]) -> None:
-        self.step, self.updater.updates = tree["step"], tree["updates"]
-        self.replays.load_state_dict(tree.get("replays") or {})
-        self.stopping.load_state_dict(tree["stopping"])
-        self.best.load_state_dict(tree["best"])
-        load_optimizer_state(self.updater.optimizer, tree["optimizer"])
-        load_module_state(self.policy.heads, tree["heads"])
-        if self.memory is not None:
-            self.memory.load_state_dict(tree["memory"])
-        if self.reference is not None and tree["reference"] is not None:
-            load_module_state(self.reference, tree["reference"])
-        if self.tracker is not None and tree["tracker"] is not None and self.ranks.first:
-            self.tracker.load_state_dict(tree["tracker"])
 
     @property
     def _dtype(self) -> torch.dtype:
@@ -432,13 +387,3 @@ class Trainer:
     def _notice(self, text: str) -> None:
         if self.ranks.first:
             getattr(self.reporter, "line", print)(text)
-
-
-@contextmanager
-def _same_setting(path: str | Path) -> Iterator[None]:
-    """A checkpoint that does not fit what it is loaded into is told in one line."""
-    try:
-        yield
-    except (KeyError, TypeError, ValueError, IndexError, RuntimeError) as error:
-        problem = " ".join(str(error).split())
-        raise CheckpointError(f"checkpoint {path} is of another version or setting: {problem}") from error
