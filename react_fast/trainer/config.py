@@ -343,6 +343,13 @@ class RunConfig(Section):
         return self
 
     @model_validator(mode="after")
+    def _references_are_there(self) -> "RunConfig":
+        if self.env.gym.id is not None and self.warm_start.steps:
+            problem = f"must be 0 for env.gym, which has no references, got {self.warm_start.steps}"
+            raise ConfigError("warm_start.steps", problem)
+        return self
+
+    @model_validator(mode="after")
     def _engine_knows_the_sampler(self) -> "RunConfig":
         for name, whole in (("top_k", None), ("top_p", 1.0), ("min_p", 0.0)):
             if self.rollout.engine == "openai" and getattr(self.trainer, name) != whole:

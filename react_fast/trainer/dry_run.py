@@ -34,7 +34,9 @@ def describe(config: RunConfig) -> None:
         if phase == "warm_start" and not config.warm_start.steps:
             continue
         training = config.training(phase)
-        longest = _longest(tokenizer, records, supervised, training.max_new_tokens * config.env.max_turns)
+        longest = _longest(tokenizer, records, supervised, training.max_new_tokens * config.env.turns)
+        if config.env.gym.id is not None:  # every turn but the last adds an observation
+            longest = longest[0], longest[1] + (config.env.turns - 1) * longest[0]
         print(f"# {phase}: {_tokens(training, *longest)}")
         length = sum(longest)
         found = memory(model, training, length=length, copies=copies[phase], supervised=supervised)

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any, Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from ..envs.notes import is_number
 from .section import ConfigError, Count, Positive, Section
@@ -22,6 +22,38 @@ class RewardModelConfig(Section):
     """Tokens of a text, cut on the left; none: what the model takes. rewards/NAME/truncated counts them."""
     dtype: Literal["float32", "bfloat16", "float16", "float64"] = "float32"
     """Type of its parameters; the device is the trainer's."""
+
+
+class GymConfig(Section):
+    """A Gymnasium environment with discrete actions, played as text; its rewards are its own, and env.max_turns ends
+    an episode."""
+
+    id: str | None = None
+    """Registered id such as FrozenLake-v1, or module:id where importing a module registers it; none: the task."""
+    kwargs: dict[str, Any] = Field(default={})
+    """Arguments of gymnasium.make, such as {is_slippery: false}."""
+    actions: list[str] | None = None
+    """A name for every action, in order; none: their numbers."""
+    describe: str | None = None
+    """module:function (observation) -> text; none: its numbers."""
+    instruction: str | None = None
+    """Text before the first observation; none: nothing."""
+    layout: str = "{observation}\n>"
+    """What stands around every observation."""
+    seeds: Count = 64
+    """Beginnings of training episodes; validation and test have further ones, env.eval_prompts and
+    env.test_prompts."""
+    on_illegal: Literal["noop", "truncate"] = "noop"
+    """What an answer that names no action does: nothing, or end the episode; actions/illegal counts them."""
+    penalty: float = 0.0
+    """Reward for such an answer."""
+
+
+# Keys that say nothing about a Gymnasium environment.
+_OF_RECORDS = (
+    "train", "validation", "test", "reward", "rewards", "transition", "terminal", "rules", "tools", "augment",
+    "metrics",
+)  # fmt: skip
 
 
 class EnvConfig(Section):
@@ -56,17 +88,49 @@ class EnvConfig(Section):
     """Functions that the policy can call, as module:function; an action without a call ends the episode."""
     tool_timeout: Positive | None = None
     """Seconds for a tool's answer; none: no limit."""
+    tool_concurrency: Count = 16
+    """Calls of one tool at one time."""
+    tool_longest: Count = 4000
+    """Characters of an answer that the policy sees."""
+    tool_parse: str | None = None
+    """module:function (action) -> list of react_fast.envs.ToolCall; none: <tool_call> tags around JSON."""
+    tool_response: str | None = None
+    """What is appended for an answer, with {answer} in its place; none: it between <tool_response> tags."""
     tools_described: bool = True
     """Begin every prompt with the tools' schemas."""
+    gym: GymConfig = GymConfig()
     augment: str | None = None
     """module:function (record, random.Random) -> record whose right answer is the same, for training prompts, anew
     in every step; for questions react_fast.envs.augment:shuffle_facts."""
-    max_turns: Count = 1
-    """Turns of an episode."""
+    max_turns: Count | None = None
+    """Most turns of an episode; none: 1, with tools 4, with gym 32."""
     eval_prompts: Count = 128
     """Validation prompts of an evaluation during training."""
     test_prompts: Count = 512
     """Test prompts of the result table."""
+
+    @property
+    def turns(self) -> int:
+        """Most turns of an episode."""
+        usual = 32 if self.gym.id is not None else 4 if self.tools else 1
+        return usual if self.max_turns is None else self.max_turns
+
+    @model_validator(mode="after")
+    def _gym_stands_alone(self) -> "EnvConfig":
+        if self.gym.id is None and self.gym != GymConfig():
+            raise ConfigError("gym.id", "must name an environment beside other keys of gym, got none")
+        for key in _OF_RECORDS if self.gym.id is not None else ():
+            if getattr(self, key) != type(self).model_fields[key].default:
+                problem = f"must not stand beside gym.id {self.gym.id}, whose tasks and rewards are its own"
+                raise ConfigError(key, problem)
+        return self
+
+    @model_validator(mode="after")
+    def _tools_have_options(self) -> "EnvConfig":
+        for key, field in type(self).model_fields.items():
+            if key.startswith("tool_") and not self.tools and getattr(self, key) != field.default:
+                raise ConfigError(key, "must stand beside tools, of which there are none")
+        return self
 
     @field_validator("rewards", mode="before")
     @classmethod

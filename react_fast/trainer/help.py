@@ -87,7 +87,7 @@ def shown(default: Any) -> str:
         return str(default).lower()
     if isinstance(default, list):
         return f"[{', '.join(map(shown, default))}]"
-    return f"{default:g}" if isinstance(default, float) else str(default)
+    return f"{default:g}" if isinstance(default, float) else str(default).replace("\n", "\\n")
 
 
 def algorithms() -> Iterator[tuple[str, str, str]]:
