@@ -41,6 +41,10 @@ class Record:
         return [text for text in (*prompt, self.reference) if text]
 
 
+class RecordError(ValueError):
+    """A record lacks what a training needs of it, in one line."""
+
+
 def check_messages(name: str, messages: Any) -> None:
     """Raises: TypeError or ValueError, in one line that begins with `name`, for what is no conversation."""
     if not messages:

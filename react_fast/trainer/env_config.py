@@ -25,8 +25,7 @@ class RewardModelConfig(Section):
 
 
 class GymConfig(Section):
-    """A Gymnasium environment with discrete actions, played as text; its rewards are its own, and env.max_turns ends
-    an episode."""
+    """A Gymnasium environment with discrete actions, played as text for env.max_turns; its rewards are its own."""
 
     id: str | None = None
     """Registered id such as FrozenLake-v1, or module:id where importing a module registers it; none: the task."""
@@ -118,10 +117,12 @@ class EnvConfig(Section):
     @model_validator(mode="after")
     def _gym_stands_alone(self) -> "EnvConfig":
         if self.gym.id is None and self.gym != GymConfig():
-            raise ConfigError("gym.id", "must name an environment beside other keys of gym, got none")
+            raise ConfigError("gym.id", "must name an environment beside other keys of env.gym, got none")
         for key in _OF_RECORDS if self.gym.id is not None else ():
             if getattr(self, key) != type(self).model_fields[key].default:
-                problem = f"must not stand beside gym.id {self.gym.id}, whose tasks and rewards are its own"
+                problem = (
+                    f"must not stand beside env.gym.id {self.gym.id}, whose tasks and rewards are its own"
+                )
                 raise ConfigError(key, problem)
         return self
 
@@ -129,7 +130,7 @@ class EnvConfig(Section):
     def _tools_have_options(self) -> "EnvConfig":
         for key, field in type(self).model_fields.items():
             if key.startswith("tool_") and not self.tools and getattr(self, key) != field.default:
-                raise ConfigError(key, "must stand beside tools, of which there are none")
+                raise ConfigError(key, "must stand beside env.tools, of which there are none")
         return self
 
     @field_validator("rewards", mode="before")

@@ -16,6 +16,7 @@ from accelerate import Accelerator
 from rich.console import Console
 
 from ..envs import RewardError, TextEnv
+from ..envs.record import RecordError
 from ..info import environment
 from .checkpoint import DISK_FULL, CheckpointError, load_checkpoint, load_weights, newest_complete
 from .config import RunConfig
@@ -66,7 +67,7 @@ def run(config: RunConfig, *, resume: str | Path = "none", console: Console | No
     folder.open(resume=str(resume) != "none")
     try:
         return _Run(config, folder, console, Ranks(accelerator)).go(str(resume))
-    except (CheckpointError, ConfigError, EngineError, EpisodeError, RewardError) as error:
+    except (CheckpointError, ConfigError, EngineError, EpisodeError, RecordError, RewardError) as error:
         raise UserError(str(error)) from error
     except OSError as error:
         if error.errno not in DISK_FULL:

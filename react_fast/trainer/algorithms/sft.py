@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 import torch
 
 from ...envs import Record
+from ...envs.record import RecordError
 from ..batch import Batch
 from ..rollout import Trajectory, demonstration
 from ..scoring import Scores
@@ -61,5 +62,5 @@ def written(i: int, answer: Any, name: str) -> str:
     Raises: ValueError for a record without it.
     """
     if not isinstance(answer, str):
-        raise ValueError(f"records[{i}].{name} must be a text for supervised training, got {answer!r}")
+        raise RecordError(f"records[{i}].{name} must be a text for supervised training, got {answer!r}")
     return answer
