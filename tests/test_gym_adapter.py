@@ -192,9 +192,8 @@ def test_the_trainer_learns_the_way_over_the_lake():
         model = LlamaForCausalLM(LlamaConfig(vocab_size=10, max_position_embeddings=32, **sizes))
     steps = {"prompts_per_step": 4, "group_size": 8, "max_new_tokens": 1, "learning_rate": 2e-2, "steps": 20}
     config = TrainerConfig(**steps, max_grad_norm=None, threads=1)
-    trainer = Trainer(
-        model, training.Characters("LDRU0123>\n"), env, algorithm=GRPO(), config=config, eval_env=env
-    )
+    letters = training.Characters("LDRU0123>\n")
+    trainer = Trainer(model, letters, env, algorithm=GRPO(), config=config, eval_env=env)
     before = np.mean([sum(t.rewards) for t in trainer.collect()])
     metrics = trainer.train()
     after = np.mean([sum(t.rewards) for t in trainer.collect()])
