@@ -10,13 +10,15 @@ from tokenizers.processors import TemplateProcessing
 
 from react_fast.cli import main
 from react_fast.envs import Record, TextEnv, TokenView, ToolEnv, load_jsonl
+from react_fast.envs.record import rendered
 from react_fast.reference.trainer import Trainer as ReferenceTrainer
 from react_fast.trainer.algorithms import DPO, GRPO, ILQL, SFT
 from react_fast.trainer.meters import samples
-from react_fast.trainer.rollout import demonstration
+from react_fast.trainer.rollout import OpenAIEngine, SamplingParams, demonstration, opening
 from react_fast.trainer.trainer import Trainer
 
 from . import training
+from .completion_server import Double, text
 from .tiny import records, train_words
 
 # A template with a beginning of its own, as Llama's has, and marks around every message, as ChatML has.
@@ -96,7 +98,7 @@ def test_tokens_are_the_templates_and_special_ones_not_doubled(algorithm):
 
 def test_the_reference_trainer_reads_them_alike():
     (model, tokenizer), (slow, _) = policy(), policy()
-    config = training.make_config(steps=2, credit="monte_carlo", credit_samples=1)
+    config = training.make_config(steps=1, max_new_tokens=3, credit="monte_carlo", credit_samples=1)
     env = TextEnv(RECORDS, reward=judge)
     fast = Trainer(model, tokenizer, env, algorithm=GRPO(), config=config)
     reference = ReferenceTrainer(slow, tokenizer, fast.env, algorithm=GRPO(), config=config)
@@ -124,6 +126,19 @@ def test_token_view_begins_with_the_templates_tokens():
     seen = view.reset(seed=0)[0]
     assert seen[seen > 0].tolist()[0] == tokenizer.bos_token_id + 1
     assert (seen == tokenizer.bos_token_id + 1).sum() == 1
+
+
+def test_a_server_of_texts_gets_the_templates_special_tokens_and_opens_the_sequence_itself():
+    _, tokenizer = policy()
+    tokenizer.chat_template = TEMPLATE.replace("\n{% endfor", "{{ eos_token }}{% endfor")
+    record = rendered(RECORDS[1], tokenizer)
+    assert record.prompt == "<bos>[user] b<eos>[assistant] "
+    with Double(text("B"), models=["m"]) as server:
+        with pytest.warns(match="no log-probabilities"):
+            engine = OpenAIEngine(server.url, tokenizer=tokenizer, eos_id=tokenizer.eos_token_id)
+        (sample,) = engine.generate([opening(tokenizer, record.prompt, record)], SamplingParams(4))
+    assert server.requests[-1][1]["prompt"] == "[user] b<eos>[assistant] "
+    assert not sample.drifted
 
 
 def test_what_messages_cannot_have_is_told_in_one_line():

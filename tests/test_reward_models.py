@@ -104,6 +104,12 @@ def test_conversations_are_rendered_with_their_answer():
     env = env.rendered(tokenizer)
     env.reset(options={"index": 0})
     assert env.step("cd")[1] == pytest.approx(alone(model, tokenizer, [rendered], 64)[0], abs=1e-6)
+    bare = TextEnv(env.records, reward=RewardModel(*classifier("llama"), name="j"))
+    bare.records = [Record([{"role": "user", "content": "ab"}])]
+    with pytest.raises(
+        ValueError, match=r"the tokenizer of reward model j has no chat template, .*beside it"
+    ):
+        bare.rendered(tokenizer)
 
 
 def test_the_trainer_logs_it_and_counts_what_was_cut():

@@ -71,16 +71,27 @@ def rendered(record: Record, tokenizer: Any) -> Record:
     return replace(record, prompt=text, messages=tuple(messages or ()))
 
 
+def check_template(tokenizer: Any, whose: str = "the tokenizer") -> None:
+    """Raises: ValueError in one line, which says what to do, for a tokenizer without a chat template."""
+    if getattr(tokenizer, "chat_template", None):
+        return
+    key = (
+        "model.chat_template in a configuration"
+        if whose == "the tokenizer"
+        else "chat_template.jinja beside it"
+    )
+    raise ValueError(
+        f"{whose} has no chat template, which prompts of messages need: take a model that has one, set"
+        f" tokenizer.chat_template ({key}), or give prompts as texts"
+    )
+
+
 def chat_text(tokenizer: Any, messages: Any, *, add_generation_prompt: bool = False) -> str:
     """A conversation as text, by the tokenizer's chat template.
 
     Raises: ValueError in one line without a chat template, or if it refuses the messages.
     """
-    if not getattr(tokenizer, "chat_template", None):
-        raise ValueError(
-            "the tokenizer has no chat template, which prompts of messages need: take a model that has one, set"
-            " tokenizer.chat_template (model.chat_template in a configuration), or give prompts as texts"
-        )
+    check_template(tokenizer)
     try:
         options = {"tokenize": False, "add_generation_prompt": add_generation_prompt}
         return str(tokenizer.apply_chat_template(messages, **options))

@@ -4,7 +4,7 @@ import contextlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from .record import chat_text
+from .record import chat_text, check_template
 
 
 class RewardModel:
@@ -74,6 +74,10 @@ class RewardModel:
             for i, value in zip(chosen, self._logits([rows[i] for i in chosen]), strict=True):
                 rewards[i] = value
         return rewards
+
+    def check_template(self) -> None:
+        """Raises: ValueError in one line if it cannot read conversations."""
+        check_template(self.tokenizer, f"the tokenizer of reward model {self.__name__}")
 
     def _ids(self, prompt: Any, completion: Any) -> list[int]:
         plain = isinstance(prompt, str)

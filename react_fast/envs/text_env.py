@@ -17,6 +17,7 @@ from .reward_functions import (
     needs_care,
     nothing_applies,
 )
+from .reward_model import RewardModel
 from .rewards import exact_match
 from .spaces import UnicodeText, as_text
 
@@ -207,10 +208,13 @@ class TextEnv(gymnasium.Env[str, str]):
     def rendered(self, tokenizer: Any) -> "TextEnv":
         """The environment with texts in place of messages, by the tokenizer's chat template.
 
-        Raises: ValueError in one line without a chat template, or if it refuses a prompt.
+        Raises: ValueError in one line without a chat template, the reward models' included, or if one refuses.
         """
         if all(isinstance(record.prompt, str) for record in self.records):
             return self
+        for one in getattr(self.reward, "functions", ()):
+            if isinstance(one.function, RewardModel):
+                one.function.check_template()
         other = self.clone()
         other.records = [rendered(record, tokenizer) for record in self.records]
         return other
