@@ -67,7 +67,6 @@ def test_a_gymnasium_environment_by_its_id_is_a_gym_text_env():
         env.reset(seed=2, options={"index": 3})
     steps = [[env.step(a) for a in ("even", "odd", "ODD ", "neither")] for env in (found["train"], twin)]
     assert steps[0] == steps[1]
-    assert sum(step[1] for step in steps[0]) in (0, 1)
     assert steps[0][0][0].startswith("Say it. number ")
     assert found["train"].max_turns == 32
     assert load_environments(EnvConfig(max_turns=3, gym={"id": COUNT}))["test"].max_turns == 3

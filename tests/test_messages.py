@@ -134,9 +134,9 @@ def test_a_server_of_texts_gets_the_templates_special_tokens_and_opens_the_seque
     record = rendered(RECORDS[1], tokenizer)
     assert record.prompt == "<bos>[user] b<eos>[assistant] "
     with Double(text("B"), models=["m"]) as server:
+        engine = OpenAIEngine(server.url, tokenizer=tokenizer, eos_id=tokenizer.eos_token_id)
         with pytest.warns(match="no log-probabilities"):
-            engine = OpenAIEngine(server.url, tokenizer=tokenizer, eos_id=tokenizer.eos_token_id)
-        (sample,) = engine.generate([opening(tokenizer, record.prompt, record)], SamplingParams(4))
+            (sample,) = engine.generate([opening(tokenizer, record.prompt, record)], SamplingParams(4))
     assert server.requests[-1][1]["prompt"] == "[user] b<eos>[assistant] "
     assert not sample.drifted
 
