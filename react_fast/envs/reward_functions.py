@@ -80,9 +80,8 @@ class RewardFunction:
                 `completions`: prompts are the states that the actions were taken in, completions the actions, or,
                 where the record's prompt is messages, those and [{"role": "assistant", "content": action}]; the
                 columns are lists: the records' metadata by their keys (None where a record lacks one),
-                `reference`, `completion_ids`
-                (the actions' tokens, None where not known), `trainer_state`, a `TrainerState` or, outside of
-                a Trainer, None,
+                `reference`, `completion_ids` (the actions' tokens, None where not known); beside them
+                `trainer_state`, a `TrainerState` (None outside of a Trainer),
                 `log_metric(name, number)`, whose means over a call are logged, and `log_extra(column, values)`,
                 whose values, one a row, stand beside the samples; only those that the function names, or all
                 if it takes `**`. If it names `log_count`: `log_count(name, numbers)`, one a row, whose sums are
@@ -257,19 +256,20 @@ class WeightedRewards:
         ]
         answers = zip(self.functions, run(jobs), strict=True)
         found = zip(*(function.answered(result, actions) for function, result in answers), strict=True)
-        return [self._payment(row, i, notes) for i, row in enumerate(found)]
+        logged = notes.means()
+        return [self._payment(row, logged, notes.columns(i), notes.counts(i)) for i, row in enumerate(found)]
 
     def _given(self, notes: Notes, label: str) -> dict[str, Any]:
         """What a function in TRL's form can ask for that is no column of the records."""
         return {**notes.logs(label), "trainer_state": self.trainer_state}
 
-    def _payment(self, row: Sequence[tuple[float | None, bool]], i: int, notes: Notes) -> Payment:
+    def _payment(self, row: Sequence[tuple[float | None, bool]], *said: Mapping[str, Any]) -> Payment:
         named = list(zip(self.functions, row, strict=True))
         due = [function.weight * value for function, (value, _) in named if value is not None]
         parts = {function.label: value for function, (value, _) in named}
         failed = tuple(function.label for function, (_, wrong) in named if wrong)
         total = _total(due) if due else None
-        return Payment(total, parts, failed, notes.means(), notes.columns(i), notes.counts(i))
+        return Payment(total, parts, failed, *said)
 
 
 def reward(function: Callable[..., Any] | None = None, **options: Any) -> Any:
