@@ -142,11 +142,13 @@ def _app() -> Any:
         samples: int = typer.Option(
             None, help="Continuations of each action, for intervals; none: one answer."
         ),
+        chat: bool = typer.Option(False, help="The text is a user's message, for the chat template."),
     ) -> None:
         """Show which tokens of a prompt the answer hangs on: attribution, and what deleting each one does."""
         from .trainer.explain import explain as explain_text
 
-        explain_text(folder, text, html=html, actions=actions, method=method, samples=samples)
+        options: Any = {"actions": actions, "method": method, "samples": samples, "chat": chat}
+        explain_text(folder, text, html=html, **options)
 
     @app.command()
     def report(folder: str = typer.Argument(metavar="RUN")) -> None:

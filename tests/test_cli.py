@@ -148,7 +148,9 @@ def test_a_bad_line_of_a_jsonl_file_is_named(capsys, tiny, tmp_path):
     words = tiny()
     with (tmp_path / "train.jsonl").open("a") as file:
         file.write('{"prompt": 3}\n')
-    assert "train.jsonl:7: field 'prompt' must be a string, got int" in _refused(capsys, words)
+    assert "train.jsonl:7: field 'prompt' must be a string or a list of messages, got int" in _refused(
+        capsys, words
+    )
 
 
 def test_a_model_folder_without_tokenizer_is_refused(capsys, tiny, tmp_path):

@@ -355,7 +355,7 @@ def test_jsonl_takes_preferences(tmp_path):
         (ValueError, b'{"reference": "x"}', "2: field 'prompt' is missing"),
         (ValueError, b'{"prompt": ""}', "2: field 'prompt' is empty"),
         (ValueError, b'{"prompt": "x", "refrence": "y"}', "2: unknown field 'refrence'; known are"),
-        (TypeError, b'{"prompt": 3}', "2: field 'prompt' must be a string, got int"),
+        (TypeError, b'{"prompt": 3}', "2: field 'prompt' must be a string or a list of messages, got int"),
         (TypeError, b'{"prompt": "x", "reference": ["y"]}', "2: field 'reference' must be a string or null"),
         (TypeError, b'{"prompt": "x", "metadata": "y"}', "2: field 'metadata' must be an object, got str"),
         (ValueError, b'{"prompt": "x", "chosen": "y"}', "2: field 'rejected' is missing"),

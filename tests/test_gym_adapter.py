@@ -18,6 +18,8 @@ from react_fast.trainer.algorithms import GRPO
 from react_fast.trainer.config import TrainerConfig
 from react_fast.trainer.trainer import Trainer
 
+from . import training
+
 LAKE = functools.partial(gymnasium.make, "FrozenLake-v1", desc=["SF", "HG"], is_slippery=False)
 SLIPPERY = functools.partial(gymnasium.make, "FrozenLake-v1", map_name="4x4", is_slippery=True)
 NAMES = ["left", "down", "right", "up"]
@@ -181,19 +183,6 @@ def test_constructor_refuses(error, match, options):
         GymTextEnv(**{"env": LAKE, **options})
 
 
-class Characters:
-    """A token a character."""
-
-    alphabet = "LDRU0123>\n"
-    eos_token_id, pad_token_id = None, 0
-
-    def __call__(self, text, add_special_tokens=True):
-        return {"input_ids": [self.alphabet.index(letter) for letter in text]}
-
-    def decode(self, ids, skip_special_tokens=True):
-        return "".join(self.alphabet[i] for i in ids)
-
-
 def test_the_trainer_learns_the_way_over_the_lake():
     """Four actions among ten tokens, a hole beside the way: chance arrives in 1 of 12 episodes of 4 turns."""
     env = lake(actions=list("LDRU"), layout="{observation}>", max_turns=4, seeds=4)
@@ -203,7 +192,8 @@ def test_the_trainer_learns_the_way_over_the_lake():
         model = LlamaForCausalLM(LlamaConfig(vocab_size=10, max_position_embeddings=32, **sizes))
     steps = {"prompts_per_step": 4, "group_size": 8, "max_new_tokens": 1, "learning_rate": 2e-2, "steps": 20}
     config = TrainerConfig(**steps, max_grad_norm=None, threads=1)
-    trainer = Trainer(model, Characters(), env, algorithm=GRPO(), config=config, eval_env=env)
+    letters = training.Characters("LDRU0123>\n")
+    trainer = Trainer(model, letters, env, algorithm=GRPO(), config=config, eval_env=env)
     before = np.mean([sum(t.rewards) for t in trainer.collect()])
     metrics = trainer.train()
     after = np.mean([sum(t.rewards) for t in trainer.collect()])

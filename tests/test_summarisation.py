@@ -157,5 +157,5 @@ def test_documents_and_summaries_come_from_jsonl(tmp_path):
     with pytest.raises(ValueError, match=r"news.jsonl:1: fields 'prompt' and 'document' are the same"):
         load_jsonl(path)
     path.write_text(json.dumps({"document": 3}) + "\n")
-    with pytest.raises(TypeError, match=r"news.jsonl:1: field 'prompt' must be a string, got int"):
+    with pytest.raises(TypeError, match=r"news.jsonl:1: field 'prompt' must be a string or a list"):
         load_jsonl(path)

@@ -5,9 +5,11 @@ import math
 
 import pytest
 
+import react_fast.trainer.symptoms
 from react_fast.cli import main
 from react_fast.trainer.config import TrainerConfig
-from react_fast.trainer.symptoms import EVALUATIONS, STEPS, SYMPTOMS, Watch
+from react_fast.trainer.state import join, split
+from react_fast.trainer.symptoms import EVALUATIONS, STEPS, SYMPTOMS, WATCHED, Watch
 
 from .tiny import train_words
 
@@ -121,6 +123,63 @@ def test_a_healthy_run_gets_none():
 def test_groups_of_one_have_no_spread():
     alone = [{**_healthy(step), "frac_reward_zero_std": 1.0, "reward_std": 0.0} for step in range(10)]
     assert _all(alone, CONFIG.replace(group_size=1)) == {}
+
+
+def _ill_for_a_while():
+    """Steps that give warnings before, at and after every place where a run may stop; one is given twice."""
+    ill = [{**_healthy(s), **metrics} for metrics, _, _ in ILL.values() for s in range(6)]
+    falling = [{**_healthy(step), "entropy": 2.0 * 0.5**step} for step in range(16)]
+    worse = list(_evaluations("eval/reward", [0.5, 0.6, 0.5, 0.4, 0.3], reward=(0.5, 0.02)))
+    return [*ill, *[_healthy(step) for step in range(8)], *ill[:12], *falling, *worse]
+
+
+@pytest.mark.parametrize("remembered", [8, 1000])
+def test_a_watch_goes_on_from_its_state_at_any_step(remembered, monkeypatch):
+    monkeypatch.setattr(react_fast.trainer.symptoms, "REMEMBERED", remembered)
+    history = _ill_for_a_while()
+    expected = _seen(history)
+    assert sum(len(found) for found in expected) >= 8
+    for stop in range(len(history)):
+        first, second = Watch(CONFIG), Watch(CONFIG)
+        assert [first.see(metrics) for metrics in history[:stop]] == expected[:stop]
+        second.load_state_dict(join(*split(first.state_dict(), "watch")))
+        assert [second.see(metrics) for metrics in history[stop : stop + 12]] == expected[stop : stop + 12]
+
+
+def test_no_symptom_needs_what_is_not_remembered():
+    """A history whose every value is out of range tells which names are read."""
+    read = set()
+
+    class Step(dict):
+        def __contains__(self, name):
+            read.add(name)
+            return True
+
+        def __getitem__(self, name):
+            return 1.0
+
+        def get(self, name, default=None):
+            read.add(name)
+            return 1.0
+
+    for symptom in SYMPTOMS:
+        symptom.level([Step() for _ in range(40)], CONFIG)
+    assert read == set(WATCHED)
+
+
+def test_a_resumed_run_warns_as_the_one_that_nobody_stopped(tmp_path):
+    """Stopped at step 3, it would have to wait until step 8 to see five steps of its own."""
+    written = []
+    for name, stops in (("whole", [6]), ("halves", [3, 6])):
+        (tmp_path / name).mkdir()
+        words = train_words(tmp_path / name, warm_start={"steps": 0}, tracker={"enabled": False})
+        words += ["--env.reward", f"{__name__}:always", "--resume", "auto"]
+        for steps in stops:
+            assert main([*words, "--trainer.steps", str(steps)]) == 0
+            (tmp_path / name / "run" / "state.json").unlink()  # the training is not over yet
+        written.append((tmp_path / name / "run" / "warnings.jsonl").read_text())
+    assert written[0] == written[1]
+    assert '"step": 5, "warning": "constant_reward"' in written[0]
 
 
 def always(state, action, record):

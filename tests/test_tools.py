@@ -279,19 +279,6 @@ def test_the_trainer_scores_actions_alone():
     assert torch.equal(batch.rewards, torch.tensor([1.0], dtype=batch.rewards.dtype))
 
 
-class Characters:
-    """A token a character."""
-
-    alphabet = "?abc>"
-    eos_token_id, pad_token_id = None, 0
-
-    def __call__(self, text, add_special_tokens=True):
-        return {"input_ids": [self.alphabet.index(letter) for letter in text]}
-
-    def decode(self, ids, skip_special_tokens=True):
-        return "".join(self.alphabet[i] for i in ids)
-
-
 def test_a_policy_learns_to_ask_a_tool():
     """Only the tool knows the letter, another one each time: chance asks and repeats it in 1 of 25 episodes."""
     letters = itertools.cycle("abccab")
@@ -317,7 +304,7 @@ def test_a_policy_learns_to_ask_a_tool():
         model = LlamaForCausalLM(LlamaConfig(vocab_size=5, max_position_embeddings=8, **sizes))
     steps = {"prompts_per_step": 1, "group_size": 32, "max_new_tokens": 1, "learning_rate": 2e-2, "steps": 40}
     config = TrainerConfig(**steps, max_grad_norm=None, threads=1)
-    trainer = Trainer(model, Characters(), env, algorithm=GRPO(), config=config)
+    trainer = Trainer(model, training.Characters("?abc>"), env, algorithm=GRPO(), config=config)
     before = describe(trainer.collect(), supervised=False)
     trainer.train()
     after = describe(trainer.collect(), supervised=False)

@@ -44,6 +44,21 @@ def weights(model: Any) -> torch.Tensor:
     return torch.cat([p.detach().double().reshape(-1) for p in model.parameters()])
 
 
+class Characters:
+    """A tokenizer with a token for every character of an alphabet, and no others."""
+
+    eos_token_id, pad_token_id = None, 0
+
+    def __init__(self, alphabet: str) -> None:
+        self.alphabet = alphabet
+
+    def __call__(self, text: str, add_special_tokens: bool = True) -> dict[str, list[int]]:
+        return {"input_ids": [self.alphabet.index(letter) for letter in text]}
+
+    def decode(self, ids: list[int], skip_special_tokens: bool = True) -> str:
+        return "".join(self.alphabet[i] for i in ids)
+
+
 class Log:
     """A reporter that remembers."""
 

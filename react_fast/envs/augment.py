@@ -4,7 +4,7 @@ import dataclasses
 import random
 import re
 
-from .text_env import Record
+from .record import Record
 
 # Between two facts of a question's context, each "The ... of ... is ....".
 _BETWEEN = re.compile(r"(?<=\.) (?=The )")
@@ -17,6 +17,8 @@ def shuffle_facts(record: Record, draw: random.Random) -> Record:
         record: its prompt is `FACT. FACT. ...\\nQ: ...`; any other is returned as it is.
         draw: source of the order.
     """
+    if not isinstance(record.prompt, str):
+        return record
     context, question, rest = record.prompt.partition("\nQ:")
     facts = _BETWEEN.split(context)
     if not question or len(facts) < 2:

@@ -6,8 +6,8 @@ from os import PathLike
 from pathlib import Path
 
 from .match import Span, linearised
+from .record import Record
 from .tasks.semantic_roles import prompt
-from .text_env import Record
 
 _BRACKETS = re.compile(r"(\([^()*\s]+)*\*\)*")
 # CoNLL-2012: document, part, number, word, and eight more columns before the roles; coreference comes last.

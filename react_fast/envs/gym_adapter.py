@@ -9,8 +9,9 @@ import numpy as np
 from gymnasium import spaces
 
 from .calls import cause
-from .reward_functions import is_number
-from .text_env import Record, Step, TextEnv
+from .notes import is_number
+from .record import Record
+from .text_env import Step, TextEnv
 
 _KINDS = (spaces.Discrete, spaces.Box, spaces.MultiDiscrete, spaces.MultiBinary, spaces.Text)
 

@@ -9,11 +9,11 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
-from .text_env import Record
+from .record import Record, check_messages
 
 # field -> (accepted types, their name in an error)
 _FIELDS: dict[str, tuple[tuple[type, ...], str]] = {
-    "prompt": ((str,), "a string"),
+    "prompt": ((str, list), "a string or a list of messages"),
     "reference": ((str, type(None)), "a string or null"),
     "chosen": ((str,), "a string"),
     "rejected": ((str,), "a string"),
@@ -27,7 +27,8 @@ def load_jsonl(path: str | PathLike[str]) -> list[Record]:
 
     Args:
         path: UTF-8 text, one JSON object a line:
-            {"prompt": str, "reference": str or null, "metadata": object}, or
+            {"prompt": str, "reference": str or null, "metadata": object}, where the prompt may be messages, too,
+            [{"role": str, "content": str}, ...], or
             {"document": str, "summary": str or null, "metadata": object}, or with
             {"chosen": str, "rejected": str} for a preference: a record with the chosen answer as reference and
             metadata["rejected"].
@@ -65,11 +66,22 @@ def _record(line: bytes, where: str) -> Record:
         types, wanted = _FIELDS[name]
         if not isinstance(value, types):
             raise TypeError(f"{where}: field {name!r} must be {wanted}, got {type(value).__name__}")
-        if isinstance(value, str) and any("\ud800" <= character <= "\udfff" for character in value):
+        if any("\ud800" <= character <= "\udfff" for character in _text(value)):
             raise ValueError(f"{where}: field {name!r} is no Unicode text: it holds half a surrogate pair")
+    if isinstance(fields["prompt"], list):
+        check_messages(f"{where}: field 'prompt'", fields["prompt"])
     if not fields["prompt"]:
         raise ValueError(f"{where}: field 'prompt' is empty")
     return Record(**(fields if {"chosen", "rejected"}.isdisjoint(fields) else _preference(fields, where)))
+
+
+def _text(value: Any) -> str:
+    """Every character of a field that must be text."""
+    if isinstance(value, list):
+        return "".join(
+            str(part) for message in value if isinstance(message, dict) for part in message.values()
+        )
+    return value if isinstance(value, str) else ""
 
 
 def _preference(fields: dict[str, Any], where: str) -> dict[str, Any]:

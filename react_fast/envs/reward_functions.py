@@ -8,9 +8,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from .calls import Arguments, Calls, cause, is_async, run
+from .notes import Notes, TrainerState, as_number, is_number
 
 if TYPE_CHECKING:
-    from .text_env import Record
+    from .record import Record
 
 _MARK = "_react_fast_reward"
 _ON_ERROR = "'raise', 'skip' or a finite number"
@@ -35,6 +36,18 @@ class Action(NamedTuple):
     ids: list[int] | None = None
     columns: tuple[str, ...] = ()
 
+    @property
+    def prompt(self) -> Any:
+        """The state, or the messages that it was rendered from."""
+        said = self.record.conversation
+        return self.state if said is None else said
+
+    @property
+    def completion(self) -> Any:
+        """The action, or the message that answers the record's messages."""
+        answer = [{"role": "assistant", "content": self.text}]
+        return self.text if self.record.conversation is None else answer
+
 
 class Payment(NamedTuple):
     """What an action earned.
@@ -45,6 +58,7 @@ class Payment(NamedTuple):
         failed: names of functions whose call failed and was skipped or replaced.
         logged: means of what the functions gave to `log_metric` in the call that paid this action.
         extra: what they gave to `log_extra` for this action, by column.
+        counts: what they gave to `log_count` for this action, by `rewards/<function>/<name>`.
     """
 
     total: float | None
@@ -52,6 +66,7 @@ class Payment(NamedTuple):
     failed: tuple[str, ...]
     logged: Mapping[str, float] = {}
     extra: Mapping[str, Any] = {}
+    counts: Mapping[str, float] = {}
 
 
 @dataclass(frozen=True)
@@ -62,12 +77,15 @@ class RewardFunction:
         function: one of
             g(state, action, record) -> number or None;
             f(prompts, completions, **columns) -> list of numbers or None, TRL's form, known by the name
-                `completions`: prompts are the states that the actions were taken in; the columns are lists: the
-                records' metadata by their keys (None where a record lacks one), `reference`, `completion_ids`
-                (the actions' tokens, None where not known), `trainer_state`, which is None,
+                `completions`: prompts are the states that the actions were taken in, completions the actions, or,
+                where the record's prompt is messages, those and [{"role": "assistant", "content": action}]; the
+                columns are lists: the records' metadata by their keys (None where a record lacks one),
+                `reference`, `completion_ids` (the actions' tokens, None where not known); beside them
+                `trainer_state`, a `TrainerState` (None outside of a Trainer),
                 `log_metric(name, number)`, whose means over a call are logged, and `log_extra(column, values)`,
                 whose values, one a row, stand beside the samples; only those that the function names, or all
-                if it takes `**`;
+                if it takes `**`. If it names `log_count`: `log_count(name, numbers)`, one a row, whose sums are
+                logged as `rewards/<function>/<name>`;
             f(states, actions, records) -> list, with `batched`.
             Each may be `async def`. None: the function does not apply to the row.
         weight: factor in the total.
@@ -116,13 +134,13 @@ class RewardFunction:
             function = function.func
         return getattr(function, "__name__", type(function).__name__)
 
-    def asked(self, actions: Sequence[Action], logs: Mapping[str, Callable[..., None]]) -> list[Arguments]:
+    def asked(self, actions: Sequence[Action], given: Mapping[str, Any]) -> list[Arguments]:
         """The arguments of every call that is needed: one call for all rows, or one for each.
 
-        Args: logs: `log_metric` and `log_extra` by name.
+        Args: given: what a function in TRL's form can ask for beside the columns, by name.
         """
         if self._is_trl:
-            return [self._columns(actions, logs)]
+            return [self._columns(actions, given)]
         rows = [(a.state, a.text, a.record) for a in actions]
         return [tuple(map(list, zip(*rows, strict=True)))] if self.batched else list(rows)
 
@@ -139,21 +157,22 @@ class RewardFunction:
     def _is_trl(self) -> bool:
         return self.batched is not False and "completions" in _parameters(self.function)
 
-    def _columns(self, actions: Sequence[Action], logs: Mapping[str, Callable[..., None]]) -> dict[str, Any]:
+    def _columns(self, actions: Sequence[Action], given: Mapping[str, Any]) -> dict[str, Any]:
         """Arguments of a call in TRL's form."""
         names = _parameters(self.function)
         keys = list(dict.fromkeys(key for a in actions for key in (*a.columns, *a.record.metadata)))
         columns: dict[str, Any] = {str(key): [a.record.metadata.get(key) for a in actions] for key in keys}
         columns |= {
-            "prompts": [a.state for a in actions],
-            "completions": [a.text for a in actions],
+            "prompts": [a.prompt for a in actions],
+            "completions": [a.completion for a in actions],
             "reference": [a.record.reference for a in actions],
             "completion_ids": [a.ids for a in actions],
-            "trainer_state": None,
-            **logs,
+            **given,
         }
         takes_all = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in names.values())
-        return {key: value for key, value in columns.items() if takes_all or key in names}
+        unknown_to_trl = ("log_count",)
+        wanted = {key for key in columns if key in names or (takes_all and key not in unknown_to_trl)}
+        return {key: value for key, value in columns.items() if key in wanted}
 
     def _spread(self, result: Any, rows: int) -> list[Any]:
         if isinstance(result, Exception):
@@ -176,7 +195,7 @@ class RewardFunction:
                 return number, False
             value = ValueError(f"must give a finite number or None, got {str(value)[:60]!r}")
         if self.on_error == "raise":
-            where = f"row {row}, prompt {action.record.prompt[:40]!r}"
+            where = f"row {row}, prompt {str(action.record.prompt)[:40]!r}"
             raise RewardError(f"reward {self.label!r} failed on {where}: {cause(value)}") from value
         return (None if self.on_error == "skip" else float(self.on_error)), True
 
@@ -190,6 +209,8 @@ class WeightedRewards:
     Args:
         functions: functions in a form of `RewardFunction`, marked with `@reward` or not, or RewardFunctions.
         weights: a weight for each, in place of its own; None: its own.
+    Attributes:
+        trainer_state: what functions in TRL's form get as such; a Trainer keeps it current.
     Raises: TypeError or ValueError for none, for another number of weights, and for two of one name.
     """
 
@@ -204,6 +225,7 @@ class WeightedRewards:
             raise ValueError(f"weights must be {len(functions)} like functions, got {len(weights)}")
         given = [None] * len(functions) if weights is None else weights
         self.functions = tuple(as_reward(f, weight=w) for f, w in zip(functions, given, strict=True))
+        self.trainer_state: TrainerState | None = None
         labels = [f.label for f in self.functions]
         for label in labels:
             if labels.count(label) > 1:
@@ -227,47 +249,27 @@ class WeightedRewards:
         """
         if not actions:
             return []
-        notes = _Notes(len(actions))
-        logs: dict[str, Callable[..., None]] = {"log_metric": notes.metric, "log_extra": notes.column}
-        results = run([(one.calls, one.function, one.asked(actions, logs)) for one in self.functions])
-        answers = zip(self.functions, results, strict=True)
-        found = [function.answered(result, actions) for function, result in answers]
-        logged = {name: sum(values) / len(values) for name, values in dict(notes.metrics).items()}
-        extras = [
-            {name: column[i] for name, column in dict(notes.extra).items()} for i in range(len(actions))
+        notes = Notes(len(actions))
+        jobs = [
+            (one.calls, one.function, one.asked(actions, self._given(notes, one.label)))
+            for one in self.functions
         ]
-        rows = zip(zip(*found, strict=True), extras, strict=True)
-        return [self._payment(row, logged, extra) for row, extra in rows]
+        answers = zip(self.functions, run(jobs), strict=True)
+        found = zip(*(function.answered(result, actions) for function, result in answers), strict=True)
+        logged = notes.means()
+        return [self._payment(row, logged, notes.columns(i), notes.counts(i)) for i, row in enumerate(found)]
 
-    def _payment(
-        self, row: Sequence[tuple[float | None, bool]], logged: Mapping[str, float], extra: Mapping[str, Any]
-    ) -> Payment:
+    def _given(self, notes: Notes, label: str) -> dict[str, Any]:
+        """What a function in TRL's form can ask for that is no column of the records."""
+        return {**notes.logs(label), "trainer_state": self.trainer_state}
+
+    def _payment(self, row: Sequence[tuple[float | None, bool]], *said: Mapping[str, Any]) -> Payment:
         named = list(zip(self.functions, row, strict=True))
         due = [function.weight * value for function, (value, _) in named if value is not None]
         parts = {function.label: value for function, (value, _) in named}
         failed = tuple(function.label for function, (_, wrong) in named if wrong)
-        return Payment(_total(due) if due else None, parts, failed, logged, extra)
-
-
-class _Notes:
-    """What reward functions say about a call of `rows` rows."""
-
-    def __init__(self, rows: int) -> None:
-        self.rows = rows
-        self.metrics: dict[str, list[float]] = {}
-        self.extra: dict[str, list[Any]] = {}
-
-    def metric(self, name: str, value: float) -> None:
-        number = as_number(value)
-        if number is None or not math.isfinite(number):
-            raise ValueError(f"log_metric needs a finite number for {name!r}, got {value!r:.60}")
-        self.metrics.setdefault(name, []).append(number)
-
-    def column(self, column: str, values: Sequence[Any]) -> None:
-        given = None if isinstance(values, (str, bytes)) or not hasattr(values, "__iter__") else list(values)
-        if given is None or len(given) != self.rows:
-            raise ValueError(f"log_extra needs {self.rows} values for {column!r}, got {values!r:.60}")
-        self.extra[str(column)] = [v if isinstance(v, (str, int, float)) else str(v) for v in given]
+        total = _total(due) if due else None
+        return Payment(total, parts, failed, *said)
 
 
 def reward(function: Callable[..., Any] | None = None, **options: Any) -> Any:
@@ -311,7 +313,9 @@ def needs_care(function: Any) -> bool:
 
 def nothing_applies(record: "Record") -> RewardError:
     """The error for an episode that no function rewarded."""
-    return RewardError(f"no reward applies to the record with prompt {record.prompt[:40]!r}: all gave None")
+    return RewardError(
+        f"no reward applies to the record with prompt {str(record.prompt)[:40]!r}: all gave None"
+    )
 
 
 def _total(due: Sequence[float]) -> float:
@@ -322,21 +326,6 @@ def _total(due: Sequence[float]) -> float:
     if not math.isfinite(total):
         raise RewardError(f"the sum of weight x reward must be finite, got {total} of {due!r:.60}")
     return total
-
-
-def is_number(value: Any) -> bool:
-    """Whether it is a finite int or float."""
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-
-
-def as_number(value: Any) -> float | None:
-    """What a function gave as a float; None if it is no number, such as a text."""
-    if isinstance(value, (str, bytes)):
-        return None
-    try:
-        return float(value)
-    except Exception:  # too large, several numbers, or whatever an object does
-        return None
 
 
 def _parameters(function: Any) -> Mapping[str, inspect.Parameter]:

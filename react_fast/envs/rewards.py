@@ -11,7 +11,7 @@ from .match import f1_of_counts, rouge, span_counts, squad_match, squad_overlap
 from .reward_functions import RewardError
 
 if TYPE_CHECKING:
-    from .text_env import Record
+    from .record import Record
 
 
 class _HasReference(Protocol):

@@ -15,7 +15,8 @@ from typing import Any
 
 import numpy as np
 
-from .text_env import Record, Reward, TextEnv
+from .record import Record
+from .text_env import Reward, TextEnv
 
 # Two characters for each slot, off and on; then the cues of U = 0 and U = 1, and one that is no slot's.
 _SLOT_CHARACTERS = string.ascii_letters + string.digits + "+/"

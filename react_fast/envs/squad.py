@@ -6,8 +6,8 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
+from .record import Record
 from .tasks.question_answering import prompt
-from .text_env import Record
 
 
 def load_squad(path: str | PathLike[str]) -> list[Record]:

@@ -2,33 +2,24 @@
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import gymnasium
 
 from .calls import is_async
+from .notes import TrainerState, as_number
+from .record import Record, check_messages, rendered
 from .reward_functions import (
     Action,
     Payment,
     RewardFunction,
     WeightedRewards,
-    as_number,
     needs_care,
     nothing_applies,
 )
+from .reward_model import RewardModel
 from .rewards import exact_match
 from .spaces import UnicodeText, as_text
-
-
-@dataclass(frozen=True)
-class Record:
-    """One task: the input I (`prompt`) and the target T (`reference`)."""
-
-    prompt: str
-    reference: str | None = None
-    metadata: Mapping[str, Any] = field(default_factory=dict)
-
 
 Transition = Callable[[str, str, Record], str]
 Reward = Callable[[str, str, Record], float]
@@ -51,7 +42,8 @@ class TextEnv(gymnasium.Env[str, str]):
     running out of turns before that is a limit from outside the task, and *truncates*.
 
     Args:
-        records: the tasks, at least one. Shared between clones, never written to.
+        records: the tasks, at least one. Shared between clones, never written to. Prompts of messages have one
+            turn, and need `rendered` before an episode.
         transition: f(state, action, record) -> next state. Called after every action, the last one too.
         reward: g(state, action, record) -> number; `state` is the one in which the action was taken; NaN and
             infinity are handed on. Or a function in another form of `RewardFunction` (TRL's, `async def`, marked
@@ -83,11 +75,19 @@ class TextEnv(gymnasium.Env[str, str]):
         wrong = next((record for record in records if not isinstance(record, Record)), None)
         if wrong is not None:
             raise TypeError(f"records must hold Record objects, got {type(wrong).__name__}")
+        talks = [i for i, record in enumerate(records) if not isinstance(record.prompt, str)]
+        for i in talks:
+            if not isinstance(records[i].prompt, (list, tuple)):
+                problem = f"must be a text or a list of messages, got {type(records[i].prompt).__name__}"
+                raise TypeError(f"records[{i}].prompt {problem}")
+            check_messages(f"records[{i}].prompt", records[i].prompt)
         for name, value in (("max_turns", max_turns), ("max_length", max_length)):
             if isinstance(value, bool) or not isinstance(value, int):
                 raise TypeError(f"{name} must be an integer, got {type(value).__name__}")
             if value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
+        if max_turns > 1 and any(record.conversation is not None for record in records):
+            raise ValueError(f"max_turns must be 1 for prompts of messages, got {max_turns}")
         for name, function in (("transition", transition), ("terminal", terminal)):
             if not callable(function) and (name, function) != ("terminal", None):
                 raise TypeError(f"{name} must be a function, got {type(function).__name__}")
@@ -114,7 +114,8 @@ class TextEnv(gymnasium.Env[str, str]):
         """Begins the episode of record `options["index"]`, or of one drawn from `self.np_random`.
 
         Returns: (S_0, info) with info = {"index": of the record, "turn": 0}.
-        Raises: IndexError if there is no such record, ValueError for another option.
+        Raises: IndexError if there is no such record, ValueError for another option, TypeError for messages that
+            were not rendered.
         """
         super().reset(seed=seed)
         unknown = set(options or ()) - {"index"}
@@ -122,7 +123,10 @@ class TextEnv(gymnasium.Env[str, str]):
             raise ValueError(f"options may hold 'index', got {sorted(map(str, unknown))[0]!r}")
         index = (options or {}).get("index")
         self._index = int(self.np_random.integers(len(self.records))) if index is None else self._known(index)
-        self._state = as_text("prompt", self.records[self._index].prompt, self.observation_space)
+        prompt = self.records[self._index].prompt
+        if not isinstance(prompt, str):
+            raise TypeError("prompt must be a text: env.rendered(tokenizer) makes one of messages")
+        self._state = as_text("prompt", prompt, self.observation_space)
         self._turn = 0
         self._over = self._paid = False
         return self._state, self._info()
@@ -183,7 +187,7 @@ class TextEnv(gymnasium.Env[str, str]):
             info["logged"] = dict(payment.logged)
         if payment.extra:
             info["extra"] = dict(payment.extra)
-        counts = {**counts, **{f"rewards/{name}/failed": 1 for name in payment.failed}}
+        counts = {**counts, **payment.counts, **{f"rewards/{name}/failed": 1 for name in payment.failed}}
         if counts:
             info["counts"] = counts
         return self._state, payment.total or 0.0, terminated, self._over and not terminated, info
@@ -200,6 +204,25 @@ class TextEnv(gymnasium.Env[str, str]):
     def _ended(self, action: Action) -> bool | None:
         """Whether the task is over; None: with the last turn."""
         return None if self.terminal is None else bool(self.terminal(self._state, action.record))
+
+    def rendered(self, tokenizer: Any) -> "TextEnv":
+        """The environment with texts in place of messages, by the tokenizer's chat template.
+
+        Raises: ValueError in one line without a chat template, the reward models' included, or if one refuses.
+        """
+        if all(isinstance(record.prompt, str) for record in self.records):
+            return self
+        for one in getattr(self.reward, "functions", ()):
+            if isinstance(one.function, RewardModel):
+                one.function.check_template()
+        other = self.clone()
+        other.records = [rendered(record, tokenizer) for record in self.records]
+        return other
+
+    def inform(self, state: TrainerState | None) -> None:
+        """Tell reward functions in TRL's form, those of clones included, how far the training is."""
+        if isinstance(self.reward, WeightedRewards):
+            self.reward.trainer_state = state
 
     def clone(self) -> "TextEnv":
         """An independent copy that goes on from here: same state, turn and random numbers; shared records."""

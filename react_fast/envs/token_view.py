@@ -22,7 +22,7 @@ class TokenView(gymnasium.Env[np.ndarray, int]):
     so it is for small vocabularies.
 
     Args:
-        env: a TextEnv; it is stepped, not copied.
+        env: a TextEnv; it is stepped, not copied, unless its prompts are messages, which are rendered.
         tokenizer: `tokenizer(text, add_special_tokens=...)["input_ids"]`, `decode(ids, skip_special_tokens=True)`,
             `eos_token_id`.
         window: tokens of an observation.
@@ -58,7 +58,8 @@ class TokenView(gymnasium.Env[np.ndarray, int]):
         if not self.tokens or not all(hasattr(t, "__index__") and 0 <= t < size for t in self.tokens):
             raise ValueError(f"tokens must hold ids in [0, {size}), got {self.tokens!r:.60}")
         self.size, self._over = size, True
-        self.env, self.tokenizer, self.window, self.max_tokens = env, tokenizer, window, max_tokens
+        self.env, self.tokenizer = env.rendered(tokenizer), tokenizer
+        self.window, self.max_tokens = window, max_tokens
         self.action_space: Any = spaces.Discrete(len(self.tokens))
         self.observation_space: Any = spaces.MultiDiscrete([size + 1] * window)
         self._ids: list[int] = []
@@ -71,7 +72,8 @@ class TokenView(gymnasium.Env[np.ndarray, int]):
         """Begins an episode of the text environment with the same seed and options."""
         super().reset(seed=seed)
         self._state, info = self.env.reset(seed=seed, options=options)
-        self._ids, self._action, self._over = self._encoded(self._state, True), [], False
+        self._special = self.env.records[info["index"]].conversation is None
+        self._ids, self._action, self._over = self._encoded(self._state, self._special), [], False
         return self._observation(), info
 
     def step(self, action: int) -> tuple[np.ndarray, float, bool, bool, dict[str, Any]]:
@@ -100,7 +102,7 @@ class TokenView(gymnasium.Env[np.ndarray, int]):
             added = self._state[len(before) :]
             self._ids += self._encoded(added, False) if added else []
         else:
-            self._ids = self._encoded(self._state, True)
+            self._ids = self._encoded(self._state, self._special)
         self._over = terminated or truncated
         return self._observation(), reward, terminated, truncated, info
 

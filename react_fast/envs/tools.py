@@ -8,8 +8,9 @@ from dataclasses import replace
 from typing import Any, NamedTuple
 
 from .calls import Calls, cause
+from .record import Record
 from .reward_functions import Action
-from .text_env import Record, TextEnv
+from .text_env import TextEnv
 
 _CALL = re.compile(r"<tool_call>(.*?)(</tool_call>|\Z)", re.DOTALL)
 RESPONSE = "\n<tool_response>\n{answer}\n</tool_response>\n"
@@ -118,6 +119,9 @@ class ToolEnv(TextEnv):
             raise ValueError(f"response must hold {{answer}} once, got {response!r}")
         if isinstance(longest, bool) or not isinstance(longest, int) or longest < 1:
             raise ValueError(f"longest must be an integer of at least 1, got {longest!r}")
+        given = records if hasattr(records, "__len__") else ()
+        if any(isinstance(record, Record) and record.conversation is not None for record in given):
+            raise ValueError("records must have texts as prompts where tools answer, got messages")
         super().__init__(records, max_turns=max_turns, **options)
         self.tools, self.parse, self.response, self.longest = _named(tools), parse, response, longest
         self.calls = Calls(timeout, concurrency=concurrency)

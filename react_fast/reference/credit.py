@@ -193,7 +193,7 @@ def play_again(
     goes on with the last of them if it is `open`."""
     env = trainer.env.clone()
     state, _ = env.reset(seed=one.seed, options={"index": one.record})
-    ids, total, turn, over = trainer.encode(state, True), 0.0, 0, False
+    ids, total, turn, over = trainer.opening(state, one.record), 0.0, 0, False
     seed = philox_key(trainer.config.seed, stream)
     while not over:
         action = list(turns[turn]) if turn < len(turns) else []

@@ -1,11 +1,48 @@
-"""Sampling one token, and the weights of tokens that another policy sampled, as the equations say them."""
+"""One sequence, a token sampled, and the weights of tokens that another policy sampled, as the equations say."""
 
 import math
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
 from .importance_weights import importance_weights
+
+
+@dataclass
+class Trajectory:
+    """One sequence; every list but `rewards` (one a turn) has an entry for each token. Where no action stands, the
+    log-probability under the sampler is 0 and the logit floor of what it kept -inf."""
+
+    token_ids: Any
+    action_mask: Any
+    turn_index: Any
+    rewards: list[float] = field(default_factory=list)
+    group: int = 0
+    record: int = 0
+    seed: int = 0  # of the environment's reset
+    truncated: bool = False
+    sampler_logprobs: Any = field(default_factory=list)
+    logit_floor: Any = None
+
+    def extend(self, tokens: list[tuple[int, float, float]], chosen: bool, turn: int) -> None:
+        for token, logprob, floor in tokens:
+            self.token_ids.append(token)
+            self.action_mask.append(chosen)
+            self.turn_index.append(turn)
+            self.sampler_logprobs.append(logprob)
+            self.logit_floor.append(floor)
+
+
+def step_rewards(trajectory: Any) -> torch.Tensor:
+    """Every turn's reward at the turn's last action, or at the last one before it."""
+    placed = torch.zeros(len(trajectory.token_ids), dtype=torch.float64)
+    for turn, reward in enumerate(trajectory.rewards):
+        for t in reversed(range(len(placed))):
+            if trajectory.action_mask[t] and trajectory.turn_index[t] <= turn:
+                placed[t] += reward
+                break
+    return placed
 
 
 def draw(logits: torch.Tensor, u: float, config: Any) -> tuple[int, float, float]:

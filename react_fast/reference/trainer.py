@@ -8,7 +8,7 @@ import copy
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -17,28 +17,11 @@ import torch
 from .algorithms import RULES
 from .credit import CREDITS, add_effects, philox_key
 from .logprob import token_logprobs
-from .rollout import draw, importance
+from .rollout import Trajectory, draw, importance, step_rewards
 
 _ORDER, _DROPOUT, _ENVIRONMENT = 1, 2, 4
 # Metrics that are summed over sequences and updates; the others are means over tokens, "/max" the largest.
 _TOTALS = ("loss", "tokens", "clamped")
-
-
-@dataclass
-class Trajectory:
-    """One sequence; every list but `rewards` (one a turn) has an entry for each token. Where no action stands, the
-    log-probability under the sampler is 0 and the logit floor of what it kept -inf."""
-
-    token_ids: Any
-    action_mask: Any
-    turn_index: Any
-    rewards: list[float] = field(default_factory=list)
-    group: int = 0
-    record: int = 0
-    seed: int = 0  # of the environment's reset
-    truncated: bool = False
-    sampler_logprobs: Any = field(default_factory=list)
-    logit_floor: Any = None
 
 
 @dataclass
@@ -143,7 +126,7 @@ class Trainer:
         return chosen
 
     def _demonstrations(self, record: int) -> list[Trajectory]:
-        prompt, found = self.encode(self.env.records[record].prompt, True), []
+        prompt, found = self.opening(self.env.records[record].prompt, record), []
         for text, reward in self.rule.answers(self.env.records[record]):
             answer = self.encode(text, False)
             if self.tokenizer.eos_token_id is not None:
@@ -160,13 +143,13 @@ class Trainer:
         env = self.env.clone()
         seed = philox_key(self.config.seed, _ENVIRONMENT, self.step, row)
         state, _ = env.reset(seed=seed, options={"index": record})
-        ids = self.encode(state, True)
+        ids = self.opening(state, record)
         episode = Trajectory([], [], [], [], group, record, seed, logit_floor=[])
-        _extend(episode, [(i, 0.0, -math.inf) for i in ids], False, 0)
+        episode.extend([(i, 0.0, -math.inf) for i in ids], False, 0)
         over, turn = False, 0
         while not over:
             chosen = self.sample(episode.token_ids, row, turn)
-            _extend(episode, chosen, True, turn)
+            episode.extend(chosen, True, turn)
             action = self.tokenizer.decode([i for i, _, _ in chosen], skip_special_tokens=True)
             before = state
             state, reward, terminated, truncated, _ = env.step(action)
@@ -175,7 +158,7 @@ class Trainer:
             episode.truncated = truncated and not terminated
             answer = state[len(before) + len(action) :]
             if not over and answer:
-                _extend(episode, [(i, 0.0, -math.inf) for i in self.encode(answer, False)], False, turn)
+                episode.extend([(i, 0.0, -math.inf) for i in self.encode(answer, False)], False, turn)
         return episode
 
     def act(
@@ -207,6 +190,10 @@ class Trainer:
                 break
         return chosen
 
+    def opening(self, state: str, record: int) -> list[int]:
+        """Tokens of an episode's first state; a chat template has written the special ones."""
+        return self.encode(state, self.env.records[record].conversation is None)
+
     def encode(self, text: str, special: bool) -> list[int]:
         return list(self.tokenizer(text, add_special_tokens=special)["input_ids"])
 
@@ -217,7 +204,7 @@ class Trainer:
         for trajectory in trajectories:
             ids = torch.as_tensor(trajectory.token_ids)
             mask = torch.as_tensor(trajectory.action_mask)[1:]
-            rewards = _step_rewards(trajectory)[1:].to(self._dtype)
+            rewards = step_rewards(trajectory)[1:].to(self._dtype)
             sampler = torch.as_tensor(trajectory.sampler_logprobs)[1:]
             one = Scored(ids, mask, float(sum(trajectory.rewards)), rewards, trajectory.group, sampler)
             if trajectory.logit_floor is not None:
@@ -395,22 +382,3 @@ class Trainer:
             for start in range(0, len(order), size):
                 units = order[start : start + size].tolist()
                 yield [unit * together + i for unit in units for i in range(together)]
-
-
-def _extend(episode: Trajectory, tokens: list[tuple[int, float, float]], chosen: bool, turn: int) -> None:
-    for token, logprob, floor in tokens:
-        episode.token_ids.append(token)
-        episode.action_mask.append(chosen)
-        episode.turn_index.append(turn)
-        episode.sampler_logprobs.append(logprob)
-        episode.logit_floor.append(floor)
-
-
-def _step_rewards(trajectory: Any) -> torch.Tensor:
-    placed = torch.zeros(len(trajectory.token_ids), dtype=torch.float64)
-    for turn, reward in enumerate(trajectory.rewards):
-        for t in reversed(range(len(placed))):
-            if trajectory.action_mask[t] and trajectory.turn_index[t] <= turn:
-                placed[t] += reward
-                break
-    return placed

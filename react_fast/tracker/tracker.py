@@ -310,14 +310,16 @@ class CausalityTracker(Observation):
         max_new_tokens: int = 32,
         actions: Actions = "token",
         method: str | None = None,
+        special_tokens: bool = True,
     ) -> None:
-        """`add_example` for texts; responses that are not given are generated greedily."""
+        """`add_example` for texts; responses that are not given are generated greedily. `special_tokens`: the
+        tokenizer begins prompts with its own, which a chat template has written already."""
         if self.tokenizer is None:
             raise ValueError("tokenizer must be given to the tracker to explain texts, got None")
         if responses is not None and len(responses) != len(prompts):
             raise ValueError(f"responses must be {len(prompts)} like prompts, got {len(responses)}")
         for i, prompt in enumerate(prompts):
-            ids = list(self.tokenizer(prompt)["input_ids"])
+            ids = list(self.tokenizer(prompt, add_special_tokens=special_tokens)["input_ids"])
             if responses is not None:
                 response = list(self.tokenizer(responses[i], add_special_tokens=False)["input_ids"])
             else:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any, overload
 
 from ..envs import Record, TextEnv
+from ..envs.record import rendered
 from .rollout import key
 
 # Gives a record whose right answer is the same; evaluations see the records as they are.
@@ -14,9 +15,11 @@ Augment = Callable[[Record, random.Random], Record]
 _AUGMENTATION = 5  # stream of random numbers
 
 
-def augmented(env: TextEnv, augment: Augment, chosen: Iterable[int], *, seed: int, step: int) -> TextEnv:
+def augmented(
+    env: TextEnv, augment: Augment, chosen: Iterable[int], *, seed: int, step: int, tokenizer: Any = None
+) -> TextEnv:
     """The environment with some records augmented, drawn by (seed, step, record): a resumed run sees the same, and
-    whatever plays a step's episodes again does, too.
+    whatever plays a step's episodes again does, too. The tokenizer's chat template renders messages.
 
     Raises: TypeError if `augment` returns something else than a Record.
     """
@@ -25,7 +28,7 @@ def augmented(env: TextEnv, augment: Augment, chosen: Iterable[int], *, seed: in
         found: Any = augment(env.records[i], random.Random(key(seed, _AUGMENTATION, step, i)))
         if not isinstance(found, Record):
             raise TypeError(f"env.augment must return a Record, got {type(found).__name__}")
-        changed[i] = found
+        changed[i] = rendered(found, tokenizer)
     view = copy.copy(env)
     view.records = _Overlay(env.records, changed)
     return view

@@ -12,14 +12,9 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import Field, field_validator, model_validator
 
+from .env_config import EnvConfig
 from .overrides import assign, override_pairs, read_yaml
-from .section import ConfigError, Section
-
-Count = Annotated[int, Field(ge=1)]
-Natural = Annotated[int, Field(ge=0)]
-Positive = Annotated[float, Field(gt=0)]
-NonNegative = Annotated[float, Field(ge=0)]
-Fraction = Annotated[float, Field(ge=0, lt=1)]
+from .section import ConfigError, Count, Fraction, Natural, NonNegative, Positive, Section
 
 
 class LoraConfig(Section):
@@ -54,6 +49,8 @@ class ModelConfig(Section):
     """Fresh model: dropout probability."""
     dtype: Literal["float32", "bfloat16", "float16", "float64"] = "float32"
     """Type of the parameters."""
+    chat_template: str | None = None
+    """Jinja file of the chat template for prompts of messages; none: the tokenizer's own."""
     lora: LoraConfig = LoraConfig()
 
     @model_validator(mode="after")
@@ -61,50 +58,6 @@ class ModelConfig(Section):
         if self.hidden_size % self.heads:
             raise ConfigError("heads", f"must divide hidden_size {self.hidden_size}, got {self.heads}")
         return self
-
-
-class EnvConfig(Section):
-    """What the policy is asked and how its answers are rewarded."""
-
-    task: Literal["translation", "question_answering", "summarisation", "semantic_roles"] = "translation"
-    """Shipped task; with `train`: whose reward and metrics are taken."""
-    pairs: list[str] = Field(default=["es-pt", "es-it"], min_length=1)
-    """Language pairs of the translation task."""
-    train: str | None = None
-    """File of training records."""
-    validation: str | None = None
-    """File for evaluations during training."""
-    test: str | None = None
-    """File for the result table."""
-    format: Literal["jsonl", "squad", "conll"] = "jsonl"
-    """Of the files."""
-    reward: str | None = None
-    """Name such as chrf, squad_f1, rouge_l, span_f1, or module:function; none: the task's."""
-    rewards: dict[str, float] = Field(default={})
-    """Several rewards in place of one: their weights by such names."""
-    transition: str | None = None
-    """Next state f as module:function; none: the text so far and the action."""
-    terminal: str | None = None
-    """End of an episode as module:function; none: the last turn."""
-    rules: str | None = None
-    """Module whose functions marked with @reward, @transition and @terminal are taken."""
-    metrics: list[str] | None = None
-    """Columns of the result table, such as chrf, bleu, squad_em; none: the task's."""
-    tools: list[str] = Field(default=[])
-    """Functions that the policy can call, as module:function; an action without a call ends the episode."""
-    tool_timeout: Positive | None = None
-    """Seconds for a tool's answer; none: no limit."""
-    tools_described: bool = True
-    """Begin every prompt with the tools' schemas."""
-    augment: str | None = None
-    """module:function (record, random.Random) -> record whose right answer is the same, for training prompts, anew
-    in every step; for questions react_fast.envs.augment:shuffle_facts."""
-    max_turns: Count = 1
-    """Turns of an episode."""
-    eval_prompts: Count = 128
-    """Validation prompts of an evaluation during training."""
-    test_prompts: Count = 512
-    """Test prompts of the result table."""
 
 
 def _need_evaluations(section: Any) -> Any:
@@ -387,6 +340,13 @@ class RunConfig(Section):
             raise ConfigError(
                 "tracker.enabled", "must be true when trainer.credit is 'attribution', got False"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _references_are_there(self) -> "RunConfig":
+        if self.env.gym.id is not None and self.warm_start.steps:
+            problem = f"must be 0 for env.gym, which has no references, got {self.warm_start.steps}"
+            raise ConfigError("warm_start.steps", problem)
         return self
 
     @model_validator(mode="after")

@@ -42,6 +42,7 @@ def answer(
     """
     if engine is None:
         engine = PolicyEngine(model, eos_id=tokenizer.eos_token_id, pad_id=pad_token(tokenizer))
+    env = env.rendered(tokenizer)
     episodes = Episodes(engine, tokenizer, env)
     responses: list[str] = []
     rewards: list[float] = []

@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from ..envs import TextEnv
+from ..envs import Record, TextEnv
+from ..envs.record import rendered
 from ..ops import _check
 from ..tracker import CausalityTracker
 from ..tracker.attribution import METHODS
@@ -52,7 +53,7 @@ def open_run(
     return (
         config,
         checkpoint,
-        *load_policy(config.model.replace(path=str(checkpoint)), [], config.trainer.seed),
+        *load_policy(config.model.replace(path=str(checkpoint), chat_template=None), [], config.trainer.seed),
     )
 
 
@@ -76,7 +77,9 @@ def write_report(tracker: CausalityTracker, env: TextEnv, config: RunConfig, pat
     """The tracker's page, with some test prompts as examples: heat map and token deletions."""
     count = min(config.tracker.intervention_prompts, len(env.records))
     chosen = [env.records[i * len(env.records) // count] for i in range(count)]
-    tracker.explain([record.prompt for record in chosen], max_new_tokens=config.trainer.max_new_tokens)
+    for record in (rendered(one, tracker.tokenizer) for one in chosen):
+        limit, special = config.trainer.max_new_tokens, record.conversation is None
+        tracker.explain([record.prompt], max_new_tokens=limit, special_tokens=special)
     tracker.report().to_html(path)
 
 
@@ -88,6 +91,7 @@ def explain(
     actions: str = "token",
     method: str | None = None,
     samples: int | None = None,
+    chat: bool = False,
 ) -> None:
     """Print what the answer of a run's policy to a prompt hangs on: a coloured heat map and a table.
 
@@ -96,6 +100,7 @@ def explain(
         actions: what is taken away: "token", "word", "sentence", "line" or "step".
         method: of the attribution; None: gradient x input.
         samples: continuations of each action; None: the answer as it is.
+        chat: the text is what a user says; the tokenizer's chat template makes the prompt.
     Raises: UserError if there is no run or no complete checkpoint, for an empty prompt, another name or number
         than these, or a page that cannot be written.
     """
@@ -109,8 +114,10 @@ def explain(
     config, _, model, tokenizer = open_run(path)
     tracker = CausalityTracker(model, tokenizer, seed=config.tracker.seed)
     with user_input():
+        said = rendered(Record([{"role": "user", "content": text}] if chat else text), tokenizer)
         options: dict[str, Any] = {"actions": actions, "method": method, "samples": samples}
-        tracker.explain([text], max_new_tokens=config.trainer.max_new_tokens, **options)
+        options["special_tokens"] = not chat
+        tracker.explain([said.prompt], max_new_tokens=config.trainer.max_new_tokens, **options)
     report = tracker.report()
     found, effects = tracker.heat_maps[0], tracker.effects
     console = Console()

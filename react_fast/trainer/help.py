@@ -38,11 +38,19 @@ def _sections(
         if "$ref" in field:
             inner.append((f"{name}.{key}".lstrip("."), parts[field["$ref"].rpartition("/")[2]]))
         else:
+            inner += [(f"{name}.{key}.NAME", parts[one]) for one in _named(field)]
             meaning = " ".join(field["description"].split())
             keys.append(Key(key, values(field), shown(field.get("default")), meaning))
     yield name, " ".join(section.get("description", "").split()), keys
     for path, part in inner:
         yield from _sections(path, part, parts)
+
+
+def _named(field: Mapping[str, Any]) -> list[str]:
+    """Sections that a mapping's entries may be."""
+    entries = field.get("additionalProperties", {})
+    choices = entries.get("anyOf", []) if isinstance(entries, Mapping) else []
+    return [one["$ref"].rpartition("/")[2] for one in choices if "$ref" in one]
 
 
 def values(field: Mapping[str, Any]) -> str:
@@ -79,7 +87,7 @@ def shown(default: Any) -> str:
         return str(default).lower()
     if isinstance(default, list):
         return f"[{', '.join(map(shown, default))}]"
-    return f"{default:g}" if isinstance(default, float) else str(default)
+    return f"{default:g}" if isinstance(default, float) else str(default).replace("\n", "\\n")
 
 
 def algorithms() -> Iterator[tuple[str, str, str]]:

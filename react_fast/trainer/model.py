@@ -47,7 +47,7 @@ def load_model(path: str | PathLike[str], dtype: torch.dtype = torch.float32) ->
     if not (base / "config.json").is_file():
         raise FileNotFoundError(f"model folder {base} has no config.json")
     tokenizer = _load_tokenizer(folder)
-    model = _load_weights(base).to(dtype)
+    model = load_weights(base).to(dtype)
     if adapted:
         model = adapters.load_adapters(model, folder, base=base)
     embeddings = model.get_input_embeddings().num_embeddings
@@ -71,7 +71,11 @@ def model_folder(path: str | PathLike[str]) -> Path:
     return RunFolder(folder).newest_checkpoint() if (folder / "checkpoints").is_dir() else folder
 
 
-def _load_tokenizer(folder: Path) -> Any:
+def read_tokenizer(folder: Path) -> Any:
+    """The tokenizer of a folder as it is.
+
+    Raises: FileNotFoundError without one, ValueError for one that cannot be read.
+    """
     if not any(
         (folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
     ):
@@ -79,11 +83,15 @@ def _load_tokenizer(folder: Path) -> Any:
             f"model folder {folder} has no tokenizer (tokenizer.json, tokenizer.model, vocab.*)"
         )
     try:
-        tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+        return AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
     except Exception as error:  # each tokenizer backend raises its own, down to bare Exception
         raise ValueError(
             f"model folder {folder}: the tokenizer cannot be read: {_first_line(error)}"
         ) from error
+
+
+def _load_tokenizer(folder: Path) -> Any:
+    tokenizer = read_tokenizer(folder)
     if tokenizer.eos_token_id is None:
         raise ValueError(f"model folder {folder}: the tokenizer has no end-of-text token (eos_token)")
     if tokenizer.pad_token_id is None:
@@ -92,13 +100,15 @@ def _load_tokenizer(folder: Path) -> Any:
     return tokenizer
 
 
-def _load_weights(folder: Path) -> Any:
+def load_weights(folder: Path, kind: Any = AutoModelForCausalLM, **options: Any) -> Any:
+    """The model of a folder, by one of the Auto classes; every weight comes from the folder.
+
+    Raises: FileNotFoundError without weights, ValueError for damaged, missing or other ones.
+    """
     if not any(folder.glob("*.safetensors")) and not any(folder.glob("*.bin")):
         raise FileNotFoundError(f"model folder {folder} has no weights (*.safetensors or *.bin)")
     try:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            str(folder), local_files_only=True, output_loading_info=True
-        )
+        loaded = kind.from_pretrained(str(folder), local_files_only=True, output_loading_info=True, **options)
     except Exception as error:  # OSError, ValueError, RuntimeError, SafetensorError, UnpicklingError, ...
         raise ValueError(f"model folder {folder} cannot be loaded: {_first_line(error)}") from error
     model, report = loaded
@@ -188,7 +198,21 @@ def outline(config: ModelConfig, texts: Iterable[str]) -> tuple[Any, Any]:
         model: Any = AutoModelForCausalLM.from_config(shape, dtype=getattr(torch, config.dtype)).eval()
         if adapted or config.lora.r:
             model = adapters.outline_adapters(model, adapted, config.lora)
-    return _faked(model), tokenizer
+    return _faked(model), with_template(tokenizer, config.chat_template)
+
+
+def with_template(tokenizer: Any, path: str | None) -> Any:
+    """The tokenizer with the chat template of a Jinja file, if one is given.
+
+    Raises: ValueError if the file cannot be read.
+    """
+    if path is None:
+        return tokenizer
+    try:
+        tokenizer.chat_template = Path(path).read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        raise ValueError(f"model.chat_template {path} cannot be read: {_first_line(error)}") from None
+    return tokenizer
 
 
 def _faked(model: Any) -> Any:

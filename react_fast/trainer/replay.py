@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..envs import TextEnv
-from .rollout import RolloutEngine, SamplingParams, answered, encode
+from .rollout import RolloutEngine, SamplingParams, answered, opening
 
 
 @dataclass
@@ -53,7 +53,7 @@ def replay(
     """
     envs = [env.clone() for _ in wanted]
     states = [e.reset(seed=r.seed, options={"index": r.record})[0] for e, r in zip(envs, wanted, strict=True)]
-    texts = [encode(tokenizer, state) for state in states]
+    texts = [opening(tokenizer, s, env.records[r.record]) for s, r in zip(states, wanted, strict=True)]
     returns = [0.0] * len(wanted)
     running, turn = list(range(len(wanted))), 0
     while running:

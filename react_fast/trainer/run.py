@@ -16,6 +16,7 @@ from accelerate import Accelerator
 from rich.console import Console
 
 from ..envs import RewardError, TextEnv
+from ..envs.record import RecordError
 from ..info import environment
 from .checkpoint import DISK_FULL, CheckpointError, load_checkpoint, load_weights, newest_complete
 from .config import RunConfig
@@ -66,7 +67,7 @@ def run(config: RunConfig, *, resume: str | Path = "none", console: Console | No
     folder.open(resume=str(resume) != "none")
     try:
         return _Run(config, folder, console, Ranks(accelerator)).go(str(resume))
-    except (CheckpointError, ConfigError, EngineError, EpisodeError, RewardError) as error:
+    except (CheckpointError, ConfigError, EngineError, EpisodeError, RecordError, RewardError) as error:
         raise UserError(str(error)) from error
     except OSError as error:
         if error.errno not in DISK_FULL:
@@ -86,7 +87,8 @@ class _Run:
         self.config, self.folder, self.ranks = config, folder, ranks
         if config.trainer.threads is not None:
             torch.set_num_threads(config.trainer.threads)
-        self.envs, self.augment = load_environments(config.env), load_augmentation(config.env)
+        self.envs = load_environments(config.env, ranks.accelerator.device)
+        self.augment = load_augmentation(config.env)
         self._build()
         self.engine: Any = None  # that of the newest training; None: the model itself
         self.algorithm = make_algorithm(config)
@@ -109,6 +111,8 @@ class _Run:
         model, self.tokenizer = load_policy(self.config.model, texts(train), seed)
         with self.ranks.accelerator.main_process_first():  # it writes what the others read
             self.model = adapt(model, self.tokenizer, self.config.model, self.folder, seed)
+        with user_input():
+            self.envs = {split: env.rendered(self.tokenizer) for split, env in self.envs.items()}
         self.tracker = make_tracker(self.config.tracker, self.model, self.tokenizer)
 
     def go(self, resume: str) -> dict[str, Any]:
@@ -363,6 +367,6 @@ def report(path: str | Path) -> None:
     tracker = make_tracker(config.tracker, model, tokenizer)
     if tracker is not None:
         restore(tracker, checkpoint)
-        write_report(tracker, load_environments(config.env)["test"], config, folder.path / REPORT)
+        write_report(tracker, load_environments(config.env, "meta")["test"], config, folder.path / REPORT)
     for name in folder.files():
         print(f"  {folder.path / name}", file=sys.stdout)

@@ -4,9 +4,7 @@ import dataclasses
 import functools
 import importlib
 import inspect
-import os
-import sys
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, cast
 
@@ -14,6 +12,7 @@ import torch
 
 from ..envs import (
     Record,
+    RewardFunction,
     Rules,
     TextEnv,
     ToolEnv,
@@ -26,11 +25,14 @@ from ..envs import (
 )
 from ..envs.calls import cause
 from ..envs.metrics import CORPUS_METRICS
-from ..envs.reward_functions import as_number, needs_care
+from ..envs.notes import as_number
+from ..envs.reward_functions import as_reward, needs_care
 from ..envs.rewards import REWARDS
 from ..envs.tasks.splits import SPLITS
-from .config import EnvConfig, ModelConfig, RunConfig
+from .config import ModelConfig, RunConfig
+from .env_config import EnvConfig, RewardModelConfig
 from .folder import RunFolder, UserError
+from .named import function, imported
 from .section import ConfigError, nearest
 
 READERS = {"jsonl": load_jsonl, "squad": load_squad, "conll": load_conll}
@@ -45,23 +47,27 @@ def user_input() -> Iterator[None]:
         raise UserError(str(error)) from error
 
 
-def load_environments(config: EnvConfig) -> dict[str, TextEnv]:
+def load_environments(config: EnvConfig, device: Any = None) -> dict[str, TextEnv]:
     """The environments "train", "validation" and "test".
 
+    Args: device: of reward models; None: the CPU; "meta": without their weights.
     Raises: UserError for a bad file, reward, metric or language pair.
     """
     with user_input():
         metric_names(config)
+        if config.gym.id is not None:
+            from .gym_source import gym_environments
+
+            return gym_environments(config)
         make: Callable[..., TextEnv] = TextEnv
-        rules = _rules(config)
+        rules = _rules(config, device)
         if config.tools:
-            tools = [_function("env.tools", name) for name in config.tools]
-            preface = tools_preface(tools) if config.tools_described else ""
-            make = functools.partial(ToolEnv, tools=tools, timeout=config.tool_timeout, preface=preface)
+            tools = [function("env.tools", name) for name in config.tools]
+            make = functools.partial(ToolEnv, tools=tools, **_tool_options(config, tools))
         records = _files(config) if config.train else _task(config)
         limits = {"validation": config.eval_prompts, "test": config.test_prompts}
         return {
-            split: make(_spread(found, limits.get(split)), max_turns=config.max_turns, **rules)
+            split: make(_spread(found, limits.get(split)), max_turns=config.turns, **rules)
             for split, found in records.items()
         }
 
@@ -71,16 +77,17 @@ def load_policy(config: ModelConfig, texts: Sequence[str], seed: int) -> tuple[A
 
     Raises: UserError for a folder that is no causal language model with a tokenizer.
     """
-    from .model import fresh_model, load_model
+    from .model import fresh_model, load_model, with_template
 
     dtype = getattr(torch, config.dtype)
     with user_input():
         if config.path is not None:
-            return load_model(config.path, dtype)
-        others = ("path", "dtype", "lora")
-        sizes = {name: getattr(config, name) for name in ModelConfig.model_fields if name not in others}
-        model, tokenizer = fresh_model(texts, seed=seed, **sizes)
-        return model.to(dtype), tokenizer
+            model, tokenizer = load_model(config.path, dtype)
+        else:
+            others = ("path", "dtype", "chat_template", "lora")
+            sizes = {name: getattr(config, name) for name in ModelConfig.model_fields if name not in others}
+            model, tokenizer = fresh_model(texts, seed=seed, **sizes)
+        return model.to(dtype), with_template(tokenizer, config.chat_template)
 
 
 def adapt(model: Any, tokenizer: Any, config: ModelConfig, folder: RunFolder, seed: int) -> Any:
@@ -100,7 +107,7 @@ def adapt(model: Any, tokenizer: Any, config: ModelConfig, folder: RunFolder, se
 
 def texts(records: Sequence[Record]) -> list[str]:
     """Every prompt and reference: what a fresh tokenizer learns from."""
-    return [text for record in records for text in (record.prompt, record.reference) if text]
+    return [text for record in records for text in record.texts]
 
 
 def metric_names(config: EnvConfig) -> tuple[str, ...]:
@@ -112,7 +119,23 @@ def metric_names(config: EnvConfig) -> tuple[str, ...]:
         if name not in CORPUS_METRICS:
             problem = f"must be among {', '.join(CORPUS_METRICS)}, got {name!r}"
             raise ConfigError("env.metrics", problem, nearest(name, CORPUS_METRICS))
-    return tuple(_module(config).METRICS if config.metrics is None else config.metrics)
+    if config.metrics is None:
+        return () if config.gym.id is not None else tuple(_module(config).METRICS)
+    return tuple(config.metrics)
+
+
+def _tool_options(config: EnvConfig, tools: Sequence[Callable[..., Any]]) -> dict[str, Any]:
+    options: dict[str, Any] = {
+        "preface": tools_preface(tools) if config.tools_described else "",
+        "timeout": config.tool_timeout,
+        "concurrency": config.tool_concurrency,
+        "longest": config.tool_longest,
+    }
+    if config.tool_parse is not None:
+        options["parse"] = function("env.tool_parse", config.tool_parse)
+    if config.tool_response is not None:
+        options["response"] = config.tool_response
+    return options
 
 
 def _files(config: EnvConfig) -> dict[str, list[Record]]:
@@ -132,60 +155,61 @@ def _module(config: EnvConfig) -> Any:
     return importlib.import_module(f"react_fast.envs.tasks.{config.task}")
 
 
-def _rules(config: EnvConfig) -> dict[str, Any]:
+def _rules(config: EnvConfig, device: Any) -> dict[str, Any]:
     """Reward, transition and terminal of the environments; what a key names comes before the marked functions."""
     if config.reward and config.rewards:
         raise ConfigError("env.rewards", "must not stand beside env.reward; give one of them")
-    marked = rules_of(_imported("env.rules", config.rules)) if config.rules else Rules((), None, None)
+    marked = rules_of(imported("env.rules", config.rules)) if config.rules else Rules((), None, None)
     found: dict[str, Any] = {"terminal": marked.terminal, "reward": list(marked.rewards)}
     if marked.transition:
         found["transition"] = marked.transition
     if config.rewards:
-        functions = [_reward("env.rewards", name) for name in config.rewards]
-        found["reward"] = WeightedRewards(functions, list(config.rewards.values()))
+        found["reward"] = WeightedRewards([_weighted(*entry, device) for entry in config.rewards.items()])
     elif config.reward or not marked.rewards:
         found["reward"] = _reward("env.reward", config.reward or _module(config).REWARD)
     for key in ("transition", "terminal"):
         if name := getattr(config, key):
-            found[key] = _function(f"env.{key}", name)
+            found[key] = function(f"env.{key}", name)
     wanted = {"reward": as_number, "transition": lambda state: state if isinstance(state, str) else None}
-    for key, function in found.items():
-        if inspect.isfunction(function) and not needs_care(function) and function not in REWARDS.values():
-            found[key] = _in_one_line(f"env.{key}", function, wanted.get(key))
+    for key, rule in found.items():
+        if inspect.isfunction(rule) and not needs_care(rule) and rule not in REWARDS.values():
+            found[key] = _in_one_line(f"env.{key}", rule, wanted.get(key))
     return found
 
 
-def _in_one_line(key: str, function: Callable[..., Any], wanted: Callable[[Any], Any] | None) -> Any:
-    """The function, whose failures are UserErrors, and its results where `wanted` gives None for them."""
+def _in_one_line(key: str, rule: Callable[..., Any], wanted: Callable[[Any], Any] | None) -> Any:
+    """The rule, whose failures are UserErrors, and its results where `wanted` gives None for them."""
 
-    @functools.wraps(function)
+    @functools.wraps(rule)
     def told(*arguments: Any) -> Any:
         try:
-            found = function(*arguments)
+            found = rule(*arguments)
         except (Exception, SystemExit) as error:
             problem = cause(error) if isinstance(error, Exception) else repr(error)
-            raise UserError(f"{key} {function.__name__} failed: {problem}") from error
+            raise UserError(f"{key} {rule.__name__} failed: {problem}") from error
         if wanted is not None and wanted(found) is None:
             kind = "number" if key == "env.reward" else "str"
-            raise UserError(f"{key} {function.__name__} must give a {kind}, got {type(found).__name__}")
+            raise UserError(f"{key} {rule.__name__} must give a {kind}, got {type(found).__name__}")
         return found
 
     return told
 
 
+def _weighted(name: str, entry: float | RewardModelConfig, device: Any) -> RewardFunction:
+    """One of several rewards, by its name or the section of a reward model."""
+    if not isinstance(entry, RewardModelConfig):
+        return as_reward(_reward("env.rewards", name), weight=entry)
+    from .reward_models import load_reward_model
+
+    try:
+        model = load_reward_model(entry, name, device)
+    except (ValueError, OSError) as error:
+        raise ConfigError(f"env.rewards.{name}:", str(error)) from error
+    return RewardFunction(model, weight=entry.weight, name=name)
+
+
 def _reward(key: str, name: str) -> Callable[..., Any]:
-    return REWARDS[name] if name in REWARDS else _function(key, name, REWARDS)
-
-
-def _function(key: str, name: str, known: Collection[str] = ()) -> Callable[..., Any]:
-    module, _, attribute = name.partition(":")
-    if not attribute:
-        wanted = f"{', '.join(known)} or module:function" if known else "module:function"
-        raise ConfigError(key, f"must be {wanted}, got {name!r}", nearest(name, known))
-    function = getattr(_imported(key, module), attribute, None)
-    if not callable(function):
-        raise ConfigError(key, f"names no function of {module}, got {name!r}")
-    return function
+    return REWARDS[name] if name in REWARDS else function(key, name, REWARDS)
 
 
 def load_augmentation(config: EnvConfig) -> Any:
@@ -196,17 +220,7 @@ def load_augmentation(config: EnvConfig) -> Any:
     if config.augment is None:
         return None
     with user_input():
-        return _function("env.augment", config.augment)
-
-
-def _imported(key: str, module: str) -> Any:
-    """A module, looked for in the working directory too."""
-    if not {"", os.getcwd()} & set(sys.path):
-        sys.path.append(os.getcwd())
-    try:
-        return importlib.import_module(module)
-    except Exception as error:  # whatever a user's module does
-        raise ConfigError(key, f"names a module that cannot be imported: {cause(error)}") from error
+        return function("env.augment", config.augment)
 
 
 def _spread(records: Sequence[Record], limit: int | None) -> Sequence[Record]:

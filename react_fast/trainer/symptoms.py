@@ -7,12 +7,20 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
+import torch
+
 History = Sequence[Mapping[str, float]]
 
 # Steps over which a symptom is judged: single steps of few prompts are noise.
 STEPS = 5
 # Evaluations in a row that must get worse: by chance one in 24 quadruples falls.
 EVALUATIONS = 4
+# What symptoms are judged by; nothing else of a step is remembered.
+WATCHED = (
+    "clip_ratio/high", "clip_ratio/low", "completions/clipped_ratio", "entropy", "episodes/truncated_ratio",
+    "eval/loss", "eval/reward", "frac_reward_zero_std", "grad_norm", "kl", "loss", "reward", "reward_std",
+    "sampling/clipped_ratio", "skipped_updates",
+)  # fmt: skip
 # Steps remembered; what is compared with the start is compared with that of these.
 REMEMBERED = 1000
 
@@ -48,7 +56,7 @@ class Watch:
 
     def see(self, metrics: Mapping[str, float]) -> dict[str, str]:
         """Take note of a step. Returns: the warnings that it gives rise to, by name."""
-        self._history.append(metrics)
+        self._history.append({name: float(metrics[name]) for name in WATCHED if name in metrics})
         found, history = {}, list(self._history)
         for symptom in self.symptoms:
             level = symptom.level(history, self.config)
@@ -60,6 +68,27 @@ class Watch:
             elif level <= symptom.rest:
                 self._given.discard(symptom.name)
         return found
+
+    def state_dict(self) -> dict[str, Any]:
+        """The steps remembered, as numbers [steps, WATCHED] and which of them there are; the warnings given."""
+        values = [[metrics.get(name, 0.0) for name in WATCHED] for metrics in self._history]
+        known = [[name in metrics for name in WATCHED] for metrics in self._history]
+        return {
+            "names": list(WATCHED),
+            "values": torch.tensor(values, dtype=torch.float64).reshape(-1, len(WATCHED)),
+            "known": torch.tensor(known, dtype=torch.bool).reshape(-1, len(WATCHED)),
+            "given": sorted(self._given),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on as the watch whose state it is; an empty one has seen nothing."""
+        self._history.clear()
+        self._given = set(state.get("given", ()))
+        if "values" not in state:
+            return
+        for values, known in zip(state["values"].tolist(), state["known"].tolist(), strict=True):
+            step = zip(state["names"], values, known, strict=True)
+            self._history.append({name: value for name, value, there in step if there})
 
 
 def _values(history: History, name: str) -> list[float]:

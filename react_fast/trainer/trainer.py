@@ -4,8 +4,7 @@ Every random number is keyed by (seed, step, row), so a run that stops between t
 with bitwise the same weights, and a checkpoint holds no random state.
 """
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
-from ..envs import TextEnv
+from ..envs import TextEnv, TrainerState
 from ..ops.backend import accumulation_dtype
 from ..tracker.credit import attribution_credit, causal_credit
 from . import mismatch
@@ -26,7 +25,6 @@ from .checkpoint import (
     load_checkpoint,
     load_weights,
     newest_complete,
-    save_checkpoint,
     tied,
 )
 from .config import TrainerConfig
@@ -49,8 +47,9 @@ from .rollout import (
 )
 from .schedule import prompts
 from .scoring import Scorer, Scores, policy_of, reference_policy
-from .state import join, load_module_state, load_optimizer_state, split, whole
+from .state import join, load_module_state, whole
 from .symptoms import Watch
+from .training_state import load_state_tree, same_setting, state_tree, write
 from .updater import Updater, sampling_temperature
 
 # Of the configuration, as accelerate calls them.
@@ -64,7 +63,7 @@ class Trainer:
         model: Hugging Face causal LM, or any module with `model(ids [B, T]) -> logits [B, T, V]`.
         tokenizer: its tokenizer: `tokenizer(text, add_special_tokens=...)["input_ids"]`, `decode`,
             `eos_token_id`, `pad_token_id`.
-        env: a TextEnv; its records are the training prompts.
+        env: a TextEnv; its records are the training prompts, messages by the tokenizer's chat template.
         algorithm: `GRPO()`, `PPO()`, `DPO()`, `SFT()`, or any `Algorithm`.
         tracker: CausalityTracker that observes the training backward; needed by credit="attribution". If it has
             groups, every record's metadata names one of them as "group".
@@ -101,7 +100,8 @@ class Trainer:
                 raise ValueError(f"eval_env must be given when config.{name} is, got None")
         if self.config.threads is not None:
             torch.set_num_threads(self.config.threads)
-        self.tokenizer, self.env, self.eval_env = tokenizer, env, eval_env
+        self.tokenizer, self.env = tokenizer, env.rendered(tokenizer)
+        self.eval_env = eval_env and eval_env.rendered(tokenizer)
         self.augment, self._plain_env = augment, env
         self.algorithm, self.tracker, self.phase = algorithm, tracker, phase
         groups = group_numbers(tracker.groups, env) if tracker is not None and tracker.groups else None
@@ -134,9 +134,11 @@ class Trainer:
     def collect(self, step: int | None = None) -> list[Trajectory]:
         """Trajectories of one step (counted from 0): rollouts of the policy, or what is written in the records."""
         step = self.step if step is None else step
+        self.env.inform(self.state)
         if self.augment is not None:
             chosen, seed = self.records_of(step), self.config.seed
-            self.env = augmented(self._plain_env, self.augment, chosen, seed=seed, step=step)
+            options = {"seed": seed, "step": step, "tokenizer": self.tokenizer}
+            self.env = augmented(self._plain_env, self.augment, chosen, **options)
         return self.algorithm.collect(self, step)
 
     def score(self, trajectories: Sequence[Trajectory]) -> Batch:
@@ -231,6 +233,7 @@ class Trainer:
         metrics = self.update(batch)
         clock.lap("update")
         self.step += 1
+        self.env.inform(self.state)
         metrics |= describe(trajectories, self.algorithm.supervised) | clock.metrics(trajectories)
         if not self.algorithm.supervised:
             metrics |= self.replays.metrics | retokenised(trajectories)
@@ -257,11 +260,18 @@ class Trainer:
             greedy: the most probable token each time, or sampled at temperature 1.
         Raises: ValueError if there is no environment to test on.
         """
-        env = env or self.eval_env
+        env = self.eval_env if env is None else env.rendered(self.tokenizer)
         if env is None:
             raise ValueError("env must be given when the trainer has no eval_env, got None")
         metrics = {"eval/reward": held_out_reward(self, env, greedy=greedy)}
         return metrics | ({"eval/loss": held_out_loss(self, env)} if self.algorithm.supervised else {})
+
+    @property
+    def state(self) -> TrainerState:
+        """What reward functions are told about the training."""
+        epoch = self.step * self.config.prompts_per_step / len(self.env.records)
+        first, local = self.ranks.first, self.accelerator.is_local_main_process
+        return TrainerState(self.step, self.config.steps, epoch, first, local)
 
     # ---- used by the algorithms ----------------------------------------------------------------------------
 
@@ -308,6 +318,7 @@ class Trainer:
         numbers = list(params.rows) if params.rows is not None else list(range(len(records)))
         mine = self.ranks.share(list(range(len(records))))
         params = replace(params, rows=[numbers[i] for i in mine])
+        env.inform(self.state)
         with gathered(self.policy):
             played = Episodes(self.engine, self.tokenizer, env).play(
                 [records[i] for i in mine], [groups[i] for i in mine], params
@@ -320,39 +331,9 @@ class Trainer:
         """Write a checkpoint of the finished steps into config.checkpoint_dir; None without such a folder."""
         if self.config.checkpoint_dir is None:
             return None
-        tracker = self.tracker
-        if tracker is not None and self.ranks.world > 1:
-            tracker = tracker.gather()
-        tree = {
-            "step": self.step,
-            "updates": self.updater.updates,
-            "optimizer": self.updater.optimizer.state_dict(),
-            "heads": self.policy.heads.state_dict(),
-            "memory": self.memory.state_dict() if self.memory is not None else None,
-            "replays": self.replays.state_dict(),
-            "stopping": self.stopping.state_dict(),
-            "best": self.best.state_dict(),
-            "reference": self.reference.state_dict() if self.reference is not None else None,
-            "tracker": tracker.state_dict() if tracker is not None else None,
-        }
-        tree = whole(tree, keep=self.ranks.first)
+        tree = whole(state_tree(self), keep=self.ranks.first)
         weights = self._whole_weights()
-        return self.ranks.once(lambda: self._write(tree, weights), CheckpointError)
-
-    def _write(self, tree: dict[str, Any], weights: Any) -> Path:
-        assert self.config.checkpoint_dir is not None
-        rest, tensors = split(tree, "trainer")
-        return save_checkpoint(
-            self.config.checkpoint_dir,
-            self.step,
-            model=self.model,
-            weights=weights,
-            tokenizer=self.tokenizer if hasattr(self.tokenizer, "save_pretrained") else None,
-            tensors=tensors,
-            state={"trainer": rest, "phase": self.phase},
-            keep=self.config.keep_checkpoints,
-            best=self.best.step,
-        )
+        return self.ranks.once(lambda: write(self, tree, weights), CheckpointError)
 
     def _whole_weights(self) -> dict[str, torch.Tensor] | None:
         """The model's weights by name on the first rank, where the ranks hold shards; every rank has to ask."""
@@ -368,15 +349,15 @@ class Trainer:
         """
         checkpoint = load_checkpoint(path)
         load_weights(self.model, path)
-        with _same_setting(path):
-            self._load_state(join(checkpoint.state["trainer"], checkpoint.tensors))
+        with same_setting(path):
+            load_state_tree(self, join(checkpoint.state["trainer"], checkpoint.tensors))
 
     def load_heads(self, checkpoint: Checkpoint) -> None:
         """Take the heads and the step of a checkpoint of `save`, and nothing else.
 
         Raises: CheckpointError for one of another version or setting.
         """
-        with _same_setting(checkpoint.path):
+        with same_setting(checkpoint.path):
             tree = join(checkpoint.state["trainer"], checkpoint.tensors)
             self.step = tree["step"]
             load_module_state(self.policy.heads, tree["heads"])
@@ -390,20 +371,6 @@ class Trainer:
     @property
     def pad_id(self) -> int:
         return pad_token(self.tokenizer)
-
-    def _load_state(self, tree: dict[str, Any]) -> None:
-        self.step, self.updater.updates = tree["step"], tree["updates"]
-        self.replays.load_state_dict(tree.get("replays") or {})
-        self.stopping.load_state_dict(tree["stopping"])
-        self.best.load_state_dict(tree["best"])
-        load_optimizer_state(self.updater.optimizer, tree["optimizer"])
-        load_module_state(self.policy.heads, tree["heads"])
-        if self.memory is not None:
-            self.memory.load_state_dict(tree["memory"])
-        if self.reference is not None and tree["reference"] is not None:
-            load_module_state(self.reference, tree["reference"])
-        if self.tracker is not None and tree["tracker"] is not None and self.ranks.first:
-            self.tracker.load_state_dict(tree["tracker"])
 
     @property
     def _dtype(self) -> torch.dtype:
@@ -419,13 +386,3 @@ class Trainer:
     def _notice(self, text: str) -> None:
         if self.ranks.first:
             getattr(self.reporter, "line", print)(text)
-
-
-@contextmanager
-def _same_setting(path: str | Path) -> Iterator[None]:
-    """A checkpoint that does not fit what it is loaded into is told in one line."""
-    try:
-        yield
-    except (KeyError, TypeError, ValueError, IndexError, RuntimeError) as error:
-        problem = " ".join(str(error).split())
-        raise CheckpointError(f"checkpoint {path} is of another version or setting: {problem}") from error

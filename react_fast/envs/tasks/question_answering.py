@@ -16,7 +16,7 @@ import re
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from ..text_env import Record
+from ..record import Record
 from .splits import SPLITS, Groups, check_split
 
 REWARD, METRICS, OPTIONS = "squad_f1", ("squad_em", "squad_f1"), ()

@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 from ..match import Span, linearised
-from ..text_env import Record
+from ..record import Record
 from .splits import check_split
 
 REWARD, METRICS, OPTIONS = "span_f1", ("span_f1",), ()

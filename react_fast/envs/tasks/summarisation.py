@@ -11,7 +11,7 @@ import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
-from ..text_env import Record
+from ..record import Record
 from .splits import SPLITS, Groups, check_split
 
 REWARD, METRICS, OPTIONS = "rouge_l", ("rouge_1", "rouge_2", "rouge_l"), ()

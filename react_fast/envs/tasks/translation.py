@@ -11,7 +11,7 @@ import unicodedata
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
-from ..text_env import Record
+from ..record import Record
 from .splits import SPLITS, Groups, check_split
 
 PAIRS = ("es-pt", "es-it")

@@ -156,7 +156,7 @@ class DPO(Preferences):
             better = written(i, one.reference, "reference")
             worse = written(i, one.metadata.get("rejected"), "metadata['rejected']")
             for answer, reward in ((better, 1.0), (worse, 0.0)):
-                found.append(replace(demonstration(tokenizer, one.prompt, answer, i), rewards=[reward]))
+                found.append(replace(demonstration(tokenizer, one, answer, i), rewards=[reward]))
         return found
 
 

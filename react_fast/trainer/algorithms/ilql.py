@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from ...envs import Record, TextEnv
+from ...envs.record import RecordError
 from ...ops.backend import accumulation_dtype
 from ...ops.logprob import token_logprobs
 from ...ops.q_learning import guided_logits
@@ -144,9 +145,9 @@ class ILQL(Algorithm):
             answers = records[i].metadata.get("answers", ())
             texts = [records[i].reference, records[i].metadata.get("rejected"), *answers]
             known = dict.fromkeys(text for text in texts if text is not None)
-            found += [demonstration(tokenizer, records[i].prompt, text, i) for text in known]
+            found += [demonstration(tokenizer, records[i], text, i) for text in known]
         if not found:
-            raise ValueError(
+            raise RecordError(
                 "records must have a reference, metadata 'rejected' or 'answers' for ILQL, got none"
             )
         return found

@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 import torch
 
 from ...envs import Record
+from ...envs.record import RecordError
 from ..batch import Batch
 from ..rollout import Trajectory, demonstration
 from ..scoring import Scores
@@ -44,7 +45,7 @@ class SFT(Algorithm):
     ) -> list[Trajectory]:
         answers = [written(i, records[i].reference, "reference") for i in chosen]
         pairs = zip(chosen, answers, strict=True)
-        return [demonstration(tokenizer, records[i].prompt, answer, i) for i, answer in pairs]
+        return [demonstration(tokenizer, records[i], answer, i) for i, answer in pairs]
 
     def advantages(self, config: Any, batch: Batch) -> torch.Tensor:
         return torch.ones_like(batch.rewards)
@@ -61,5 +62,5 @@ def written(i: int, answer: Any, name: str) -> str:
     Raises: ValueError for a record without it.
     """
     if not isinstance(answer, str):
-        raise ValueError(f"records[{i}].{name} must be a text for supervised training, got {answer!r}")
+        raise RecordError(f"records[{i}].{name} must be a text for supervised training, got {answer!r}")
     return answer

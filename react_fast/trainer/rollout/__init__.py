@@ -8,7 +8,7 @@ from .openai_engine import OpenAIEngine
 from .policy_engine import PolicyEngine
 from .sampling import EngineError, RolloutEngine, Sample, SamplingParams, sampling_params
 from .streams import key, permutation, uniforms
-from .trajectory import Trajectory, demonstration, encode, pad_token, retokenised, state_id
+from .trajectory import Trajectory, demonstration, encode, opening, pad_token, retokenised, state_id
 from .truncation import choose
 
 if TYPE_CHECKING:
@@ -32,6 +32,7 @@ __all__ = [
     "encode",
     "key",
     "make_engine",
+    "opening",
     "pad_token",
     "permutation",
     "retokenised",

@@ -9,7 +9,7 @@ import torch
 from ...envs import TextEnv
 from .sampling import EngineError, RolloutEngine, Sample, SamplingParams
 from .streams import key
-from .trajectory import Trajectory, encode, state_id
+from .trajectory import Trajectory, encode, opening, state_id
 
 _ENVIRONMENT = 4  # stream of the seeds that environments are reset with
 
@@ -37,7 +37,7 @@ class Episodes:
     Args:
         engine: continues token sequences.
         tokenizer: `tokenizer(text)["input_ids"]` and `decode(ids, skip_special_tokens=True)`.
-        env: its clones are stepped; it is left as it was.
+        env: its clones are stepped; it is left as it was. Its prompts are texts, perhaps of `env.rendered`.
     """
 
     def __init__(self, engine: RolloutEngine, tokenizer: Any, env: TextEnv) -> None:
@@ -64,8 +64,11 @@ class Episodes:
             env.reset(seed=seed, options={"index": i})[0]
             for env, seed, i in zip(envs, seeds, records, strict=True)
         ]
-        rows = [_Row(encode(self.tokenizer, state), record, group, state, seed) for state, record, group, seed in
-                zip(states, records, groups, seeds, strict=True)]  # fmt: skip
+        begun = [
+            opening(self.tokenizer, state, self.env.records[i])
+            for state, i in zip(states, records, strict=True)
+        ]
+        rows = [_Row(*row) for row in zip(begun, records, groups, states, seeds, strict=True)]
         running = list(range(len(rows)))
         turn = 0
         while running:

@@ -141,7 +141,10 @@ class OpenAIEngine:
 
     def _sample(self, prompt: list[int], row: int, params: SamplingParams) -> Sample:
         seed = key(params.seed, _SERVER, params.step, params.turn, row) % _SEEDS
-        text = self.tokenizer.decode(prompt, skip_special_tokens=True)
+        # A server puts what opens a sequence before a text; other special tokens, such as a chat template's, stay.
+        before = encode(self.tokenizer, "")
+        said = prompt[len(before) :] if prompt[: len(before)] == before else prompt
+        text = self.tokenizer.decode(said, skip_special_tokens=False)
         body = self._body(prompt if self.capabilities.token_prompts else text, params.max_new_tokens)
         body |= {"temperature": 0.0 if params.greedy else params.temperature, "seed": seed}
         if self.capabilities.logprobs:

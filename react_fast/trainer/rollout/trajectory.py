@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 
+from ...envs import Record
+
 
 @dataclass
 class Trajectory:
@@ -85,20 +87,25 @@ def pad_token(tokenizer: Any) -> int:
     return next((token for token in (pad, end) if token is not None), 0)
 
 
-def demonstration(tokenizer: Any, prompt: str, reference: str, record: int) -> Trajectory:
-    """The reference as if the policy had chosen it: prompt, reference, end token."""
-    opening, answer = encode(tokenizer, prompt), encode(tokenizer, reference, special=False)
+def opening(tokenizer: Any, state: str, record: Record) -> list[int]:
+    """Tokens of the state that a record's episode begins with."""
+    return encode(tokenizer, state, special=record.conversation is None)
+
+
+def demonstration(tokenizer: Any, record: Record, reference: str, number: int) -> Trajectory:
+    """The reference as if the policy had chosen it: the record's prompt, reference, end token."""
+    begun, answer = opening(tokenizer, record.prompt, record), encode(tokenizer, reference, special=False)
     if tokenizer.eos_token_id is not None:
         answer = [*answer, tokenizer.eos_token_id]
-    ids = torch.tensor(opening + answer)
-    actions = torch.arange(len(ids)) >= len(opening)
+    ids = torch.tensor(begun + answer)
+    actions = torch.arange(len(ids)) >= len(begun)
     return Trajectory(
         token_ids=ids,
         action_mask=actions,
         turn_index=torch.zeros_like(ids),
         sampler_logprobs=torch.zeros(len(ids)),
         rewards=[0.0],
-        state_ids=[state_id(prompt)],
-        record=record,
-        group=record,
+        state_ids=[state_id(record.prompt)],
+        record=number,
+        group=number,
     )
