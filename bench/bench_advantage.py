@@ -94,6 +94,29 @@ def test_gae_whiten(benchmark, shape):
     race(benchmark, contestants, case=case, limit=traffic, bytes_moved=26 * rewards.numel())
 
 
+# Of 1,048,576 packed tokens; lengths are geometric, 10,000 segments have 1 to about 1,000 tokens.
+SEGMENTS = (1, 32, 256, 1000, 10_000)
+
+
+@pytest.mark.parametrize("segments", SEGMENTS)
+def test_gae_packed(benchmark, segments):
+    """As many tokens in equal rows, and for one segment in one row."""
+    tokens = 1 << 20
+    cuts = torch.randint(1, tokens, (segments - 1,)).sort().values
+    cu_seqlens = torch.cat([torch.tensor([0]), cuts, torch.tensor([tokens])])
+    rewards, values, mask = torch.randn(tokens), torch.randn(tokens), torch.rand(tokens) < 0.9
+    rows = 1 << (segments.bit_length() - 1)
+    padded = [x.view(rows, -1) for x in (rewards, values, mask)]
+    contestants = {
+        "react_fast": lambda: rf.gae(rewards, values, gamma=GAMMA, lam=LAM, mask=mask, cu_seqlens=cu_seqlens),
+        "react_fast, padded": lambda: rf.gae(padded[0], padded[1], gamma=GAMMA, lam=LAM, mask=padded[2]),
+        "limit": stream([rewards, values, mask], [torch.empty(tokens), torch.empty(tokens)]),
+    }
+    case = f"gae with mask, packed, {segments} segments [{tokens}] float32"
+    traffic = "stream of reward, value, mask, advantage, return"
+    race(benchmark, contestants, case=case, limit=traffic, bytes_moved=17 * tokens)
+
+
 def test_gae_compiled(benchmark):
     """torch.compile unrolls the loop over time, so a short row is what it can build in seconds."""
     shape = (64, 128)
