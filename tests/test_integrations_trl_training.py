@@ -237,6 +237,26 @@ def test_interventions_stay_within_their_budget_and_log_nothing(trl, tmp_path, b
     assert all(log["scored"] == 8.0 for log in logs)
 
 
+def test_another_process_that_asks_for_more_changes_no_effect(trl, tmp_path):
+    """All processes score as many completions in as many rounds, since TRL gathers rewards."""
+    found, seen = [], []
+
+    def counted(completions, **_):
+        seen.append(len(completions))
+        return _vowels(completions)
+
+    options = {"reward": counted, "config": GROUPS, "credit_interventions": 12}
+    for most in (None, iter([4] * 6 + [0])):
+        seen.clear()
+        trainer = _with_credit(trl, tmp_path / str(len(found)), "causal", **options)
+        if most:
+            trainer.interventions._most = lambda count, most=most: next(most)
+        found.append(_scored(trainer)[1])
+    assert seen == [8] + [4] * 6
+    assert torch.equal(found[0].nan_to_num(nan=7.0), found[1].nan_to_num(nan=7.0))
+    assert found[0].nan_to_num().any()
+
+
 def test_a_floor_of_one_trains_as_uniform_credit(trl, tmp_path):
     found = []
     for number, options in enumerate(
