@@ -47,9 +47,9 @@ class GRPOTrainer(trl.GRPOTrainer):
             `trl_credit.Interventions`. Rows that were not measured keep uniform credit.
         credit_floor: share in [0, 1] that stays uniform.
         credit_interventions: completions of a batch, on every process, that are redrawn and scored again, at least
-            1: each costs the generation of a suffix, by temperature, top_k, top_p and min_p alone, and a call of
-            the reward functions; every row begun, about log2 of its length of them for each token that counts,
-            also costs a forward.
+            1. Each costs the generation of a suffix, by temperature, top_k, top_p and min_p alone, and a call of
+            the reward functions. A row takes about log2 of its length of them for each token that counts, one
+            after the other, and one forward; rows go side by side as far as the number allows.
         tracker: a CausalityTracker; None: a new one.
     Raises: ValueError for another credit, for credit with images, for causal credit with tools, environments or a
         rollout_func, whose rewards hang on more than the text, or with sharded weights (FSDP, DeepSpeed), and for
