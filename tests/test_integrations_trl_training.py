@@ -272,9 +272,9 @@ def test_a_floor_of_one_trains_as_uniform_credit(trl, tmp_path):
 def test_wrong_credit_is_refused(trl, tmp_path):
     with pytest.raises(ValueError, match=r"^credit must be one of uniform, attribution, causal, got 'all'$"):
         _with_credit(trl, tmp_path, "all")
-    with pytest.raises(ValueError, match="^credit_interventions must be at least 1, got 0$"):
+    with pytest.raises(ValueError, match=r"^credit_interventions must be at least 1, got 0$"):
         _with_credit(trl, tmp_path, "causal", credit_interventions=0)
-    with pytest.raises(ValueError, match="^credit must be uniform or attribution with a rollout_func, got"):
+    with pytest.raises(ValueError, match=r"^credit must be uniform or attribution with a rollout_func, got"):
         _with_credit(trl, tmp_path, "causal", rollout_func=lambda *_: {})
 
 
