@@ -73,7 +73,7 @@ class Interventions:
         effect_t = value(t + 1) - value(t)
 
     So effects sum to R(completion) - R(redrawn), and a token that the redrawing would have chosen, too, has none.
-    See `react_fast.trainer.credit.CausalReplays`, whose shortcuts are these: rows whose advantage is farthest from
+    See `react_fast.trainer.credit.CausalReplays`, whose shortcuts hold here: rows whose advantage is farthest from
     0 are measured until the budget is spent, and bisection does not see effects that cancel between equal values.
     Rows are bisected side by side, as many as the budget gives the evaluations of one decision each, so that a
     round is one generation of suffixes and one call of the reward functions.
@@ -104,13 +104,12 @@ class Interventions:
         for one in self._measured(prompts, _by_surprise(output["advantages"], mask)):
             if all(map(math.isfinite, one.known.values())):
                 found[one.row] = 0.0
-                found[one.row, torch.tensor(one.places, dtype=torch.long)] = torch.tensor(
-                    shared(one.known), dtype=torch.float64
-                )
+                for t, effect in zip(one.places, shared(one.known), strict=True):
+                    found[one.row, t] = effect
         return found.to(mask.device) * self._per_reward(output["advantages"])[:, None]
 
     def _measured(self, prompts: Sequence[list[int]], waiting: Iterator[int]) -> Iterator[_Measured]:
-        """Rows as they are done, by rounds of which each asks for one value of every row that is begun."""
+        """Rows that are measured, as far as the budget goes; a round asks for one value of every row begun."""
         *_, completions, rewards = self._last
         rewards = self._own(rewards, len(completions))
         width = max(1, self.budget // (1 + max(map(len, completions)).bit_length()))
@@ -229,7 +228,7 @@ class Interventions:
         return torch.where(rewards.isnan().all(1), torch.nan, sums)
 
     def _per_reward(self, advantages: Tensor) -> Tensor:
-        """[B] advantage per reward in every row's group; a completion without a reward has none of both."""
+        """[B] advantage per reward in every row's group; a completion without a reward stands at its mean."""
         whole = self._totals(self._last[-1]).view(-1, self.trainer.num_generations)
         whole = torch.where(whole.isnan(), whole.nanmean(1, keepdim=True), whole)
         groups = torch.arange(len(whole), device=whole.device).repeat_interleave(whole.shape[1])
