@@ -1,6 +1,7 @@
 """Two steps of TRL's trainers with and without `patch("trl")`: the same losses, gradient norms and weights."""
 
 import contextlib
+from dataclasses import replace
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ import torch
 import react_fast as rf
 from react_fast.integrations import trl_logprobs
 from react_fast.integrations.transformers import CausalityCallback
+from react_fast.trainer.rollout import PolicyEngine, SamplingParams, key
 
 from .peers import peer
 from .training import make_policy, weights
@@ -95,13 +97,14 @@ def test_two_steps_are_the_same(trl, tmp_path, run, monkeypatch):
     torch.testing.assert_close(after, before, rtol=0, atol=1e-4)  # of steps of 1e-2
 
 
-def _with_credit(trl, folder, credit, reward=_vowels, max_steps=2, **options):
+def _with_credit(trl, folder, credit, reward=_vowels, max_steps=2, config=None, **options):
     from datasets import Dataset
 
     from react_fast.integrations.trl import GRPOTrainer
 
     model, tokenizer = make_policy(torch.float32)
-    config = trl.GRPOConfig(output_dir=str(folder), **{**COMMON, **SAMPLED, "max_steps": max_steps})
+    sizes = {**COMMON, **SAMPLED, "max_steps": max_steps, **(config or {})}
+    config = trl.GRPOConfig(output_dir=str(folder), **sizes)
     return GRPOTrainer(
         model=model, reward_funcs=reward, args=config, processing_class=tokenizer,
         train_dataset=Dataset.from_list([{"prompt": text} for text in PROMPTS]), credit=credit, **options,
@@ -140,35 +143,139 @@ def test_attribution_spreads_the_advantage_as_the_tracker_scores(trl, tmp_path):
     torch.testing.assert_close(credit[row][mask[row]], wanted.to(credit), rtol=1e-4, atol=1e-6)
 
 
-def test_causal_credit_finds_the_token_that_earns_the_reward(trl, tmp_path):
-    """The reward looks at the second token alone, so no other has an effect."""
+GROUPS = {"per_device_train_batch_size": 8, "num_generations": 4, "top_k": 40, "top_p": 0.95}
+
+
+def _scored(trainer):
+    """A batch of the trainer's with credit, the effects behind it, and TRL's own advantages."""
+    measure, told = trainer.interventions.effects, {}
+
+    def effects(output, mask):
+        before = torch.get_rng_state()
+        told["uniform"], told["effects"] = output["advantages"], measure(output, mask)
+        assert torch.equal(torch.get_rng_state(), before)
+        assert trainer.model.training
+        return told["effects"]
+
+    trainer.interventions.effects = effects
+    trainer.model.train()
+    size, group = trainer.args.per_device_train_batch_size, trainer.num_generations
+    output = trainer._generate_and_score_completions([trainer.train_dataset[i // group] for i in range(size)])
+    return output, told["effects"], told["uniform"]
+
+
+def test_causal_credit_concentrates_on_the_token_that_earns_the_reward(trl, tmp_path):
+    """The reward looks at the second token alone: whether it is among the last half, which the first token hardly
+    changes under one noise. Torch's random numbers do not hang on the reward's."""
+
+    def second(completion_ids, **_):
+        torch.rand(1)
+        return [float(len(ids) > 1 and ids[1] >= half) for ids in completion_ids]
+
+    many = {**SAMPLED, "per_device_train_batch_size": 32, "num_generations": 8}
+    trainer = _with_credit(trl, tmp_path, "causal", second, config=many, credit_interventions=1000)
+    half = len(trainer.processing_class) // 2
+    output, effects, uniform = _scored(trainer)
+    mask, measured = output["completion_mask"].bool(), ~effects.isnan().all(1)
+    assert torch.equal(measured, uniform != 0)
+    assert not effects[measured][:, 2:].any()
+    assert float(effects[measured][:, 1].abs().sum()) > 2 * float(effects[measured][:, 0].abs().sum())
+    above = output["advantages"] - torch.where(mask, uniform[:, None], 0.0)
+    assert float((above.abs().argmax(1) == 1)[effects[:, 1].abs() > 0].float().mean()) > 0.9
+    torch.testing.assert_close(above.sum(1), torch.zeros(32), rtol=0, atol=1e-5)  # float32, summed over 5
+
+
+def test_effects_are_those_of_one_replay_for_every_place(trl, tmp_path):
+    """With a budget for all, in the unit of the advantages; the sampler is another call for every replay."""
+    trainer = _with_credit(trl, tmp_path, "causal", config=GROUPS, credit_interventions=1000)
+    output, effects, uniform = _scored(trainer)
+    tokenizer, compared = trainer.processing_class, 0
+    engine = PolicyEngine(trainer.model, eos_id=tokenizer.eos_token_id, pad_id=tokenizer.pad_token_id)
+    params = SamplingParams(5, temperature=0.8, top_k=40, top_p=0.95, seed=key(trainer.args.seed, 7, 0))
+    rows = [
+        ids[seen.bool()].tolist()
+        for ids, seen in zip(output["completion_ids"], output["completion_mask"], strict=True)
+    ]
+    rewards = torch.tensor(_vowels(tokenizer.batch_decode(rows, skip_special_tokens=True)))
+    for row, ids in enumerate(rows):
+        if not uniform[row]:
+            assert effects[row].isnan().all()
+            continue
+        prompt = output["prompt_ids"][row][output["prompt_mask"][row].bool()].tolist()
+        values = []
+        for kept in range(len(ids)):
+            alone = replace(params, max_new_tokens=5 - kept, rows=[row], skip=[kept])
+            drawn = engine.generate([prompt + ids[:kept]], alone)[0].ids
+            values += _vowels([tokenizer.decode(ids[:kept] + drawn, skip_special_tokens=True)])
+        values = torch.tensor([*values, float(rewards[row])]).double()
+        group = slice(row // 4 * 4, row // 4 * 4 + 4)
+        unit = uniform[group].norm() / (rewards[group] - rewards[group].mean()).norm()
+        found = effects[row] / unit
+        torch.testing.assert_close(found.sum(), values[-1] - values[0], rtol=0, atol=1e-6)  # float32 rewards
+        if len(values.unique()) == 1 + int((values.diff() != 0).sum()):  # no two values tie
+            torch.testing.assert_close(found[: len(ids)], values.diff(), rtol=0, atol=1e-6)
+            compared += bool(values.diff().any())
+    assert compared > 1
+
+
+@pytest.mark.parametrize("budget", [1, 7])
+def test_interventions_stay_within_their_budget_and_log_nothing(trl, tmp_path, budget):
     seen = []
 
-    def second(completion_ids, log_metric, **_):
+    def scored(completions, completion_ids, log_metric, **_):
         seen.append(len(completion_ids))
-        log_metric("scored", 1.0)
-        return [float(len(ids) > 1 and ids[1] % 2) for ids in completion_ids]
+        log_metric("scored", float(len(completion_ids)))
+        return _vowels(completions)
 
-    trainer = _with_credit(trl, tmp_path, "causal", second, credit_interventions=64)
+    trainer = _with_credit(trl, tmp_path, "causal", scored, config=GROUPS, credit_interventions=budget)
     trainer.train()
-    assert seen == [4, 64, 4, 64]
-    assert all(log["scored"] == 1.0 for log in trainer.state.log_history if "loss" in log)
-    moments = trainer.interventions.table.moments
-    assert float(moments.count.sum()) > 100
-    trainer.model.train()
-    output = trainer._generate_and_score_completions([trainer.train_dataset[i // 2] for i in range(4)])
-    credit, mask = output["advantages"], output["completion_mask"].bool()
-    effects = trainer.interventions.table.moments.mean
-    positions = torch.arange(mask.shape[1]).expand_as(mask)
-    known = effects[trainer.interventions.table._keys(output["completion_ids"], positions)]
-    assert not known[:, [0, 2, 3, 4]].any()
-    assert known[:, 1].any()
-    assert credit.shape == mask.shape
+    starts = [i for i, count in enumerate(seen) if count == 8]
+    assert len(starts) == 2
+    for part in (seen[starts[0] + 1 : starts[1]], seen[starts[1] + 1 :]):
+        assert 0 < sum(part) <= budget
+    logs = [log for log in trainer.state.log_history if "loss" in log]
+    assert all(log["scored"] == 8.0 for log in logs)
+
+
+def test_another_process_that_asks_for_more_changes_no_effect(trl, tmp_path):
+    """All processes score as many completions in as many rounds, since TRL gathers rewards."""
+    found, seen = [], []
+
+    def counted(completions, **_):
+        seen.append(len(completions))
+        return _vowels(completions)
+
+    options = {"reward": counted, "config": GROUPS, "credit_interventions": 12}
+    for most in (None, iter([4] * 6 + [0])):
+        seen.clear()
+        trainer = _with_credit(trl, tmp_path / str(len(found)), "causal", **options)
+        if most:
+            trainer.interventions._most = lambda count, most=most: next(most)
+        found.append(_scored(trainer)[1])
+    assert seen == [8] + [4] * 6
+    assert torch.equal(found[0].nan_to_num(nan=7.0), found[1].nan_to_num(nan=7.0))
+    assert found[0].nan_to_num().any()
+
+
+def test_a_floor_of_one_trains_as_uniform_credit(trl, tmp_path):
+    found = []
+    for number, options in enumerate(
+        ({"credit": "uniform"}, {"credit": "causal", "credit_floor": 1.0}, {"credit": "causal"})
+    ):
+        trainer = _with_credit(trl, tmp_path / str(number), config=GROUPS, **options)
+        trainer.train()
+        found.append(weights(trainer.model))
+    assert torch.equal(found[0], found[1])
+    assert not torch.equal(found[0], found[2])
 
 
 def test_wrong_credit_is_refused(trl, tmp_path):
     with pytest.raises(ValueError, match=r"^credit must be one of uniform, attribution, causal, got 'all'$"):
         _with_credit(trl, tmp_path, "all")
+    with pytest.raises(ValueError, match=r"^credit_interventions must be at least 1, got 0$"):
+        _with_credit(trl, tmp_path, "causal", credit_interventions=0)
+    with pytest.raises(ValueError, match=r"^credit must be uniform or attribution with a rollout_func, got"):
+        _with_credit(trl, tmp_path, "causal", rollout_func=lambda *_: {})
 
 
 def test_the_causality_callback_watches_completions(trl, tmp_path):

@@ -1,14 +1,20 @@
 """What credit in TRL's GRPO needs: rows as the tracker takes them, and effects of tokens on the rewards."""
 
 import copy
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
 
-from ..tracker.effect_table import EffectTable
+from ..tracker.shapley import next_asked, shared
+from ..trainer.credit import advantage_per_reward
+from ..trainer.rollout import PolicyEngine, SamplingParams, choose, key, uniforms
 
 Tensor = torch.Tensor
+
+_REDRAWN = 7  # stream of random numbers, as the trainer's own
 
 
 class Rows(NamedTuple):
@@ -37,115 +43,206 @@ def right_padded(batch: dict[str, Any], actions: Tensor) -> Rows:
     return Rows(ids, seen, held, columns[prompt.shape[1] :] - empty)
 
 
-class Interventions:
-    """do(token := another draw of the policy): the rest of the completion stays, the rewards are asked for again.
+@dataclass
+class _Measured:
+    """A row under bisection.
 
-    effect = R(completion) - R(completion with the other token); it counts for the token, and turned around for the
-    one in its place. `table` keeps them by token and position over training, so that few a batch are enough.
-
-    Args:
-        trainer: TRL's. budget: completions a batch that are scored again. score: `_calculate_rewards`.
+    Attributes:
+        row: of the batch.
+        places: in its completion, the last first, where the redrawing chooses another token.
+        known: value(k) for some k, the reward once the first k of the places and all behind them are redrawn.
+        asked: k whose value is asked next, None when all is known.
     """
 
-    def __init__(self, trainer: Any, table: EffectTable, budget: int, score: Callable[..., Tensor]) -> None:
-        self.trainer, self.table, self.budget, self._score = trainer, table, budget, score
+    row: int
+    places: list[int]
+    known: dict[int, float]
+    asked: int | None
+
+    def tell(self, value: float) -> None:
+        assert self.asked is not None
+        self.known[self.asked] = value
+        self.asked = next_asked(self.known) if math.isfinite(value) else None
+
+
+class Interventions:
+    """do(the policy draws anew from here on), under one other noise for all of a completion's tokens; then the
+    rewards are asked for again.
+
+        value(t) = R(completion whose first t tokens are kept and the rest redrawn)
+        effect_t = value(t + 1) - value(t)
+
+    So effects sum to R(completion) - R(redrawn), and a token that the redrawing would have chosen, too, has none.
+    See `react_fast.trainer.credit.CausalReplays`, whose shortcuts hold here: rows whose advantage is farthest from
+    0 are measured until the budget is spent, and bisection does not see effects that cancel between equal values.
+    Rows are bisected side by side, as many as the budget gives the evaluations of one decision each, so that a
+    round is one generation of suffixes and one call of the reward functions.
+
+    Args:
+        trainer: TRL's. budget: completions that are scored again a batch and process. score: `_calculate_rewards`.
+    """
+
+    def __init__(self, trainer: Any, budget: int, score: Callable[..., Tensor]) -> None:
+        self.trainer, self.budget, self._score = trainer, budget, score
         self._last: tuple[Any, ...] = ()
 
     def remember(self, *given: Any) -> None:
         """Arguments and result of the trainer's last `_calculate_rewards`."""
         self._last = given
 
-    def effects(self, output: dict[str, Any], mask: Tensor, *, temperature: float) -> Tensor:
-        """[B, C] float64 of a batch's tokens as the table knows them, after measuring some of this batch."""
-        positions = torch.arange(mask.shape[1], device=mask.device).expand_as(mask)
-        ids = output["completion_ids"]
-        places = (mask & (ids != self._eos())).nonzero()
-        if len(places):
-            self._measure(output, places, temperature)
-        return self.table.effects(ids, positions)
+    def effects(self, output: dict[str, Any], mask: Tensor) -> Tensor:
+        """[B, C] float64 in the unit of the advantages; NaN in rows that were not measured.
 
-    def _measure(self, output: dict[str, Any], places: Tensor, temperature: float) -> None:
-        """As many of the places [N, 2] (row, position) as the budget allows; torch's own generators stay."""
-        trainer, device = self.trainer, places.device
-        rank = trainer.accelerator.process_index
-        generator = torch.Generator().manual_seed(
-            trainer.args.seed * 1_000_003 + trainer.state.global_step * 1009 + rank
+        Args:
+            output: of `_generate_and_score_completions`. mask: [B, C] bool, true where a token is the policy's.
+        """
+        found = torch.full(mask.shape, torch.nan, dtype=torch.float64)
+        prompts = [
+            ids[seen.bool()].tolist()
+            for ids, seen in zip(output["prompt_ids"], output["prompt_mask"], strict=True)
+        ]
+        for one in self._measured(prompts, _by_surprise(output["advantages"], mask)):
+            if all(map(math.isfinite, one.known.values())):
+                found[one.row] = 0.0
+                for t, effect in zip(one.places, shared(one.known), strict=True):
+                    found[one.row, t] = effect
+        return found.to(mask.device) * self._per_reward(output["advantages"])[:, None]
+
+    def _measured(self, prompts: Sequence[list[int]], waiting: Iterator[int]) -> Iterator[_Measured]:
+        """Rows that are measured, as far as the budget goes; a round asks for one value of every row begun."""
+        *_, completions, rewards = self._last
+        rewards = self._own(rewards, len(completions))
+        width = max(1, self.budget // (1 + max(map(len, completions)).bit_length()))
+        begun: list[_Measured] = []
+        left = self.budget
+        while True:
+            while len(begun) < min(width, left) and (row := next(waiting, None)) is not None:
+                redrawn = self._redrawn(prompts[row], completions[row], row)
+                places = [t for t, token in enumerate(completions[row]) if token != redrawn[t]][::-1]
+                begun.append(_Measured(row, places, {0: rewards[row]}, len(places) or None))
+                if not places:
+                    yield begun.pop()
+            asked = begun[:left]
+            count = self._most(len(asked))
+            if count == 0:
+                break
+            for one, value in zip(asked, self._values(prompts, asked, count), strict=True):
+                one.tell(value)
+            left -= len(asked)
+            yield from (one for one in begun if one.asked is None)
+            begun = [one for one in begun if one.asked is not None]
+        yield from begun
+
+    def _most(self, count: int) -> int:
+        """The largest of all processes: their reward functions are gathered, so every one calls them as often."""
+        accelerator = self.trainer.accelerator
+        return int(accelerator.gather(torch.tensor([count], device=accelerator.device)).max())
+
+    def _values(self, prompts: Sequence[list[int]], asked: Sequence[_Measured], count: int) -> list[float]:
+        """What every row asks for; `count` completions are scored, as many on every process."""
+        inputs, texts, completions, ids, _ = self._last
+        kept = [ids[one.row][: one.places[one.asked - 1]] for one in asked if one.asked is not None]
+        rows = [one.row for one in asked] + [0] * (count - len(asked))
+        changed = self._continued([prompts[one.row] for one in asked], kept, rows[: len(asked)])
+        changed += [list(ids[0])] * (count - len(asked))
+        decoded = self.trainer.processing_class.batch_decode(changed, skip_special_tokens=True)
+        found = self._quiet(
+            [inputs[row] for row in rows],
+            [texts[row] for row in rows],
+            [_with_text(completions[row], text) for row, text in zip(rows, decoded, strict=True)],
+            changed,
         )
-        chosen = torch.randint(len(places), (self.budget,), generator=generator).to(device)
-        rows, at = places[chosen].unbind(1)
-        taken = output["completion_ids"][rows, at]
-        instead = self._drawn(output, rows, at, temperature, generator)
-        inputs, prompts, completions, ids, rewards = self._last
-        changed_ids = [list(ids[row]) for row in rows.tolist()]
-        for changed, t, token in zip(changed_ids, at.tolist(), instead.tolist(), strict=True):
-            changed[t] = token
-        texts = trainer.processing_class.batch_decode(changed_ids, skip_special_tokens=True)
-        again = self._quiet(
-            [inputs[row] for row in rows.tolist()],
-            [prompts[row] for row in rows.tolist()],
-            [_with_text(completions[row], text) for row, text in zip(rows.tolist(), texts, strict=True)],
-            changed_ids,
-        )
-        before = self._total(rewards, len(ids))[rows]
-        found = (before - self._total(again, self.budget)).double()
-        kept = found.isfinite() & (instead != taken)
-        found, at = found[kept], at[kept]
-        self.table.add(found, taken[kept], at)
-        self.table.add(-found, instead[kept], at)
+        return self._own(found, count)[: len(asked)]
 
-    def _quiet(self, *given: Any) -> Tensor:
-        """Rewards without what their functions log, which is told of the policy's own completions."""
-        trainer = self.trainer
-        trainer._log_completion_extra = trainer._log_metric = lambda *told, **more: None
-        try:
-            return self._score(*given)
-        finally:
-            del trainer._log_completion_extra, trainer._log_metric
+    def _continued(
+        self, prompts: Sequence[list[int]], kept: Sequence[list[int]], rows: list[int]
+    ) -> list[list[int]]:
+        """Completions that begin with the kept tokens; the policy draws what follows."""
+        if not rows:
+            return []
+        skip, longest = [len(ids) for ids in kept], self.trainer.max_completion_length
+        params = replace(self._params(longest - min(skip)), rows=rows, skip=skip)
+        begun = [prompt + ids for prompt, ids in zip(prompts, kept, strict=True)]
+        tokenizer = self.trainer._tokenizer
+        engine = PolicyEngine(self._model(), eos_id=tokenizer.eos_token_id, pad_id=tokenizer.pad_token_id)
+        drawn = [one.ids for one in engine.generate(begun, params)]
+        return [ids + self._ended(more[: longest - len(ids)]) for ids, more in zip(kept, drawn, strict=True)]
 
-    def _eos(self) -> int:
-        """Never replaced and never drawn: rewards would see what stands behind it."""
-        found = self.trainer.processing_class.eos_token_id
-        return -1 if found is None else int(found)
-
-    def _total(self, rewards: Tensor, own: int) -> Tensor:
-        """[own] weighted sums of this process's rows of what all processes' functions gave."""
-        first = self.trainer.accelerator.process_index * own
-        weights = self.trainer.reward_weights.to(rewards.device)
-        return (rewards[first : first + own] * weights).nansum(1)
+    def _ended(self, ids: list[int]) -> list[int]:
+        """Up to the first of TRL's end tokens."""
+        end = next((t for t, token in enumerate(ids) if token in self.trainer.eos_token_ids), len(ids))
+        return ids[: end + 1]
 
     @torch.no_grad()
-    def _drawn(
-        self, output: dict[str, Any], rows: Tensor, at: Tensor, temperature: float, generator: Any
-    ) -> Tensor:
-        """[N] tokens other than those taken and the end; the same where there is none."""
-        taken = output["completion_ids"][rows, at]
-        logits = self._logits(output, rows, at)
-        p = torch.softmax(logits.double() / temperature, -1).scatter(1, taken[:, None], 0.0)
-        if self._eos() >= 0:
-            p[:, self._eos()] = 0.0
-        cumulative = p.cumsum(1)
-        draws = torch.rand(len(rows), 1, dtype=torch.float64, generator=generator).to(p.device)
-        drawn = torch.searchsorted(cumulative, draws * cumulative[:, -1:], right=True)[:, 0]
-        return torch.where(cumulative[:, -1] > 0, drawn.clamp_max(p.shape[1] - 1), taken)
-
-    def _logits(self, output: dict[str, Any], rows: Tensor, at: Tensor) -> Tensor:
-        """[N, V] of the policy before every place; a row at a time, since logits of all do not fit."""
-        model = self.trainer.accelerator.unwrap_model(self.trainer.model)
-        ids = torch.cat([output["prompt_ids"], output["completion_ids"]], 1)
-        seen = torch.cat([output["prompt_mask"], output["completion_mask"]], 1)
-        kept = output["completion_ids"].shape[1] + 1  # one before the first token, and one behind the last
-        found: list[Tensor] = [ids.new_empty(0)] * len(rows)
+    def _redrawn(self, prompt: list[int], ids: list[int], row: int) -> list[int]:
+        """At every place of a completion what the policy draws there under the other noise."""
+        model, params = self._model(), self._params(len(ids))
+        inputs = torch.tensor([prompt + ids], device=self.trainer.accelerator.device)
         was_training = model.training
         model.eval()
         try:
-            for row in rows.unique().tolist():
-                one = {"input_ids": ids[row : row + 1], "attention_mask": seen[row : row + 1]}
-                logits = model(**one, use_cache=False, logits_to_keep=kept).logits[0]
-                for i in (rows == row).nonzero()[:, 0].tolist():
-                    found[i] = logits[at[i]]
+            logits = model(
+                input_ids=inputs,
+                attention_mask=torch.ones_like(inputs),
+                use_cache=False,
+                logits_to_keep=len(ids) + 1,
+            ).logits[0, :-1]
         finally:
             model.train(was_training)
-        return torch.stack(found)
+        return choose(logits, uniforms(replace(params, rows=[row]), 1)[0], params)[0].tolist()
+
+    def _params(self, max_new_tokens: int) -> SamplingParams:
+        trainer = self.trainer
+        return SamplingParams(
+            max_new_tokens,
+            temperature=trainer.temperature,
+            top_k=trainer.top_k if (trainer.top_k or 0) > 0 else None,
+            top_p=trainer.top_p,
+            min_p=trainer.min_p or 0.0,
+            seed=key(trainer.args.seed, _REDRAWN, trainer.accelerator.process_index),
+            step=trainer.state.global_step,
+        )
+
+    def _model(self) -> Any:
+        return self.trainer.accelerator.unwrap_model(self.trainer.model)
+
+    def _quiet(self, *given: Any) -> Tensor:
+        """Rewards without what their functions log, which is told of the policy's own completions, and without
+        a trace in torch's random numbers."""
+        trainer, device = self.trainer, self.trainer.accelerator.device
+        trainer._log_completion_extra = trainer._log_metric = lambda *told, **more: None
+        try:
+            with torch.random.fork_rng([device] if device.type == "cuda" else []):
+                return self._score(*given)
+        finally:
+            del trainer._log_completion_extra, trainer._log_metric
+
+    def _own(self, rewards: Tensor, count: int) -> list[float]:
+        """Weighted sums of this process's rows, of what all processes' functions gave."""
+        first = self.trainer.accelerator.process_index * count
+        return self._totals(rewards)[first : first + count].tolist()
+
+    def _totals(self, rewards: Tensor) -> Tensor:
+        """[N] weighted sums of what the functions gave, [N, functions]; NaN where none gave anything."""
+        sums = (rewards * self.trainer.reward_weights.to(rewards.device)).nansum(1).double()
+        return torch.where(rewards.isnan().all(1), torch.nan, sums)
+
+    def _per_reward(self, advantages: Tensor) -> Tensor:
+        """[B] advantage per reward in every row's group; a completion without a reward stands at its mean."""
+        whole = self._totals(self._last[-1]).view(-1, self.trainer.num_generations)
+        whole = torch.where(whole.isnan(), whole.nanmean(1, keepdim=True), whole)
+        groups = torch.arange(len(whole), device=whole.device).repeat_interleave(whole.shape[1])
+        squares = self.trainer.accelerator.gather(advantages).double().square()
+        ratio = advantage_per_reward(squares, whole.flatten(), groups)
+        first = self.trainer.accelerator.process_index * len(advantages)
+        return ratio[first : first + len(advantages)]
+
+
+def _by_surprise(advantages: Tensor, mask: Tensor) -> Iterator[int]:
+    """Rows with an advantage to explain, the farthest from 0 first, ties by order."""
+    size = torch.where(mask.any(1), advantages.double().abs(), 0.0).cpu()
+    order = size.round(decimals=9).argsort(descending=True, stable=True)
+    return (row for row in order.tolist() if size[row] > 0)
 
 
 def _with_text(completion: Any, text: str) -> Any:

@@ -8,7 +8,6 @@ import trl
 
 from ..tracker import CausalityTracker
 from ..tracker.credit import attribution_credit, causal_credit
-from ..tracker.effect_table import EffectTable
 from .trl import compacting
 from .trl_credit import Interventions, right_padded
 from .trl_logprobs import fused_head
@@ -44,13 +43,17 @@ class GRPOTrainer(trl.GRPOTrainer):
     Args:
         credit: how a completion's advantage is spread over its tokens, see `react_fast.tracker.credit`: "uniform",
             TRL's own; "attribution", by gradient x input of the completion's log-probability, one forward and
-            backward; "causal", by what the reward functions give when one token is exchanged for another draw of
-            the policy, `credit_interventions` times a batch and process, accumulated over training.
+            backward; "causal", by what the reward functions give when the policy draws anew from a token on, see
+            `trl_credit.Interventions`. Rows that were not measured keep uniform credit.
         credit_floor: share in [0, 1] that stays uniform.
-        credit_interventions: completions of a batch, on every process, that are scored again.
+        credit_interventions: completions of a batch, on every process, that are redrawn and scored again, at least
+            1. Each costs the generation of a suffix, by temperature, top_k, top_p and min_p alone, and a call of
+            the reward functions. A row takes about log2 of its length of them for each token that counts, one
+            after the other, and one forward; rows go side by side as far as the number allows.
         tracker: a CausalityTracker; None: a new one.
-    Raises: ValueError for another credit, for credit with images, and for causal credit with tools or
-        environments, whose rewards hang on more than the text.
+    Raises: ValueError for another credit, for credit with images, for causal credit with tools, environments or a
+        rollout_func, whose rewards hang on more than the text, or with sharded weights (FSDP, DeepSpeed), and for
+        credit_interventions below 1.
     """
 
     def __init__(
@@ -67,12 +70,22 @@ class GRPOTrainer(trl.GRPOTrainer):
         super().__init__(*args, **options)
         for model in filter(None, (self.model, self.ref_model)):
             use_fused_head(model.get_base_model() if hasattr(model, "get_base_model") else model)
-        if credit == "causal" and (self.tools or self.environments is not None):
-            raise ValueError("credit must be uniform or attribution with tools or environments, got causal")
+        if credit == "causal":
+            self._check_causal(credit_interventions)
         self.credit, self.credit_floor = credit, credit_floor
         self.tracker = tracker or CausalityTracker(self.model, self.processing_class)
-        table = EffectTable("token_at_position", self.accelerator.device)
-        self.interventions = Interventions(self, table, credit_interventions, super()._calculate_rewards)
+        self.interventions = Interventions(self, credit_interventions, super()._calculate_rewards)
+
+    def _check_causal(self, interventions: int) -> None:
+        for refused, what in (
+            (self.tools or self.environments is not None, "tools or environments"),
+            (self.rollout_func is not None, "a rollout_func"),
+            (self.is_fsdp_enabled or self.is_deepspeed_enabled, "FSDP or DeepSpeed"),
+        ):
+            if refused:
+                raise ValueError(f"credit must be uniform or attribution with {what}, got causal")
+        if interventions < 1:
+            raise ValueError(f"credit_interventions must be at least 1, got {interventions}")
 
     def _calculate_rewards(
         self, inputs: Any, prompts: Any, completions: Any, completion_ids_list: Any
@@ -101,5 +114,5 @@ class GRPOTrainer(trl.GRPOTrainer):
         return attribution_credit(output["advantages"], scores, mask, floor=self.credit_floor)
 
     def _caused(self, output: dict[str, Any], mask: torch.Tensor) -> torch.Tensor:
-        effects = self.interventions.effects(output, mask, temperature=self.temperature)
+        effects = self.interventions.effects(output, mask)
         return causal_credit(output["advantages"], effects, mask, floor=self.credit_floor)

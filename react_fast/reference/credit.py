@@ -239,10 +239,11 @@ def turns_of(one: Any, tokens: list[int], end: int | None = None) -> list[list[i
 
 
 def _bisect(value: Any, known: dict[int, float], count: int, left: int) -> tuple[list[float], int]:
-    """What each unit brings, halving the stretch with the largest difference first; and the budget left."""
+    """What each unit brings, halving the stretch with the largest difference first, of equal ones that of the
+    units that go first; and the budget left."""
     found, stretches = [0.0] * count, [(0, count)]
     while stretches:
-        start, end = max(stretches, key=lambda s: abs(known[s[0]] - known[s[1]]))
+        start, end = max(sorted(stretches), key=lambda s: abs(known[s[0]] - known[s[1]]))
         stretches.remove((start, end))
         change = known[start] - known[end]
         if abs(change) <= 1e-9 * max(1.0, abs(known[start]), abs(known[end])):

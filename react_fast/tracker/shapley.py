@@ -169,19 +169,31 @@ def contributions(
     Source: Castro, Gomez & Tejada 2009 for orders as samples; Dorfman 1943 for testing in groups.
     """
     known = {0: first, players: float(value(players))}
-    spent, found = 1, [0.0] * players
-    stretches = [(0, players)]
-    while stretches:
-        sizes = [abs(known[start] - known[end]) for start, end in stretches]
-        start, end = stretches.pop(sizes.index(max(sizes)))
-        change = known[start] - known[end]
-        if abs(change) <= 1e-9 * max(1.0, abs(known[start]), abs(known[end])):
-            continue
-        if end - start == 1 or spent >= budget:
-            found[start:end] = [change / (end - start)] * (end - start)
-            continue
-        middle = (start + end) // 2
+    while len(known) <= budget and (middle := next_asked(known)) is not None:
         known[middle] = float(value(middle))
-        spent += 1
-        stretches += [(start, middle), (middle, end)]
-    return found, spent
+    return shared(known), len(known) - 1
+
+
+def next_asked(known: dict[int, float]) -> int | None:
+    """The k whose value `contributions` asks for next when it knows those of 0, of n and of others; None where no
+    other tells anything."""
+    changes = [(start, end, _change(known, start, end)) for start, end in pairwise(sorted(known))]
+    open_ = [one for one in changes if one[2] != 0 and one[1] - one[0] > 1]
+    if not open_:
+        return None
+    start, end, _ = max(open_, key=lambda one: abs(one[2]))
+    return (start + end) // 2
+
+
+def shared(known: dict[int, float]) -> list[float]:
+    """The n contributions as far as values are known, of 0 and of n among them."""
+    found: list[float] = []
+    for start, end in pairwise(sorted(known)):
+        found += [_change(known, start, end) / (end - start)] * (end - start)
+    return found
+
+
+def _change(known: dict[int, float], start: int, end: int) -> float:
+    """0 for two values that differ by rounding alone."""
+    change = known[start] - known[end]
+    return 0.0 if abs(change) <= 1e-9 * max(1.0, abs(known[start]), abs(known[end])) else change

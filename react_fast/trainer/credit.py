@@ -295,20 +295,29 @@ def play_again(trainer: Any, wanted: Iterable[Replay], stream: int, count: Count
 
 
 def in_advantages(batch: Batch) -> torch.Tensor:
-    """[B, T-1] the batch's effects in the unit of its advantages: times the ratio of a group's root mean square
-    advantage to that of its rewards' distances from their mean, 0 where the rewards are equal."""
+    """[B, T-1] the batch's effects in the unit of its advantages."""
     assert batch.effects is not None
     assert batch.advantages is not None
     count = batch.mask.sum(1).clamp_min(1)
     level = batch.advantages.double()
     level = level[:, None] if level.dim() == 1 else level
     squares = torch.where(batch.mask, level.square(), 0.0).sum(1) / count
+    return batch.effects * advantage_per_reward(squares, batch.rewards, batch.groups)[:, None]
+
+
+def advantage_per_reward(squares: torch.Tensor, rewards: torch.Tensor, groups: torch.Tensor) -> torch.Tensor:
+    """[B] float64: ratio of a group's root mean square advantage to that of its rewards' distances from their
+    mean, 0 where the rewards are equal.
+
+    Args:
+        squares: [B] float64, of the rows' advantages. rewards: [B]. groups: [B], equal within a group.
+    """
     ratio = torch.zeros_like(squares)
-    for group in batch.groups.unique():
-        rows, rewards = batch.groups == group, batch.rewards[batch.groups == group].double()
-        spread = (rewards - rewards.mean()).square().sum()
+    for group in groups.unique():
+        rows, within = groups == group, rewards[groups == group].double()
+        spread = (within - within.mean()).square().sum()
         ratio[rows] = torch.where(spread > 0, (squares[rows].sum() / spread).sqrt(), 0.0)
-    return batch.effects * ratio[:, None]
+    return ratio
 
 
 def _by_surprise(batch: Batch, seed: int, step: int) -> list[int]:
