@@ -273,6 +273,10 @@ def test_a_sample_has_a_logprob_for_every_token():
         ({"max_new_tokens": "4"}, "max_new_tokens must be an integer, got str"),
         ({"temperature": "1"}, "temperature must be a number, got str"),
         ({"greedy": "no"}, "greedy must be True or False, got str"),
+        ({"skip": [-1]}, r"skip must be in \[0, 2\^63\), got -1"),
+        ({"skip": [0.5]}, "skip must hold integers, got float"),
+        ({"rows": [-1]}, r"rows must be in \[0, 2\^63\), got -1"),
+        ({"rows": ["0"]}, "rows must hold integers, got str"),
     ],
 )
 def test_bad_sampling_is_refused(options, message):

@@ -23,7 +23,7 @@ class SamplingParams:
         max_new_tokens: longest action, at least 1.
         temperature: above 0; the limit 0 is `greedy`. It acts before the truncation.
         greedy: the most probable token each time.
-        seed, step, turn: in [0, 2^63). rows: one number for each prompt; None: 0, 1, 2, ...
+        seed, step, turn: in [0, 2^63). rows: one such number for each prompt; None: 0, 1, 2, ...
         skip: draws at the start of each row's stream that are left out, as those of tokens which stand in the
             prompt already; None: none. Engines whose draws cannot be named (`PolicyEngine`'s can) ignore it.
         top_k: at least 1; None: all. top_p: in (0, 1]; 1: all. min_p: in [0, 1]; 0: all.
@@ -54,6 +54,12 @@ class SamplingParams:
         for name in ("seed", "step", "turn"):
             if not 0 <= getattr(self, name) < 1 << 63:
                 raise ValueError(f"{name} must be in [0, 2^63), got {getattr(self, name)}")
+        for name in ("rows", "skip"):
+            for value in getattr(self, name) or ():
+                if not isinstance(value, Integral) or isinstance(value, bool):
+                    raise TypeError(f"{name} must hold integers, got {type(value).__name__}")
+                if not 0 <= value < 1 << 63:
+                    raise ValueError(f"{name} must be in [0, 2^63), got {value}")
         if self.max_new_tokens < 1:
             raise ValueError(f"max_new_tokens must be at least 1, got {self.max_new_tokens}")
         if not 0 < self.temperature < math.inf:
