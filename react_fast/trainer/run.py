@@ -116,6 +116,8 @@ class _Run:
         self.tracker = make_tracker(self.config.tracker, self.model, self.tokenizer)
 
     def go(self, resume: str) -> dict[str, Any]:
+        config = self.folder.path / CONFIG
+        before = config.read_bytes() if config.exists() else None
         self._begin(resume)
         try:
             for phase in PHASES:
@@ -123,6 +125,10 @@ class _Run:
                 self._phase(phase, resume)
             self.ranks.wait()
             return self._finish()
+        except CheckpointError:
+            if before is not None and self.ranks.first:  # the run's checkpoints do not fit the new one
+                config.write_bytes(before)
+            raise
         finally:
             self.reporter.close()
 
