@@ -158,6 +158,12 @@ def test_ctrl_c_saves_exits_cleanly_and_resumes_to_the_same_weights(whole, tmp_p
     assert _same(_weights(run), _weights(whole))
 
 
+def test_a_run_of_another_precision_than_the_last_one(whole, tmp_path):
+    assert cli.main([*train_words(tmp_path, warm_start={"steps": 1}), "--precision", "bfloat16"]) == 0
+    weights = _weights(tmp_path / "run")
+    assert {x.dtype for x in weights.values()} == {torch.float32}
+
+
 def test_a_model_that_does_not_fit_leaves_the_runs_configuration(whole, tmp_path, capsys):
     run = tmp_path / "run"
     shutil.copytree(whole, run)
