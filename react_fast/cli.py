@@ -10,7 +10,9 @@ from typing import Annotated, Any
 from .info import info_lines
 
 # What the subcommands other than `info` import, by import name.
-_TRAIN_EXTRA = ("typer", "rich", "pydantic", "yaml", "safetensors", "transformers", "gymnasium", "matplotlib")
+_TRAIN_EXTRA = (
+    "typer", "rich", "pydantic", "yaml", "safetensors", "transformers", "accelerate", "gymnasium", "matplotlib",
+)  # fmt: skip
 _INSTALL = "install them with: pip install 'react-fast[train,tasks]'"
 
 

@@ -263,7 +263,7 @@ def test_redrawing_gives_way_to_the_episode_action_by_action():
             Replay(one.record, one.seed, turns_of(one, one.token_ids, end=t), open=True, number=row)
             for t in places
         ]
-        values = [*play_again(trainer, again, _REDRAWN, Count()), float(sum(one.rewards))]
+        values = [*play_again(trainer, trainer.engine, again, _REDRAWN, Count()), float(sum(one.rewards))]
         found = batch.effects[row, torch.tensor(places) - 1]
         torch.testing.assert_close(found.sum(), torch.tensor(values[-1] - values[0]).double())
         expected = torch.tensor(np.diff(values))

@@ -94,6 +94,11 @@ def test_dry_run_prints_the_resolved_config_and_the_batch_numbers(capsys, tiny, 
             ["--trainer.learning_rat", "1"],
             "trainer.learning_rat is not a key; did you mean trainer.learning_rate?",
         ),
+        (["--trainer.seed", "9" * 20], "trainer.seed must be less than 9223372036854775808, got 9"),
+        (
+            ["--trainer.temperature", "1e300"],
+            "trainer.temperature must be in [1e-30, 1e+30], got 1e+300",
+        ),
         (["--trainer.temperature", "0"], "trainer.temperature must be greater than 0, got 0"),
         (["--steps", "many"], "trainer.steps must be a valid integer, got 'many'"),
         (

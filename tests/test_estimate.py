@@ -101,3 +101,8 @@ def test_a_dry_run_tells_steps_tokens_and_memory_and_reads_no_weights(tmp_path, 
         f"parameters {in_units(size)} + gradients {in_units(size)} + optimizer {in_units(2 * size)}" in shown
     )
     assert not (tmp_path / "run").exists()
+
+
+def test_a_forward_that_fits_no_memory_is_told_in_one_line(tmp_path, capsys):
+    assert main([*train_words(tmp_path), "--dry-run", "--max_new_tokens", "100000000000"]) == 2
+    assert "react-fast: a forward of 4 sequences of 100,000,000,00" in capsys.readouterr().err

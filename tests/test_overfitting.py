@@ -4,6 +4,7 @@ Early stopping hands back the best weights: `test_trainer.py`.
 """
 
 import json
+import math
 import random
 
 import pytest
@@ -14,6 +15,7 @@ from react_fast.envs import Record, TextEnv
 from react_fast.envs.augment import shuffle_facts
 from react_fast.envs.tasks import question_answering
 from react_fast.trainer.algorithms import GRPO, SFT
+from react_fast.trainer.early_stopping import BestStep, EarlyStopping
 from react_fast.trainer.model import fresh_model
 from react_fast.trainer.trainer import Trainer
 
@@ -157,3 +159,32 @@ def test_what_is_no_function_is_refused(tmp_path, capsys, name, message):
 def test_an_augmentation_that_returns_no_record_is_refused():
     with pytest.raises(TypeError, match=r"^env\.augment must return a Record, got str$"):
         _trained(FACTS, SFT(), augment=wrong, steps=1, group_size=1)
+
+
+def test_a_run_that_no_longer_stops_early_keeps_its_last_weights():
+    model = torch.nn.Linear(1, 1)
+    before = EarlyStopping(2)
+    before.see(0.0, model)
+    after = EarlyStopping(0)
+    after.load_state_dict(before.state_dict())
+    with torch.no_grad():
+        model.weight += 1
+    trained = model.weight.detach().clone()
+    after.restore(model)
+    assert torch.equal(model.weight, trained)
+
+
+def test_the_best_step_is_one_of_its_own_metric_and_never_nan():
+    best = BestStep("eval/reward")
+    best.see(1, {"eval/reward": math.nan})
+    assert best.step is None
+    best.see(2, {"eval/reward": 0.5})
+    best.see(3, {"eval/reward": math.nan})
+    best.see(4, {"eval/reward": 0.25})
+    assert best.step == 2
+    again, other = BestStep("eval/reward"), BestStep("-eval/loss")
+    for one in (again, other):
+        one.load_state_dict(best.state_dict())
+    assert (again.step, other.step) == (2, None)
+    other.see(5, {"eval/loss": 3.0})
+    assert other.step == 5

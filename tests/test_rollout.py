@@ -271,8 +271,13 @@ def test_a_sample_has_a_logprob_for_every_token():
         ({"seed": 1.5}, "seed must be an integer, got float"),
         ({"top_k": True}, "top_k must be an integer, got bool"),
         ({"max_new_tokens": "4"}, "max_new_tokens must be an integer, got str"),
+        ({"temperature": 1e-320}, r"temperature must be in \[1e-30, 1e\+30\]"),
         ({"temperature": "1"}, "temperature must be a number, got str"),
         ({"greedy": "no"}, "greedy must be True or False, got str"),
+        ({"skip": [-1]}, r"skip must be in \[0, 2\^63\), got -1"),
+        ({"skip": [0.5]}, "skip must hold integers, got float"),
+        ({"rows": [-1]}, r"rows must be in \[0, 2\^63\), got -1"),
+        ({"rows": ["0"]}, "rows must hold integers, got str"),
     ],
 )
 def test_bad_sampling_is_refused(options, message):

@@ -49,8 +49,9 @@ def test_a_run_sends_what_metrics_jsonl_holds(tmp_path, monkeypatch, name):
     assert not (tmp_path / "run" / "tensorboard").exists()
 
 
-def test_a_missing_package_is_named(tmp_path, monkeypatch, capsys):
-    monkeypatch.setitem(sys.modules, "wandb", None)  # as if it were not installed
-    assert main([*train_words(tmp_path), "--logging.trackers", "[wandb]"]) == 2
+@pytest.mark.parametrize("name", ["wandb", "tensorboard"])
+def test_a_missing_package_is_named(tmp_path, monkeypatch, capsys, name):
+    monkeypatch.setitem(sys.modules, name, None)  # as if it were not installed
+    assert main([*train_words(tmp_path), "--logging.trackers", f"[{name}]"]) == 2
     (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("react-fast")]
-    assert "logging.trackers names wandb, which is not installed; pip install wandb" in line
+    assert f"logging.trackers names {name}, which is not installed; pip install {name}" in line

@@ -158,6 +158,22 @@ def test_ctrl_c_saves_exits_cleanly_and_resumes_to_the_same_weights(whole, tmp_p
     assert _same(_weights(run), _weights(whole))
 
 
+def test_a_run_of_another_precision_than_the_last_one(whole, tmp_path):
+    assert cli.main([*train_words(tmp_path, warm_start={"steps": 1}), "--precision", "bfloat16"]) == 0
+    weights = _weights(tmp_path / "run")
+    assert {x.dtype for x in weights.values()} == {torch.float32}
+
+
+def test_a_model_that_does_not_fit_leaves_the_runs_configuration(whole, tmp_path, capsys):
+    run = tmp_path / "run"
+    shutil.copytree(whole, run)
+    config = (run / "config.yaml").read_bytes()
+    words = [*train_words(tmp_path), "--trainer.credit", "attribution", "--resume", "auto"]
+    assert cli.main([*words, "--model.hidden_size", "32"]) == 2
+    assert "must be [260, 32] torch.float32, got [260, 16]" in capsys.readouterr().err
+    assert (run / "config.yaml").read_bytes() == config
+
+
 def test_explain_and_report_name_what_they_cannot_read_or_write(whole, tmp_path, capsys):
     assert cli.main(["explain", str(whole), "--text", "say 1:", "--html", str(tmp_path)]) == 2
     assert capsys.readouterr().err == f"react-fast: html {tmp_path} cannot be written: Is a directory\n"

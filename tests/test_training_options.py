@@ -21,16 +21,6 @@ from .training import Log, make_env, make_policy, weights
 from .training import make_config as config
 
 
-@pytest.fixture
-def fresh_accelerate():
-    """accelerate keeps one precision for the whole process."""
-    from accelerate.state import AcceleratorState
-
-    AcceleratorState._reset_state(reset_partial_state=True)
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
-
-
 def _trainer(algorithm, model=None, tokenizer=None, **changes) -> Trainer:
     if model is None:
         model, tokenizer = make_policy(torch.float32)
@@ -38,7 +28,7 @@ def _trainer(algorithm, model=None, tokenizer=None, **changes) -> Trainer:
     return Trainer(model, tokenizer, make_env(), algorithm=algorithm, config=config(**changes), reporter=log)
 
 
-def test_bfloat16_is_of_the_products_and_not_of_the_parameters(fresh_accelerate):
+def test_bfloat16_is_of_the_products_and_not_of_the_parameters():
     trainer = _trainer(GRPO(), steps=2, precision="bfloat16", kl_coef=0.1)
     seen = []
     layer = trainer.model.model.layers[0].mlp.c_fc
@@ -51,12 +41,9 @@ def test_bfloat16_is_of_the_products_and_not_of_the_parameters(fresh_accelerate)
     assert metrics["kl"] == 0, "the reference is scored in the policy's precision"
 
 
-def test_bfloat16_learns_what_float32_does(fresh_accelerate):
+def test_bfloat16_learns_what_float32_does():
     results = []
     for precision in ("float32", "bfloat16"):
-        from accelerate.state import AcceleratorState
-
-        AcceleratorState._reset_state(reset_partial_state=True)
         trainer = _trainer(SFT(), steps=4, group_size=1, precision=precision, optimizer="sgd")
         results.append(trainer.train()["loss"])
     assert results[1] != results[0]

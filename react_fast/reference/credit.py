@@ -32,7 +32,7 @@ class Causal:
         if self.trainer.step % self.trainer.config.credit_every == 0:
             steps = self._measure(trajectories)
         for row, (one, scored) in enumerate(zip(trajectories, batch, strict=True)):
-            scored.effects = self.own[row] if row in self.own else self._known(one)
+            scored.effects = self.own[row] if row in self.own else self._known(one, scored)
         return steps
 
     def _measure(self, trajectories: Sequence[Any]) -> int:
@@ -90,7 +90,7 @@ class Causal:
         by = self.trainer.config.credit_by
         return (token if by == "token" else position * _TOKENS + token) % _BUCKETS
 
-    def _known(self, one: Any) -> torch.Tensor:
+    def _known(self, one: Any, scored: Any) -> torch.Tensor:
         """[L - 1]: means, softly thresholded at what chance would reach, times the probability of another token;
         NaN without a table."""
         found = torch.full((len(one.token_ids),), math.nan, dtype=torch.float64)
@@ -106,7 +106,10 @@ class Causal:
                 limit = math.sqrt(2 * math.log(max(len(self.moments), 1)) * spread / max(m.count, 1))
                 size = abs(m.mean) - limit if degrees else 0.0
                 effect = math.copysign(size, m.mean) if size > least else 0.0
-                found[t] = effect * (1 - math.exp(float(one.sampler_logprobs[t])))
+                logprob = float(one.sampler_logprobs[t])
+                if math.isnan(logprob):
+                    logprob = float(self.trainer.logprobs(scored)[t - 1])
+                found[t] = effect * (1 - math.exp(logprob))
                 position += 1
         return found[1:]
 
@@ -164,7 +167,8 @@ def add_effects(batch: Sequence[Any], floor: float) -> None:
         mean = sum(other.reward for other in peers) / len(peers)
         spread = sum((other.reward - mean) ** 2 for other in peers)
         square = sum(float((other.advantages**2).sum()) / max(1, int(other.mask.sum())) for other in peers)
-        ratio = math.sqrt(square / spread) if spread > 0 else 0.0
+        rounding = 1e-9 * max(1.0, *(abs(other.reward) for other in peers))
+        ratio = math.sqrt(square / spread) if math.sqrt(spread) > rounding else 0.0
         row = [
             (t, float(effect) * ratio)
             for t, effect in enumerate(one.effects)

@@ -234,6 +234,10 @@ class Trainer:
         in_reward = self.reference is not None and getattr(self.algorithm, "kl_in_reward", False)
         return several or in_reward or self.rule.critic
 
+    def logprobs(self, one: Scored) -> torch.Tensor:
+        """[L - 1]: of the actions under the policy as it is."""
+        return self._frozen(self.model, one).logprobs
+
     @torch.no_grad()
     def _frozen(self, model: Any, one: Scored) -> Now:
         model.eval()

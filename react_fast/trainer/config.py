@@ -14,7 +14,7 @@ from pydantic import Field, field_validator, model_validator
 
 from .env_config import EnvConfig
 from .overrides import assign, override_pairs, read_yaml
-from .section import ConfigError, Count, Fraction, Natural, NonNegative, Positive, Section
+from .section import ConfigError, Count, Fraction, Natural, NonNegative, Positive, Section, Seed
 
 
 class LoraConfig(Section):
@@ -123,7 +123,7 @@ class TrackerConfig(Section):
     """Training steps between observations."""
     intervention_prompts: Natural = 8
     """Test prompts for token deletion."""
-    seed: Natural = 0
+    seed: Seed = 0
     """Seed of the interventions."""
     groups: list[str] = Field(default=[])
     """Names that records bear as metadata "group", told apart by the tracker; each record one of them."""
@@ -134,7 +134,7 @@ class TrackerConfig(Section):
 class TrainerConfig(Section):
     """Everything the trainer needs beside model, environment, algorithm and tracker."""
 
-    seed: Natural = 0
+    seed: Seed = 0
     """Seed of every random number, keyed with step and row."""
     steps: Count = 100
     """Training steps; each collects one rollout batch."""
@@ -157,7 +157,7 @@ class TrainerConfig(Section):
     max_new_tokens: Count = 32
     """Longest response of a turn, in tokens."""
     temperature: Positive = 1.0
-    """Sampling temperature of the rollouts."""
+    """Sampling temperature of the rollouts, in [1e-30, 1e30]."""
     top_k: Count | None = None
     """Rollouts sample from this many of the most probable tokens; none: all. What is kept is what the policy is
     scored over, exactly so in a step's first update."""
@@ -238,6 +238,13 @@ class TrainerConfig(Section):
             problem = f"must be at most importance_high {self.importance_high:g}, got {self.importance_low:g}"
             raise ConfigError("importance_low", problem)
         return self
+
+    @field_validator("temperature")
+    @classmethod
+    def _divides_logits(cls, temperature: float) -> float:
+        if not 1e-30 <= temperature <= 1e30:
+            raise ConfigError("", f"must be in [1e-30, 1e+30], got {temperature:g}")
+        return temperature
 
     @model_validator(mode="after")
     def _one_size_of_forwards(self) -> "TrainerConfig":

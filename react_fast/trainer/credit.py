@@ -29,11 +29,12 @@ from ..tracker.text import Text
 from .batch import Batch
 from .ranks import gathered
 from .replay import Count, Replay, replay
-from .rollout import Trajectory, key, permutation, sampling_params, uniforms
+from .rollout import RolloutEngine, Trajectory, key, permutation, sampling_params, uniforms
 from .rollout.truncation import choose
 
 # Streams of random numbers, beside the trainer's own.
 _ROWS, _REDRAWN, _VALUES = 5, 7, 8
+_SAME = 1e-9  # rewards that lie no farther apart, relative to the largest and to 1, are equal
 
 
 class Replays:
@@ -99,9 +100,12 @@ class CausalReplays(Replays):
     most from their group's mean, until the budget is spent. By bisection (see `contributions`) one costs about
     log2(n) replays for each of its n actions that counts; effects that cancel between two equal values are not
     seen. With `credit_by` "token" or "token_at_position" the other trajectories get what a table has learned: an
-    action's effect against another action, times the probability of another; what a token does must then hardly
-    hang on its context. An engine whose draws cannot be named (see `SamplingParams.skip`) redraws under other
-    noise each time, which biases nothing and makes effects noisier.
+    action's effect against another action, times the probability of another (the sampler's, or where it does not
+    tell the policy's); what a token does must then hardly
+    hang on its context.
+
+    The policy itself redraws (`PolicyEngine`), whatever engine plays the rollouts: other engines' draws cannot be
+    named, so that two values would differ by chance, and an action get what its neighbours did.
     """
 
     def __init__(self, trainer: Any) -> None:
@@ -138,7 +142,13 @@ class CausalReplays(Replays):
         if self.table is None:
             return torch.full(batch.mask.shape, torch.nan, dtype=torch.float64, device=batch.mask.device)
         found = self.table.effects(batch.targets, (batch.mask.cumsum(1) - 1).clamp_min(0))
-        return found * -torch.expm1(batch.sampler_logprobs.double())
+        logprobs = batch.sampler_logprobs.double()
+        untold = batch.mask & logprobs.isnan()
+        if bool((untold & (found != 0)).any()):
+            scored = batch.old_logprobs
+            scored = self.trainer.scores(batch).logprobs if scored is None else scored
+            logprobs = torch.where(untold, scored.double(), logprobs)
+        return torch.where(found == 0, 0.0, found * -torch.expm1(logprobs))
 
     def _measure(
         self, trajectories: Sequence[Trajectory], batch: Batch, count: Count, own: torch.Tensor
@@ -164,7 +174,7 @@ class CausalReplays(Replays):
             def value(k: int, one: Trajectory = one, units: Any = last_first, row: int = row) -> float:
                 kept = turns_of(one, one.token_ids, end=units[k - 1][0])
                 again = Replay(one.record, one.seed, kept, open=True, number=row)
-                return play_again(self.trainer, [again], _REDRAWN, count)[0]
+                return play_again(self.trainer, self.trainer.policy_engine, [again], _REDRAWN, count)[0]
 
             found, spent = contributions(value, float(sum(one.rewards)), len(units), left)
             left -= spent
@@ -223,18 +233,24 @@ class MonteCarloReplays(Replays):
         config = self.trainer.config
         samples = config.credit_samples
         steps = [units_of(one, config.credit_actions, self.trainer.tokenizer) for one in trajectories]
-        states = (
-            (row, one, turns_of(one, one.token_ids, end=unit[0]))
-            for row, (one, units) in enumerate(zip(trajectories, steps, strict=True))
-            for unit in units
-        )
+        places = [(row, unit[0]) for row, units in enumerate(steps) for unit in units]
+
+        def turns(place: tuple[int, int]) -> list[list[int]]:
+            return turns_of(trajectories[place[0]], trajectories[place[0]].token_ids, end=place[1])
+
+        # Those that have as many tokens left to draw are generated together.
+        order = sorted(range(len(places)), key=lambda i: len(turns(places[i])[-1]))
         wanted = (
-            Replay(one.record, one.seed, turns, True, row * samples + sample)
-            for row, one, turns in states
+            Replay(one.record, one.seed, kept, True, row * samples + sample)
+            for row, one, kept in (
+                (places[i][0], trajectories[places[i][0]], turns(places[i])) for i in order
+            )
             for sample in range(samples)
         )
-        returns = play_again(self.trainer, wanted, _VALUES, count)
-        values = iter(np.array(returns).reshape(-1, samples).mean(1).tolist())
+        returns = np.array(play_again(self.trainer, self.trainer.engine, wanted, _VALUES, count))
+        found = np.empty(len(places))
+        found[order] = returns.reshape(-1, samples).mean(1)
+        values = iter(found.tolist())
         advantages = torch.zeros(batch.mask.shape, dtype=batch.rewards.dtype)
         for row, (one, units) in enumerate(zip(trajectories, steps, strict=True)):
             worth = [next(values) for _ in units] + [float(sum(one.rewards))]
@@ -277,7 +293,9 @@ def turns_of(one: Trajectory, ids: torch.Tensor, end: int | None = None) -> list
     return [ids[here & (one.turn_index == turn)].tolist() for turn in range(last + 1)]
 
 
-def play_again(trainer: Any, wanted: Iterable[Replay], stream: int, count: Count) -> list[float]:
+def play_again(
+    trainer: Any, engine: RolloutEngine, wanted: Iterable[Replay], stream: int, count: Count
+) -> list[float]:
     """Returns of replays, config.eval_batch of them at a time; the policy draws from streams of their own for
     every use and step, one for each of the replays' numbers."""
     config = trainer.config
@@ -287,7 +305,7 @@ def play_again(trainer: Any, wanted: Iterable[Replay], stream: int, count: Count
     while part := list(itertools.islice(remaining, config.eval_batch)):
         mine, own = trainer.ranks.share(part), Count()
         with gathered(trainer.policy):
-            found = replay(trainer.engine, trainer.tokenizer, trainer.env, mine, params, own)
+            found = replay(engine, trainer.tokenizer, trainer.env, mine, params, own)
         returns += trainer.ranks.joined(found, len(part))
         for other in trainer.ranks.joined([own], trainer.ranks.world):
             count.add(other)
@@ -316,7 +334,8 @@ def advantage_per_reward(squares: torch.Tensor, rewards: torch.Tensor, groups: t
     for group in groups.unique():
         rows, within = groups == group, rewards[groups == group].double()
         spread = (within - within.mean()).square().sum()
-        ratio[rows] = torch.where(spread > 0, (squares[rows].sum() / spread).sqrt(), 0.0)
+        rounding = _SAME * within.abs().max().clamp_min(1.0)
+        ratio[rows] = torch.where(spread.sqrt() > rounding, (squares[rows].sum() / spread).sqrt(), 0.0)
     return ratio
 
 

@@ -39,7 +39,8 @@ def describe(config: RunConfig) -> None:
             longest = longest[0], longest[1] + (config.env.turns - 1) * longest[0]
         print(f"# {phase}: {_tokens(training, *longest)}")
         length = sum(longest)
-        found = memory(model, training, length=length, copies=copies[phase], supervised=supervised)
+        with user_input():
+            found = memory(model, training, length=length, copies=copies[phase], supervised=supervised)
         print(f"# {phase}: {_memory(found)}")
 
 

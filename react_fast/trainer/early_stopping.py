@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -40,7 +40,10 @@ class EarlyStopping:
         return {"best": self.best, "waited": self.waited, "weights": self.weights}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.best, self.waited, self.weights = state["best"], state["waited"], state["weights"]
+        """Take a state; without patience its weights are of no more use."""
+        kept = state["best"], state["waited"], state["weights"]
+        if self.patience:
+            self.best, self.waited, self.weights = kept
 
 
 class BestStep:
@@ -51,11 +54,10 @@ class BestStep:
 
     def __init__(self, metric: str | None) -> None:
         self._sign, self._name = (-1, metric[1:]) if metric and metric.startswith("-") else (1, metric)
-        self.step: int | None = None
-        self._value = -math.inf
+        self._metric, self.step, self._value = metric, cast(int | None, None), -math.inf
 
     def see(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Take note of an evaluation.
+        """Take note of an evaluation; NaN is never the best.
 
         Raises: ConfigError if the metric is not among its numbers.
         """
@@ -67,14 +69,16 @@ class BestStep:
                 "trainer.best_by", f"must be a metric of evaluations ({known}), got {self._name!r}"
             )
         value = self._sign * metrics[self._name]
-        if self.step is None or value > self._value:
+        if value > self._value:
             self.step, self._value = step, value
 
     def state_dict(self) -> dict[str, Any]:
-        return {"step": self.step, "value": self._value}
+        return {"metric": self._metric, "step": self.step, "value": self._value}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self.step, self._value = state["step"], state["value"]
+        """Take the best step of a state; that of another metric is none."""
+        if state["metric"] == self._metric:
+            self.step, self._value = state["step"], state["value"]
 
 
 def _trained(model: torch.nn.Module) -> list[tuple[str, torch.nn.Parameter]]:

@@ -11,6 +11,7 @@ from ..ops.backend import accumulation_dtype
 from .config import TrainerConfig
 from .recompute import layers_of, recomputed
 
+_COUNTED = 1 << 52  # elements of an attention mask: their bytes are still a number of 64 bits
 _UNITS = ((10**9, "GB"), (10**6, "MB"), (10**3, "kB"), (1, "bytes"))
 
 
@@ -63,6 +64,7 @@ def memory(
         length: longest prompt plus response, in tokens.
         copies: whole policies kept beside it: a reference, a target network.
         supervised: it learns from references, so it generates nothing.
+    Raises: ValueError for forwards too large to be counted.
     Source: saved tensors as torch.autograd.graph.saved_tensors_hooks shows them.
     """
     size = next(model.parameters()).element_size()
@@ -71,6 +73,11 @@ def memory(
     most = config.sequences_per_update
     asked = config.micro_tokens // length if config.micro_tokens else config.micro_batch or most
     rows = min(max(asked, 1), most)
+    if rows * length**2 > _COUNTED:
+        raise ValueError(
+            f"a forward of {rows:,} sequences of {length:,} tokens fits no memory: set trainer.micro_batch, "
+            "lower trainer.max_new_tokens"
+        )
     with getattr(next(model.parameters()), "fake_mode", nullcontext()):
         kept, backward = update_keeps(model, rows, length, config)
         head = _head(model, rows * length)

@@ -10,6 +10,8 @@ from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from torch import nn
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
@@ -19,6 +21,19 @@ from .batch import Batch
 from .scoring import Scorer
 
 T = TypeVar("T")
+
+# Of the configuration, as accelerate calls them.
+_PRECISIONS = {"float32": "no", "bfloat16": "bf16"}
+
+
+def make_accelerator(precision: str) -> Accelerator:
+    """accelerate's front end, of "float32" or "bfloat16" products. It keeps one precision for the process and
+    refuses another, so that what it keeps is let go before: trainers made until then should be done.
+    """
+    wanted = _PRECISIONS[precision]
+    if AcceleratorState._shared_state.get("_mixed_precision", wanted) != wanted:
+        AcceleratorState._reset_state()
+    return Accelerator(cpu=not torch.cuda.is_available(), mixed_precision=wanted)
 
 
 class Ranks:

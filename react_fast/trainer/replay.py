@@ -1,7 +1,7 @@
 """Episodes that are played again with other actions: the reward calls of interventions and step values."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from ..envs import TextEnv
@@ -81,7 +81,8 @@ def _actions(
     params: SamplingParams,
     count: Count,
 ) -> list[list[int]]:
-    """Every row's action of a turn: given, begun and continued by the policy, or all the policy's."""
+    """Every row's action of a turn: given, begun and continued by the policy, or all the policy's. The engine is
+    asked for what is left of max_new_tokens, once for all rows of which as much is left."""
     actions = [list(row.turns[turn]) if turn < len(row.turns) else [] for _, row in rows]
     free = [
         i
@@ -90,13 +91,14 @@ def _actions(
         and len(actions[i]) < params.max_new_tokens
         and actions[i][-1:] != [tokenizer.eos_token_id]
     ]
-    if free:
-        numbers = [rows[i][1].number for i in free]
-        skip = [len(actions[i]) for i in free]
-        keyed = SamplingParams(**{**vars(params), "turn": turn, "rows": numbers, "skip": skip})
-        samples = engine.generate([rows[i][0] + actions[i] for i in free], keyed)
-        for i, sample in zip(free, samples, strict=True):
-            drawn = sample.ids[: params.max_new_tokens - len(actions[i])]
-            actions[i] += drawn
+    for left in sorted({params.max_new_tokens - len(actions[i]) for i in free}):
+        some = [i for i in free if params.max_new_tokens - len(actions[i]) == left]
+        numbers = [rows[i][1].number for i in some]
+        own = replace(
+            params, max_new_tokens=left, turn=turn, rows=numbers, skip=[len(actions[i]) for i in some]
+        )
+        samples = engine.generate([rows[i][0] + actions[i] for i in some], own)
+        for i, sample in zip(some, samples, strict=True):
+            actions[i] += sample.ids
             count.tokens += len(sample.ids)
     return actions

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
 from rich.console import Console
 
 from ..envs import RewardError, TextEnv
@@ -24,7 +23,7 @@ from .curves import draw_curves
 from .evaluation import answer
 from .explain import make_tracker, open_run, quiet_libraries, restore, write_report
 from .folder import CONFIG, ENVIRONMENT, PHASES, REPORT, RESULTS, RunFolder, UserError
-from .ranks import Ranks
+from .ranks import Ranks, make_accelerator
 from .reporter import CURVES, METRICS, Reporter, Silent, print_table
 from .results import MODES, TITLES, Answers, compare, joined, measure, table
 from .rollout import EngineError, EpisodeError, OpenAIEngine, RolloutEngine, make_engine
@@ -62,7 +61,7 @@ def run(config: RunConfig, *, resume: str | Path = "none", console: Console | No
     Returns: test metrics by policy, by mode ("sampled", "greedy"), by metric: [value, low, high].
     Raises: UserError in one line for what the user can mend; KeyboardInterrupt after Ctrl-C, all saved.
     """
-    accelerator = Accelerator(cpu=not torch.cuda.is_available())
+    accelerator = make_accelerator(config.trainer.precision)
     folder = RunFolder(config.run_dir, writes=accelerator.is_main_process)
     folder.open(resume=str(resume) != "none")
     try:
@@ -116,6 +115,8 @@ class _Run:
         self.tracker = make_tracker(self.config.tracker, self.model, self.tokenizer)
 
     def go(self, resume: str) -> dict[str, Any]:
+        config = self.folder.path / CONFIG
+        before = config.read_bytes() if config.exists() else None
         self._begin(resume)
         try:
             for phase in PHASES:
@@ -123,6 +124,10 @@ class _Run:
                 self._phase(phase, resume)
             self.ranks.wait()
             return self._finish()
+        except CheckpointError:
+            if before is not None and self.ranks.first:  # the run's checkpoints do not fit the new one
+                config.write_bytes(before)
+            raise
         finally:
             self.reporter.close()
 

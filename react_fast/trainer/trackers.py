@@ -12,20 +12,22 @@ from .folder import UserError
 
 def open_trackers(config: RunConfig) -> list[Any]:
     """The started accelerate trackers of `config.logging`, TensorBoard aside, which the reporter writes itself: it
-    rewrites its files where a run goes on.
+    rewrites its files where a run goes on. None is started before all are known to be there.
 
     Raises: UserError in one line for a package that is missing.
     """
-    found = []
-    for name in dict.fromkeys(config.logging.trackers):
-        if name == "tensorboard":
-            continue
+    names = list(dict.fromkeys(config.logging.trackers))
+    for name in names:
         try:
             importlib.import_module(name)
         except ImportError:
             raise UserError(
                 f"logging.trackers names {name}, which is not installed; pip install {name}, or leave it out"
             ) from None
+    found = []
+    for name in names:
+        if name == "tensorboard":
+            continue
         kind: Any = LOGGER_TYPE_TO_CLASS[name]
         tracker = kind(config.logging.project, name=Path(config.run_dir).name)
         tracker.start()

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
 
 from ..envs import TextEnv, TrainerState
 from ..ops.backend import accumulation_dtype
@@ -33,7 +32,7 @@ from .early_stopping import BestStep, EarlyStopping
 from .evaluation import held_out_loss, held_out_reward
 from .interrupt import StopRequest
 from .meters import Clock, describe, logged, samples
-from .ranks import Ranks, check_split, gathered, shard
+from .ranks import Ranks, check_split, gathered, make_accelerator, shard
 from .rollout import (
     EngineError,
     Episodes,
@@ -51,9 +50,6 @@ from .state import join, load_module_state, whole
 from .symptoms import Watch
 from .training_state import load_state_tree, same_setting, state_tree, write
 from .updater import Updater, sampling_temperature
-
-# Of the configuration, as accelerate calls them.
-MIXED_PRECISION = {"float32": "no", "bfloat16": "bf16"}
 
 
 class Trainer:
@@ -106,9 +102,7 @@ class Trainer:
         self.algorithm, self.tracker, self.phase = algorithm, tracker, phase
         groups = group_numbers(tracker.groups, env) if tracker is not None and tracker.groups else None
         algorithm.check(self.config)
-        self.accelerator = Accelerator(
-            cpu=not torch.cuda.is_available(), mixed_precision=MIXED_PRECISION[self.config.precision]
-        )
+        self.accelerator = make_accelerator(self.config.precision)
         self.reporter = reporter if self.accelerator.is_main_process else None
         self.ranks = Ranks(self.accelerator)
         check_split(self.config, self.ranks.world, adapted=has_adapters(model))

@@ -36,6 +36,11 @@ class Algorithm:
 
     def check(self, config: Any) -> None:
         """Raises: ValueError for settings of the trainer with which it would not be what it is."""
+        if self.supervised and config.credit != "uniform":
+            raise ValueError(
+                f"trainer.credit must be 'uniform' for {type(self).__name__}, which has no rollouts, "
+                f"got {config.credit!r}"
+            )
 
     def heads(self, model: Any) -> dict[str, nn.Module]:
         """Trained modules from hidden states [B, T, D] to [B, T, ...], by name."""

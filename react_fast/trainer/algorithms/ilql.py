@@ -100,6 +100,7 @@ class ILQL(Algorithm):
         check_count(self, "target_every")
 
     def check(self, config: Any) -> None:
+        super().check(config)
         if config.sharded:
             raise ValueError(
                 "trainer.sharded must be false for ILQL, whose target heads follow the trained ones"

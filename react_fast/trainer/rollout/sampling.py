@@ -1,6 +1,5 @@
 """What is asked of a rollout engine, and what it answers."""
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from numbers import Integral, Real
@@ -21,9 +20,9 @@ class SamplingParams:
 
     Args:
         max_new_tokens: longest action, at least 1.
-        temperature: above 0; the limit 0 is `greedy`. It acts before the truncation.
+        temperature: in [1e-30, 1e30]; the limit 0 is `greedy`. It acts before the truncation.
         greedy: the most probable token each time.
-        seed, step, turn: in [0, 2^63). rows: one number for each prompt; None: 0, 1, 2, ...
+        seed, step, turn: in [0, 2^63). rows: one such number for each prompt; None: 0, 1, 2, ...
         skip: draws at the start of each row's stream that are left out, as those of tokens which stand in the
             prompt already; None: none. Engines whose draws cannot be named (`PolicyEngine`'s can) ignore it.
         top_k: at least 1; None: all. top_p: in (0, 1]; 1: all. min_p: in [0, 1]; 0: all.
@@ -54,11 +53,17 @@ class SamplingParams:
         for name in ("seed", "step", "turn"):
             if not 0 <= getattr(self, name) < 1 << 63:
                 raise ValueError(f"{name} must be in [0, 2^63), got {getattr(self, name)}")
+        for name in ("rows", "skip"):
+            for value in getattr(self, name) or ():
+                if not isinstance(value, Integral) or isinstance(value, bool):
+                    raise TypeError(f"{name} must hold integers, got {type(value).__name__}")
+                if not 0 <= int(value) < 1 << 63:
+                    raise ValueError(f"{name} must be in [0, 2^63), got {value}")
         if self.max_new_tokens < 1:
             raise ValueError(f"max_new_tokens must be at least 1, got {self.max_new_tokens}")
-        if not 0 < self.temperature < math.inf:
+        if not 1e-30 <= self.temperature <= 1e30:
             raise ValueError(
-                f"temperature must be above 0 (greedy=True is its limit), got {self.temperature:g}"
+                f"temperature must be in [1e-30, 1e+30] (greedy=True is the limit 0), got {self.temperature:g}"
             )
         if self.top_k is not None and self.top_k < 1:
             raise ValueError(f"top_k must be at least 1, or None for all tokens, got {self.top_k}")
