@@ -78,13 +78,13 @@ def gae_advantage_return(original: Callable[..., Any]) -> Callable[..., Any]:
         rewards, like = token_level_rewards, (values.shape, values.dtype, values.device)
         same = like == (rewards.shape, rewards.dtype, rewards.device)
         if same and _covered(rewards, response_mask) and _fraction(gamma) and _fraction(lam):
-            advantages = gae(rewards, values, gamma=gamma, lam=lam, mask=response_mask)[0]
-            count, mean, m2 = moments(advantages, response_mask)
+            counts = response_mask != 0
+            advantages = gae(rewards, values, gamma=gamma, lam=lam, mask=counts)[0]
+            count, mean, m2 = torch.stack(moments(advantages, counts)).tolist()
             if count >= 2:
-                carried = reverse_linear_scan((1 - response_mask).to(rewards.dtype), advantages)
+                carried = reverse_linear_scan(counts.logical_not().to(rewards.dtype), advantages)
                 returns = carried + values
-                scale = (m2 / (count - 1) + 1e-8).rsqrt()
-                return carried.sub_(mean).mul_(scale), returns
+                return carried.sub_(mean).mul_((m2 / (count - 1) + 1e-8) ** -0.5), returns
         return original(rewards, values, response_mask, gamma, lam)
 
     return replacement
