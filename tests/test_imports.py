@@ -18,7 +18,7 @@ ALLOWED = {
     "kernels": set(),
     "envs": set(),
     "ops": OPS,
-    "integrations": OPS | {"tracker"},
+    "integrations": OPS | {"presets", "tracker"},
     "presets": OPS,
     "info": OPS,
     "tracker": OPS,

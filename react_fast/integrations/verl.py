@@ -6,7 +6,7 @@
 | `compute_{grpo,rloo,opo,reinforce_plus_plus,..._baseline}_outcome_advantage` | no loop over responses or tokens |
 | `core_algos.get_adv_estimator_fn` | finds those, since verl's registry holds the originals |
 | `verl.utils.torch_functional.logprobs_from_logits_v2` | `token_logprobs` |
-| `FusedLinearForPPOFunction` (use_fused_kernels with impl_backend "torch") | the engine of `linear_token_logprobs` |
+| `FusedLinearForPPOFunction` (fused kernels, backend "torch") | the engine of `linear_token_logprobs` |
 
 Numbers and gradients are verl's to rounding, at masked places too, except that a group of equal rewards gets 0,
 where GRPO's loop divides the rounding of its mean by epsilon, and that a NaN reward is left out of its group.
@@ -60,11 +60,10 @@ def _fraction(x: Any) -> bool:
     return isinstance(x, (int, float)) and 0 <= x <= 1
 
 
-def group_numbers(index: np.ndarray, device: torch.device) -> Tensor:
-    """[N] int64: the place at which each id [N] was first met; a dictionary is quicker than sorting uid strings."""
+def group_numbers(index: np.ndarray) -> np.ndarray:
+    """[N] int64, 0 for the first id, 1 for the next other one: by a dictionary quicker than by sorting uids."""
     met: dict[Any, int] = {}
-    numbers = np.fromiter((met.setdefault(x, len(met)) for x in index.tolist()), np.int64, len(index))
-    return torch.from_numpy(numbers).to(device)
+    return np.fromiter((met.setdefault(x, len(met)) for x in index.tolist()), np.int64, len(index))
 
 
 def gae_advantage_return(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -105,10 +104,15 @@ def grpo(original: Callable[..., Any]) -> Callable[..., Any]:
             return original(
                 token_level_rewards, response_mask, index, epsilon, norm_adv_by_std_in_grpo, config
             )
-        found = group_advantages(
-            token_level_rewards.sum(-1), group_numbers(index, token_level_rewards.device),
-            scale="std" if norm_adv_by_std_in_grpo else "none", eps=epsilon, singleton="raw",
-        )  # fmt: skip
+        groups = group_numbers(index)
+        ids, alone = (
+            torch.from_numpy(x).to(token_level_rewards.device)
+            for x in (groups, np.bincount(groups, minlength=1)[groups] == 1)
+        )
+        scale = "std" if norm_adv_by_std_in_grpo else "none"
+        found = group_advantages(token_level_rewards.sum(-1), ids, scale=scale, eps=epsilon, singleton="raw")
+        if norm_adv_by_std_in_grpo:  # the std of a group of one is 1
+            found = torch.where(alone, found / (1 + epsilon), found)
         return _spread(found, response_mask)
 
     return replacement
@@ -125,11 +129,16 @@ def _of_groups(baseline: str) -> Callable[[Callable[..., Any]], Callable[..., An
         ) -> tuple[Tensor, Tensor]:  # fmt: skip
             if not _covered(token_level_rewards, response_mask, index):
                 return original(token_level_rewards, response_mask, index, epsilon, config, **kwargs)
+            ids = torch.from_numpy(group_numbers(index)).to(token_level_rewards.device)
+            lengths = response_mask.sum(-1) if baseline == "length_weighted" else None
             found = group_advantages(
-                token_level_rewards.sum(-1), group_numbers(index, token_level_rewards.device),
-                baseline=baseline, scale="none", singleton="raw",
-                lengths=response_mask.sum(-1) if baseline == "length_weighted" else None,
-            )  # fmt: skip
+                token_level_rewards.sum(-1),
+                ids,
+                baseline=baseline,
+                scale="none",
+                singleton="raw",
+                lengths=lengths,
+            )
             if baseline != "mean":
                 return _spread(found, response_mask)
             if response_mask.sum() < 2:
@@ -191,7 +200,7 @@ def fused_linear(original: Any) -> Any:
             hidden_states: Tensor, vocab_weights: Tensor, input_ids: Tensor, temperature: float = 1.0,
             chunk_size: int = 512,
         ) -> tuple[Tensor, Tensor]:  # fmt: skip
-            """(logp float32, entropy in hidden's dtype) [T] or [B, T]; the entropy's gradient is made on demand."""
+            """(logp float32, entropy in hidden's dtype), [T] or [B, T]."""
             ours = (
                 isinstance(temperature, (int, float))
                 and hidden_states.device.type in _DEVICES
@@ -223,9 +232,7 @@ _FUSED = "verl.utils.experimental.torch_functional"
 
 
 def _estimator(name: str, signature: str, replacement: Callable[..., Any], ours: str) -> Point:
-    return Point(
-        f"{_ALGOS}.compute_{name}_outcome_advantage", signature, replacement, ESTIMATORS[name], ours
-    )
+    return Point(f"{_ALGOS}.compute_{name}_outcome_advantage", signature, replacement, ESTIMATORS[name], ours)
 
 
 INTEGRATION = Integration(

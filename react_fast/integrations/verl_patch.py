@@ -1,6 +1,6 @@
 """Importing this module is `patch("verl")`, with one line printed: for the processes that verl starts itself.
 
-    VERL_USE_EXTERNAL_MODULES=react_fast.integrations.verl_patch
+VERL_USE_EXTERNAL_MODULES=react_fast.integrations.verl_patch
 """
 
 from .patching import is_patched, patch

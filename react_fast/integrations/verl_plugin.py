@@ -1,10 +1,10 @@
-"""verl's public doors, entered without patching anything; the entry point of group "verl.plugins" imports this module.
+"""verl's public doors, without patching anything; the entry point of group "verl.plugins" imports this module.
 
     algorithm.adv_estimator=react_fast_grpo          also react_fast_{rloo,opo,reinforce_plus_plus[_baseline]}
     actor.policy_loss.loss_mode=react_fast           "vanilla", value and gradient in one pass
 
-verl loads it in every process that imports verl, and hides what goes wrong; so one line is printed either way, none
-with REACT_FAST_DISABLE. There is no react_fast_gae: verl 0.9.1 hands `values` to its own "gae" alone, which
+verl loads it in every process that imports verl, and hides what goes wrong; so one line is printed either way,
+none with REACT_FAST_DISABLE. There is no react_fast_gae: verl 0.9.1 hands `values` to its own "gae" alone, which
 `patch("verl")` replaces.
 """
 
@@ -31,7 +31,9 @@ def _denominator(mode: str, mask: Tensor, info: dict[str, Any]) -> float | Tenso
         return 1 / ranks
     if whole is None:
         if ranks > 1:
-            raise ValueError(f"config.global_batch_info must hold the whole batch's size where dp_size is {ranks}")
+            raise ValueError(
+                f"config.global_batch_info must hold the whole batch's size where dp_size is {ranks}"
+            )
         if mode != "seq-mean-token-sum-norm":
             return None
         whole = mask.any(-1).sum().clamp(min=1)
@@ -54,11 +56,9 @@ def loss(
     low, high = (
         config.clip_ratio if x is None else x for x in (config.clip_ratio_low, config.clip_ratio_high)
     )
-    # Sizes that the preset asks for; the denominator below takes their place.
-    sizes = {"loss_scale_factor": 1.0, "global_batch_size": 1} if loss_agg_mode.endswith("norm") else {}
     preset = presets.ppo(
         clip_ratio_low=low, clip_ratio_high=high, clip_ratio_c=config.get("clip_ratio_c", 3.0),
-        loss_agg_mode=loss_agg_mode, **sizes,
+        loss_agg_mode=loss_agg_mode, loss_scale_factor=1.0, global_batch_size=1,
     )  # fmt: skip
     mask = response_mask != 0
     found, metrics = policy_loss(
