@@ -150,7 +150,7 @@ def verl(vocab: int, turns: int) -> Iterator[Row]:
     rewards, values = torch.randn(2, rows, steps)
     mask = (torch.arange(steps) < torch.randint(1, steps + 1, (rows, 1))).long()
     uids = np.array([f"uid-{i // 8}" for i in range(1024)], dtype=object)
-    given = {
+    given: dict[str, tuple[Any, ...]] = {
         "compute_gae_advantage_return": (rewards, values, mask, 0.99, 0.95),
         "compute_grpo_outcome_advantage": (torch.randn(1024, 256), torch.ones(1024, 256).long(), uids),
     }
