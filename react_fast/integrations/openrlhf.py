@@ -10,8 +10,8 @@ Numbers and gradients are OpenRLHF's to the rounding of the dtype. The original 
 actor divides the logits itself), gamma or lambda that are not numbers in [0, 1], and tensors of other dtypes or
 devices.
 
-OpenRLHF has no door for plugins: `patch("openrlhf")` has to run in every Ray worker. Its modules import flash_attn,
-deepspeed and vllm; where these are missing, `patch` refuses.
+OpenRLHF has no door for plugins: `patch("openrlhf")` has to run in every Ray worker. Its modules import
+flash_attn, deepspeed and vllm; where these are missing, `patch` refuses.
 Read: OpenRLHF 0.11.2.
 """
 
