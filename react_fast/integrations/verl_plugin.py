@@ -8,6 +8,7 @@ none with REACT_FAST_DISABLE. There is no react_fast_gae: verl 0.9.1 hands `valu
 `patch("verl")` replaces.
 """
 
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -105,10 +106,12 @@ def _load() -> None:
     if disabled("verl"):
         return
     try:
-        print(f"react_fast is active in verl: {register()}", flush=True)
+        print(f"react_fast is active in verl: {register()}", file=sys.stderr, flush=True)
     except Exception as error:  # verl would hide it
         reason = " ".join(str(error).split())
-        print(f"react_fast is not active in verl: {type(error).__name__}: {reason}", flush=True)
+        print(
+            f"react_fast is not active in verl: {type(error).__name__}: {reason}", file=sys.stderr, flush=True
+        )
 
 
 _load()

@@ -50,11 +50,8 @@ def _gae_into(
     """
     offsets, rows, length = _sequences(rewards, cu_seqlens)
     by_time = not returns.is_contiguous()
-    if by_time:
-        rewards, values, terminated = (x if x is None else x.t() for x in (rewards, values, terminated))
-    kept = [
-        _flat(x) for x in (rewards, values, last_values, bootstrap_values, terminated, truncated, mask, lams)
-    ]
+    given = rewards, values, last_values, bootstrap_values, terminated, truncated, mask, lams
+    kept = [_flat(x.t() if by_time and x is not None else x) for x in given]
     return _core.gae(  # type: ignore[call-arg, arg-type]
         *map(address, kept), address(offsets), rows, length, DTYPE[rewards.dtype], gamma, lam,
         address(advantages), returns.data_ptr(), want_moments, by_time, torch.get_num_threads(),
