@@ -78,11 +78,11 @@ def gae_advantage_return(original: Callable[..., Any]) -> Callable[..., Any]:
         same = like == (rewards.shape, rewards.dtype, rewards.device)
         if same and _covered(rewards, response_mask) and _fraction(gamma) and _fraction(lam):
             counts = response_mask != 0
-            advantages = gae(rewards, values, gamma=gamma, lam=lam, mask=counts)[0]
+            advantages, returns = gae(rewards, values, gamma=gamma, lam=lam, mask=counts)
             count, mean, m2 = torch.stack(moments(advantages, counts)).tolist()
             if count >= 2:
-                carried = reverse_linear_scan(counts.logical_not().to(rewards.dtype), advantages)
-                returns = carried + values
+                carried = reverse_linear_scan(counts.logical_not_().to(rewards.dtype), advantages)
+                torch.add(carried, values, out=returns)
                 return carried.sub_(mean).mul_((m2 / (count - 1) + 1e-8) ** -0.5), returns
         return original(rewards, values, response_mask, gamma, lam)
 
