@@ -1,4 +1,4 @@
-"""Other trainers with and without `react_fast.patch`: `python -m bench.integrations [head step torchrl sb3]`.
+"""Other trainers with and without `react_fast.patch`: `python -m bench.integrations [head step torchrl sb3 verl]`.
 
 Both by turns in one process, one thread; medians and their ratio are printed. `step` is the GRPOTrainer of
 bench.grpo_step with the patch on in every second step, and rewards that differ, since rows without advantage cost
@@ -142,7 +142,29 @@ def sb3(vocab: int, turns: int) -> Iterator[Row]:
         yield f"Stable-Baselines3's advantages [{steps}, {envs}]", *_race(theirs, ours, turns)
 
 
-PARTS = {"head": (head, 3), "step": (step, 4), "torchrl": (torchrl, 9), "sb3": (sb3, 15)}
+def verl(vocab: int, turns: int) -> Iterator[Row]:
+    import numpy as np
+    import verl.trainer.ppo.core_algos as place
+
+    rows, steps = 64, 1024
+    rewards, values = torch.randn(2, rows, steps)
+    mask = (torch.arange(steps) < torch.randint(1, steps + 1, (rows, 1))).long()
+    uids = np.array([f"uid-{i // 8}" for i in range(1024)], dtype=object)
+    given: dict[str, tuple[Any, ...]] = {
+        "compute_gae_advantage_return": (rewards, values, mask, 0.99, 0.95),
+        "compute_grpo_outcome_advantage": (torch.randn(1024, 256), torch.ones(1024, 256).long(), uids),
+    }
+    for name, x in given.items():
+        with rf.patch("verl"):
+            ours = getattr(place, name)
+        theirs = getattr(place, name)
+        found = _race(lambda f=theirs, x=x: f(*x), lambda f=ours, x=x: f(*x), turns)  # type: ignore[misc]
+        yield f"verl's {name} {list(x[0].shape)}", *found
+
+
+PARTS = {
+    "head": (head, 3), "step": (step, 4), "torchrl": (torchrl, 9), "sb3": (sb3, 15), "verl": (verl, 15)
+}  # fmt: skip
 
 
 def main() -> None:

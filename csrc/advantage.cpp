@@ -157,8 +157,39 @@ void for_rows(const GaeInput& in, const Body& body) {
   });
 }
 
+// One step of all rows at a time, for arrays in which neighbours are of one step.
+template <class T, class Real>
+void gae_by_time(const GaeArgs& args) {
+  constexpr int64_t kBlock = 256;
+  const GaeInput& in = args.in;
+  const int64_t rows = in.sequences.rows, length = in.sequences.length;
+  const Real gamma = static_cast<Real>(in.gamma), decay = static_cast<Real>(in.gamma * in.lam);
+  const T* last = static_cast<const T*>(in.last_values);
+  parallel_for((rows + kBlock - 1) / kBlock, in.sequences.elements(), in.threads, [&](int64_t block) {
+    const int64_t first = block * kBlock, n = rows - first < kBlock ? rows - first : kBlock;
+    Real next[kBlock], carry[kBlock];
+    for (int64_t i = 0; i < n; ++i) next[i] = last != nullptr ? real(last[first + i]) : Real(0), carry[i] = 0;
+    for (int64_t t = length - 1; t >= 0; --t) {
+      const int64_t begin = t * rows + first;
+      const T* r = typed<T>(args.rewards, begin);
+      const T* v = typed<T>(in.values, begin);
+      const uint8_t* ends = from(in.terminated, begin);
+      Real* advantages = typed<Real>(args.advantages, begin);
+      Real* returns = typed<Real>(args.returns, begin);
+      for (int64_t i = 0; i < n; ++i) {
+        const Real behind = gamma * next[i] + decay * carry[i];
+        next[i] = real(v[i]);
+        carry[i] = real(r[i]) - next[i] + (ends != nullptr && ends[i] != 0 ? Real(0) : behind);
+        advantages[i] = carry[i];
+        returns[i] = carry[i] + next[i];
+      }
+    }
+  });
+}
+
 template <class T, class Real>
 void gae_of(const GaeArgs& args) {
+  if (args.time_major) return gae_by_time<T, Real>(args);
   const GaeInput& in = args.in;
   const T* last = static_cast<const T*>(in.last_values);
   const Row shared(in.gamma, in.lam);

@@ -44,6 +44,7 @@ struct GaeArgs {
   void* advantages;  // Real; null when not wanted
   void* returns;     // Real
   Moments* row_moments;  // [rows], of the advantages; null when not wanted
+  bool time_major;       // padded arrays are [length, rows] in memory; without mask, truncated, lams and moments
 };
 
 struct GaeBackwardArgs {

@@ -115,13 +115,13 @@ rf::GaeInput gae_input(Address values, Address last_values, Address bootstrap_va
 std::array<double, 3> gae(Address rewards, Address values, Address last_values, Address bootstrap_values,
                           Address terminated, Address truncated, Address mask, Address lams, Address offsets,
                           int64_t rows, int64_t length, int dtype, double gamma, double lam, Address advantages,
-                          Address returns, bool want_moments, int threads) {
+                          Address returns, bool want_moments, bool time_major, int threads) {
   py::gil_scoped_release release;
   std::vector<rf::Moments> of_rows(want_moments ? static_cast<std::size_t>(rows) : 0);
   const auto in = gae_input(values, last_values, bootstrap_values, terminated, truncated, mask, lams, offsets, rows,
                             length, dtype, gamma, lam, threads);
   rf::kernels().advantage->gae(
-      {in, at(rewards), at(advantages), at(returns), want_moments ? of_rows.data() : nullptr});
+      {in, at(rewards), at(advantages), at(returns), want_moments ? of_rows.data() : nullptr, time_major});
   rf::Moments total{0, 0, 0};
   for (const rf::Moments& row : of_rows) total = rf::merge(total, row);
   return {total.count, total.mean, total.m2};
@@ -200,7 +200,7 @@ void whiten_backward(Address x, Address mask, Address upstream, int dtype, int64
 void bind_advantage(py::module_& m) {
   m.def("gae", &gae, "rewards"_a, "values"_a, "last_values"_a, "bootstrap_values"_a, "terminated"_a, "truncated"_a,
         "mask"_a, "lams"_a, "offsets"_a, "rows"_a, "length"_a, "dtype"_a, "gamma"_a, "lam"_a, "advantages"_a,
-        "returns"_a, "want_moments"_a, "threads"_a);
+        "returns"_a, "want_moments"_a, "time_major"_a, "threads"_a);
   m.def("gae_backward", &gae_backward, "d_advantages"_a, "d_returns"_a, "terminated"_a, "truncated"_a, "mask"_a,
         "lams"_a, "offsets"_a, "rows"_a, "length"_a, "dtype"_a, "gamma"_a, "lam"_a, "d_rewards"_a, "d_values"_a,
         "d_last_values"_a, "d_bootstrap_values"_a, "threads"_a);

@@ -78,6 +78,7 @@ def gae(
     advantages: int,
     returns: int,
     want_moments: int,
+    time_major: int,
     threads: int,
 ) -> list[float]: ...
 def gae_backward(

@@ -1,5 +1,6 @@
 """gae(whiten=True) and gae(out=...): `whiten(gae(...))` in fewer passes, and the caller's memory."""
 
+import numpy as np
 import pytest
 import torch
 
@@ -92,6 +93,61 @@ def test_out_is_filled_and_returned(backend):
     contract.assert_bitwise(whitened[0], rf.gae(**batch, whiten=True)[0])
 
 
+TIMES = {"steps": (7, 5), "one step": (1, 300), "one row": (9, 1), "blocks": (33, 600)}
+
+
+def _by_time(case, dtype):
+    """[T, B] memory, looked at as [B, T]; what stands behind an end is NaN."""
+    rewards, values = torch.randn(2, *TIMES[case], dtype=torch.float64).to(dtype)
+    ends = torch.rand(TIMES[case]) < 0.2
+    last = torch.randn(TIMES[case][1]).to(dtype)
+    last[ends[-1]] = float("nan")
+    return {"rewards": rewards.t(), "values": values.t(), "terminated": ends.t(), "last_values": last}
+
+
+@pytest.mark.parametrize("case", TIMES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("given", [(), ("terminated",), ("terminated", "last_values")], ids=len)
+def test_out_that_is_time_major(case, dtype, given):
+    batch = {x: y for x, y in _by_time(case, dtype).items() if x in ("rewards", "values", *given)}
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    out = tuple(torch.full(TIMES[case], float("nan"), dtype=wide).t() for _ in range(2))
+    found = rf.gae(**batch, gamma=0.97, lam=0.9, out=out)
+    expected = rf.gae(**batch, gamma=0.97, lam=0.9)
+    for x, memory, y in zip(found, out, expected, strict=True):
+        assert x.data_ptr() == memory.data_ptr()
+        torch.testing.assert_close(x, y, rtol=1e-5, atol=1e-5)
+    copied = {name: x.contiguous() for name, x in batch.items()}
+    again = tuple(torch.empty(TIMES[case], dtype=wide).t() for _ in range(2))
+    rf.gae(**copied, gamma=0.97, lam=0.9, out=again)
+    assert all(torch.equal(a, b) for a, b in zip(found, again, strict=True))
+
+
+def test_threads_agree_on_time_major_memory():
+    batch = {x: y for x, y in _by_time("blocks", torch.float32).items() if x != "last_values"}
+    batch = {name: torch.cat([x.t()] * 8).t() for name, x in batch.items()}
+    out = tuple(torch.empty_like(batch["rewards"].t()).t() for _ in range(2))
+    contract.assert_threads_agree(lambda: rf.gae(**batch, gamma=0.99, lam=0.95, out=out)[0].clone())
+
+
+def test_numpy_buffers_of_steps_by_environments():
+    """Rewards, values and ends [T, N] as CleanRL keeps them, written out."""
+    numbers = np.random.default_rng(0)
+    rewards, values = numbers.normal(size=(2, 12, 5)).astype(np.float32)
+    ends, last = numbers.random((12, 5)) < 0.2, numbers.normal(size=5).astype(np.float32)
+    wanted, behind, carry = np.zeros_like(rewards), last, 0
+    for t in reversed(range(12)):
+        carry = rewards[t] - values[t] + ~ends[t] * (0.99 * behind + 0.99 * 0.95 * carry)
+        wanted[t], behind = carry, values[t]
+    advantages, returns = np.empty_like(rewards), np.empty_like(rewards)
+    options = {"gamma": 0.99, "lam": 0.95, "terminated": ends.T, "last_values": last}
+    fresh = rf.gae(rewards.T, values.T, **options)[0]
+    rf.gae(rewards.T, values.T, **options, out=(advantages.T, returns.T))
+    for found in (fresh.T, advantages, rf.gae(rewards[::-1].T[:, ::-1], values.T, **options)[0].T):
+        np.testing.assert_allclose(found, wanted, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(returns, wanted + values, rtol=1e-5, atol=1e-5)
+
+
 def test_compiles_and_opchecks(backend):
     x, mask = torch.randn(2, 5), torch.rand(2, 5) > 0.3
     op = lambda r, v: rf.gae(r, v, gamma=0.9, lam=0.8, mask=mask, whiten=True)[0]  # noqa: E731
@@ -121,6 +177,11 @@ RESULT = torch.empty(2, 3)
         ({"out": (RESULT, torch.empty(3, 2))}, ValueError, r"out\[1\] must be \[2, 3\] like rewards"),
         (
             {"out": (torch.empty(3, 2).t(), RESULT)},
+            ValueError,
+            r"out\[0\] must be contiguous, got strides",
+        ),
+        (
+            {"out": (torch.empty(3, 2).t(), torch.empty(3, 2).t()), "mask": RESULT.bool()},
             ValueError,
             r"out\[0\] must be contiguous, got strides",
         ),

@@ -18,7 +18,7 @@ ALLOWED = {
     "kernels": set(),
     "envs": set(),
     "ops": OPS,
-    "integrations": OPS | {"tracker", "trainer"},
+    "integrations": OPS | {"presets", "tracker", "trainer"},
     "presets": OPS,
     "info": OPS,
     "tracker": OPS,

@@ -14,7 +14,7 @@ from .points import Integration, PatchError, check_parity, check_signature, chec
 _log = logging.getLogger("react_fast")
 _lock = threading.RLock()
 # Packages with an integration, by the name that `patch` takes; the module has INTEGRATION.
-NAMES = ("stable_baselines3", "torchrl", "trl")
+NAMES = ("openrlhf", "stable_baselines3", "torchrl", "trl", "verl")
 _KEPT = __package__.partition(".")[0]  # our own modules hold originals and replacements side by side
 
 
@@ -55,7 +55,7 @@ def patch(name: str) -> Patch:
     and ours on a few rows. Then all are replaced, or none. One line a name goes to the logger "react_fast".
 
     Args:
-        name: "trl", "torchrl" or "stable_baselines3"; `react-fast info --integrations` lists what each replaces.
+        name: one of NAMES, "trl" for example; `react-fast info --integrations` lists what each replaces.
     Returns: a context manager that need not be used. Patching what is patched changes nothing.
     Raises: PatchError (a RuntimeError) in one line, with everything left as it was: package missing, another
         version or signature, an attribute that is gone, other numbers. ValueError for a name without integration.

@@ -24,19 +24,21 @@ def advantages_into(buffer: Any, last_values: torch.Tensor, dones: np.ndarray) -
         last_values: [n_envs] or [n_envs, 1], value behind the last step. dones: [n_envs], whether it was an end.
     """
     starts = np.concatenate([buffer.episode_starts[1:] != 0, np.asarray(dones, dtype=bool)[None]])
-    rewards, values, ended = (
-        torch.from_numpy(x).t().contiguous() for x in (buffer.rewards, buffer.values, starts)
+    advantages = np.ascontiguousarray(buffer.advantages)  # filled in place, as Stable-Baselines3 does
+    returns = np.empty_like(advantages)
+    rewards, values, ended, *out = (
+        torch.from_numpy(x).t() for x in (buffer.rewards, buffer.values, starts, advantages, returns)
     )
-    advantages, returns = gae(
+    gae(
         rewards,
         values,
         gamma=float(buffer.gamma),
         lam=float(buffer.gae_lambda),
         last_values=last_values.detach().flatten().to("cpu", rewards.dtype),
         terminated=ended,
+        out=tuple(out),
     )
-    torch.from_numpy(buffer.advantages).copy_(advantages.t())
-    buffer.returns = returns.t().contiguous().numpy()
+    buffer.advantages, buffer.returns = advantages, returns
 
 
 def method(original: Callable[..., None]) -> Callable[..., None]:

@@ -44,14 +44,17 @@ def _gae_into(
     bootstrap_values: Maybe, terminated: Maybe, truncated: Maybe, mask: Maybe, cu_seqlens: Maybe, lams: Maybe,
     gamma: float, lam: float,
 ) -> list[float]:  # fmt: skip
-    """Fills the results; the advantages' (count, mean, M2) if they are wanted."""
+    """Fills the results; the advantages' (count, mean, M2) if they are wanted.
+
+    Results whose transposes are contiguous ask for the core's time-major walk, which knows `terminated` alone.
+    """
     offsets, rows, length = _sequences(rewards, cu_seqlens)
-    kept = [
-        _flat(x) for x in (rewards, values, last_values, bootstrap_values, terminated, truncated, mask, lams)
-    ]
+    by_time = not returns.is_contiguous()
+    given = rewards, values, last_values, bootstrap_values, terminated, truncated, mask, lams
+    kept = [_flat(x.t() if by_time and x is not None else x) for x in given]
     return _core.gae(  # type: ignore[call-arg, arg-type]
         *map(address, kept), address(offsets), rows, length, DTYPE[rewards.dtype], gamma, lam,
-        address(advantages), returns.data_ptr(), want_moments, torch.get_num_threads(),
+        address(advantages), returns.data_ptr(), want_moments, by_time, torch.get_num_threads(),
     )  # fmt: skip
 
 

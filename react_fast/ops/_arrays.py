@@ -25,4 +25,7 @@ def as_tensor(x: Any) -> Any:
     """An array as a tensor on its memory; whatever else it is, as it is."""
     if isinstance(x, tuple):
         return tuple(map(as_tensor, x))
-    return torch.from_numpy(np.ascontiguousarray(x)) if isinstance(x, np.ndarray) else x
+    if not isinstance(x, np.ndarray):
+        return x
+    strided = all(step >= 0 and step % x.itemsize == 0 for step in x.strides)  # what torch can look at
+    return torch.from_numpy(x if strided else np.ascontiguousarray(x))

@@ -93,7 +93,9 @@ def gae(
             three, since their moments come out of the recurrence. The returns stay.
         group: see `whiten`; only with it.
         out: memory for (advantages, returns), contiguous, like the results and apart from the arguments; where no
-            gradient is wanted. On a CPU fresh memory for large results costs more than the recurrence.
+            gradient is wanted. On a CPU fresh memory for large results costs more than the recurrence. There, with
+            no other option than last_values and terminated, both may be transposes of contiguous [T, B]: the
+            recurrence then walks all rows at once, and arguments that are such transposes, too, are not copied.
     Returns: (advantages, returns) like `rewards`, float32 (float64 for float64), 0 where masked. Differentiable in
         rewards, values, last and bootstrap values.
     Raises: see `discounted_returns`; ValueError for lam outside [0, 1] (a tensor is looked at on CPU only).
@@ -111,7 +113,7 @@ def gae(
         raise ValueError("group must be None without whiten=True, got a process group")
     with_gradient = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in given[:4])
     if out is not None:
-        _check_out(out, given, with_gradient)
+        _check_out(out, given, with_gradient, whiten)
     if use_reference():
         found = reference.gae(
             rewards, values, gamma=gamma, lam=lam, last_values=last_values, terminated=flags[0],
@@ -201,11 +203,18 @@ def reverse_linear_scan(
     return _reverse_linear_scan(a, b, init, cu_seqlens)
 
 
-def _check_out(out: Any, given: tuple, with_gradient: bool) -> None:
+def _check_out(out: Any, given: tuple, with_gradient: bool, whiten: bool) -> None:
     """Two results' memory, none of it an argument's."""
     rewards = given[0]
     if not (isinstance(out, tuple) and len(out) == 2):
         raise ValueError(f"out must be a tuple (advantages, returns), got {type(out).__name__}")
+    by_time = (
+        rewards.device.type == "cpu"
+        and not whiten
+        and all(given[i] is None for i in (3, 5, 6, 7, 8))
+        and get_backend() != "triton"
+        and all(isinstance(x, torch.Tensor) and x.dim() == 2 and x.t().is_contiguous() for x in out)
+    )
     if with_gradient:
         raise ValueError(
             "out must be None where a gradient is wanted, got tensors; use torch.no_grad() or detach"
@@ -214,7 +223,7 @@ def _check_out(out: Any, given: tuple, with_gradient: bool) -> None:
         _check.dtype(name, _check.tensor(name, x), accumulation_dtype(rewards.dtype), "the results")
         _check.shape(name, x, rewards.shape, "rewards")
         _check.device(name, x, rewards.device, "rewards")
-        if not x.is_contiguous():
+        if not by_time and not x.is_contiguous():
             raise ValueError(f"{name} must be contiguous, got strides {list(x.stride())}")
     if torch.compiler.is_compiling() or rewards.numel() == 0:
         return
