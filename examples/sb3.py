@@ -51,8 +51,9 @@ def train(steps: int = 2048) -> dict[str, float]:
     reward = {}
     for name, count in (("random", 0), ("trained", steps)):
         model.learn(count)
-        greedy = name == "trained"
-        found, _ = evaluate_policy(model, make_env(), n_eval_episodes=64, deterministic=greedy, warn=False)
+        env, greedy = make_env(), name == "trained"
+        env.reset(seed=1)
+        found, _ = evaluate_policy(model, env, n_eval_episodes=256, deterministic=greedy, warn=False)
         reward[name] = float(found)
     return reward
 
