@@ -1,93 +1,23 @@
 """Credit that plays episodes again: equal to the loops, resumable, exact where the causes are known."""
 
-from typing import Any
-
 import numpy as np
 import pytest
 import torch
-from torch import nn
 
 from react_fast.envs import Record, TextEnv
 from react_fast.envs.slot_models import Writer
 from react_fast.envs.slots import GroundTruth, ground_truth
+from react_fast.reference.credit import units_of as reference_units
 from react_fast.reference.trainer import Trainer as ReferenceTrainer
 from react_fast.tracker.effect_table import EffectTable
 from react_fast.trainer.algorithms import GRPO, REINFORCE
 from react_fast.trainer.checkpoint import CheckpointError
-from react_fast.trainer.config import TrainerConfig
-from react_fast.trainer.credit import _REDRAWN, play_again, turns_of, units_of
 from react_fast.trainer.replay import Count, Replay
+from react_fast.trainer.replays import REDRAWN, play_again, turns_of, units_of
 from react_fast.trainer.rollout import Trajectory
 from react_fast.trainer.trainer import Trainer
 
-
-class Characters:
-    """The tokenizer of a ground truth's texts, or of an alphabet."""
-
-    eos_token_id = None
-
-    def __init__(self, alphabet: str) -> None:
-        self.alphabet, self.pad_token_id = alphabet, 0
-
-    def __call__(self, text: str, add_special_tokens: bool = True) -> dict[str, list[int]]:
-        return {"input_ids": [self.alphabet.index(character) for character in text]}
-
-    def decode(self, ids: list[int], skip_special_tokens: bool = True) -> str:
-        return "".join(self.alphabet[i] for i in ids)
-
-
-class Ending(Characters):
-    """With an end token, which no text shows."""
-
-    def __init__(self) -> None:
-        super().__init__(ALPHABET + "$")
-        self.eos_token_id = len(ALPHABET)
-
-    def decode(self, ids: list[int], skip_special_tokens: bool = True) -> str:
-        return super().decode(ids).replace("$", "" if skip_special_tokens else "$")
-
-
-class Policy(nn.Module):
-    """Each next token hangs on the last one and on the position."""
-
-    def __init__(self, vocab_size: int, length: int) -> None:
-        super().__init__()
-        self.embed = nn.Embedding(vocab_size, 8)
-        self.place = nn.Parameter(torch.randn(length, 8))
-        self.head = nn.Linear(8, vocab_size)
-
-    def forward(self, ids: torch.Tensor) -> torch.Tensor:
-        return self.head(torch.tanh(self.embed(ids) + self.place[: ids.shape[1]]))
-
-
-ALPHABET = "ab \n.?"
-
-
-def _dialogue(state: str, action: str, record: Record) -> str:
-    return state + action + "?"
-
-
-def _counts(state: str, action: str, record: Record) -> float:
-    """A word's worth hangs on its neighbour, so that effects differ by context."""
-    return action.count("a") + 2.0 * action.count("ab") - 0.5 * action.count(".")
-
-
-def _dialogues() -> TextEnv:
-    return TextEnv([Record("?"), Record("??")], transition=_dialogue, reward=_counts, max_turns=2)
-
-
-def _config(**changes: Any) -> TrainerConfig:
-    few = {"seed": 5, "steps": 3, "prompts_per_step": 1, "group_size": 4, "max_new_tokens": 4}
-    return TrainerConfig(**{**few, "learning_rate": 5e-2, "credit_floor": 0.1, **changes})
-
-
-def _policy(vocab_size: int = len(ALPHABET), length: int = 40, seed: int = 0) -> Policy:
-    torch.manual_seed(seed)
-    return Policy(vocab_size, length).double()
-
-
-def _weights(model: nn.Module) -> torch.Tensor:
-    return torch.cat([p.detach().reshape(-1) for p in model.parameters()])
+from .dialogues import ALPHABET, Characters, Ending, counts, dialogues, policy, settings, weights
 
 
 class _Log:
@@ -122,6 +52,21 @@ CASES = {
         REINFORCE(),
         {"credit": "monte_carlo", "credit_actions": "line", "credit_samples": 3, "temperature": 0.8},
     ),
+    "shapley, steps, exact": (
+        GRPO(),
+        {"credit": "shapley", "credit_actions": "step", "credit_interventions": 60, "max_new_tokens": 6},
+    ),
+    "shapley, words, sampled": (
+        GRPO(),
+        {
+            "credit": "shapley",
+            "credit_actions": "word",
+            "credit_interventions": 100,
+            "credit_samples": 2,
+            "max_new_tokens": 18,
+            "steps": 2,
+        },
+    ),
 }
 
 
@@ -129,36 +74,42 @@ CASES = {
 def test_parity_with_the_reference(case):
     """Parameters equal to 1e-9 after a few steps in float64, on episodes of two turns that each plays itself."""
     algorithm, changes = CASES[case]
-    config = _config(**changes)
-    fast, slow, plain = _policy(), _policy(), _policy()
+    config = settings(**changes)
+    fast, slow, plain = policy(), policy(), policy()
     tokenizer, log = Characters(ALPHABET), _Log()
-    trainer = Trainer(fast, tokenizer, _dialogues(), algorithm=algorithm, config=config, reporter=log)
-    reference = ReferenceTrainer(slow, tokenizer, _dialogues(), algorithm=algorithm, config=config)
+    trainer = Trainer(fast, tokenizer, dialogues(), algorithm=algorithm, config=config, reporter=log)
+    reference = ReferenceTrainer(slow, tokenizer, dialogues(), algorithm=algorithm, config=config)
     for _ in range(config.steps):
         trainer.train_step()
         expected = reference.train_step(reference.collect())
         assert log.metrics[-1]["environment_steps"] == expected["environment_steps"]
-    torch.testing.assert_close(_weights(fast), _weights(slow), rtol=0, atol=1e-9)
+    torch.testing.assert_close(weights(fast), weights(slow), rtol=0, atol=1e-9)
     uniform = config.replace(credit="uniform")
-    Trainer(plain, tokenizer, _dialogues(), algorithm=algorithm, config=uniform).train()
-    assert float((_weights(plain) - _weights(fast)).abs().max()) > 1e-3, "credit must change the update"
+    Trainer(plain, tokenizer, dialogues(), algorithm=algorithm, config=uniform).train()
+    assert float((weights(plain) - weights(fast)).abs().max()) > 1e-3, "credit must change the update"
 
 
-@pytest.mark.parametrize("credit", ["causal", "monte_carlo"])
+@pytest.mark.parametrize("credit", ["causal", "monte_carlo", "shapley"])
 def test_resume_gives_bitwise_the_same_weights(tmp_path, credit):
     """What was accumulated goes into the checkpoint, the count of environment steps too."""
-    changes = {"credit": credit, "credit_samples": 1, "steps": 4}
-    whole, first, second = _policy(), _policy(), _policy(seed=9)
+    changes = {
+        "credit": credit,
+        "credit_actions": "word",
+        "credit_samples": 2,
+        "credit_interventions": 64,
+        "steps": 4,
+    }
+    whole, first, second = policy(), policy(), policy(seed=9)
     logs = [_Log(), _Log()]
     tokenizer = Characters(ALPHABET)
     Trainer(
-        whole, tokenizer, _dialogues(), algorithm=GRPO(), config=_config(**changes), reporter=logs[0]
+        whole, tokenizer, dialogues(), algorithm=GRPO(), config=settings(**changes), reporter=logs[0]
     ).train()
-    saved = _config(**changes, checkpoint_dir=str(tmp_path))
-    Trainer(first, tokenizer, _dialogues(), algorithm=GRPO(), config=saved.replace(steps=2)).train()
-    resumed = Trainer(second, tokenizer, _dialogues(), algorithm=GRPO(), config=saved, reporter=logs[1])
+    saved = settings(**changes, checkpoint_dir=str(tmp_path))
+    Trainer(first, tokenizer, dialogues(), algorithm=GRPO(), config=saved.replace(steps=2)).train()
+    resumed = Trainer(second, tokenizer, dialogues(), algorithm=GRPO(), config=saved, reporter=logs[1])
     resumed.train(resume="auto")
-    assert torch.equal(_weights(whole), _weights(second))
+    assert torch.equal(weights(whole), weights(second))
     assert logs[0].metrics[-1]["environment_steps"] == logs[1].metrics[-1]["environment_steps"]
 
 
@@ -169,7 +120,7 @@ def test_the_table_learns_the_known_causes():
     truth = ground_truth(6, causes=2, mediated=0, confounded=2, noise=1.0, seed=1)
     tokenizer = Characters(truth.characters)
     policy = Writer(truth).double()
-    config = _config(
+    config = settings(
         steps=20, max_new_tokens=6, group_size=8, credit="causal", credit_by="token", optimizer="sgd",
         learning_rate=1e-9,
     )  # fmt: skip
@@ -186,7 +137,7 @@ def test_monte_carlo_advantages_telescope_and_are_unbiased():
     """A row's unit advantages sum to its return less the first state's value, and their mean is the exact
     advantage of a slot, weight (x - p)."""
     truth = ground_truth(3, causes=1, mediated=0, confounded=0, noise=1.0)
-    config = _config(max_new_tokens=3, group_size=64, credit="monte_carlo", credit_samples=2)
+    config = settings(max_new_tokens=3, group_size=64, credit="monte_carlo", credit_samples=2)
     trainer = Trainer(
         Writer(truth).double(),
         Characters(truth.characters),
@@ -212,13 +163,13 @@ def test_a_reward_that_is_not_finite_stays_out_of_the_table(bad):
 
     def reward(state: str, action: str, record: Record) -> float:
         seen[0] += 1
-        return bad if seen[0] in (2, 11) else _counts(state, action, record)
+        return bad if seen[0] in (2, 11) else counts(state, action, record)
 
     env = TextEnv([Record("?")], reward=reward)
-    config = _config(prompts_per_step=2, credit="causal", steps=1)
+    config = settings(prompts_per_step=2, credit="causal", steps=1)
     for make in (Trainer, ReferenceTrainer):
         seen[0] = 0
-        trainer = make(_policy(), Characters(ALPHABET), env, algorithm=GRPO(), config=config)
+        trainer = make(policy(), Characters(ALPHABET), env, algorithm=GRPO(), config=config)
         batch = trainer.score(trainer.collect())
         effects = batch.effects if make is Trainer else torch.cat([one.effects for one in batch])
         assert seen[0] > 11
@@ -228,13 +179,13 @@ def test_a_reward_that_is_not_finite_stays_out_of_the_table(bad):
 
 @pytest.mark.parametrize("actions", ["token", "turn"])
 def test_the_end_token_is_an_action_like_others(actions):
-    tokenizer, fast, slow = Ending(), _policy(len(ALPHABET) + 1), _policy(len(ALPHABET) + 1)
-    config = _config(credit="causal", credit_actions=actions, credit_by="token_at_position", steps=2)
-    trainer = Trainer(fast, tokenizer, _dialogues(), algorithm=GRPO(), config=config)
-    reference = ReferenceTrainer(slow, tokenizer, _dialogues(), algorithm=GRPO(), config=config)
+    tokenizer, fast, slow = Ending(), policy(len(ALPHABET) + 1), policy(len(ALPHABET) + 1)
+    config = settings(credit="causal", credit_actions=actions, credit_by="token_at_position", steps=2)
+    trainer = Trainer(fast, tokenizer, dialogues(), algorithm=GRPO(), config=config)
+    reference = ReferenceTrainer(slow, tokenizer, dialogues(), algorithm=GRPO(), config=config)
     trainer.train()
     reference.train()
-    torch.testing.assert_close(_weights(fast), _weights(slow), rtol=0, atol=1e-9)
+    torch.testing.assert_close(weights(fast), weights(slow), rtol=0, atol=1e-9)
     trainer.config = config.replace(credit_interventions=1000)
     batch = trainer.score(trainer.collect())
     ends = (batch.targets == tokenizer.eos_token_id) & batch.mask
@@ -250,8 +201,8 @@ def test_the_end_token_is_an_action_like_others(actions):
 def test_redrawing_gives_way_to_the_episode_action_by_action():
     """With a budget for all, the effects of a measured episode sum to what it got above the redrawn one, are those
     of one replay for every place, and are 0 where the redrawing chooses the same."""
-    config = _config(credit="causal", credit_interventions=1000, steps=1, group_size=8)
-    trainer = Trainer(_policy(), Characters(ALPHABET), _dialogues(), algorithm=GRPO(), config=config)
+    config = settings(credit="causal", credit_interventions=1000, steps=1, group_size=8)
+    trainer = Trainer(policy(), Characters(ALPHABET), dialogues(), algorithm=GRPO(), config=config)
     trajectories = trainer.collect()
     batch = trainer.score(trajectories)
     measured = (~batch.effects.isnan() & batch.mask).any(1).nonzero()[:, 0].tolist()
@@ -263,7 +214,7 @@ def test_redrawing_gives_way_to_the_episode_action_by_action():
             Replay(one.record, one.seed, turns_of(one, one.token_ids, end=t), open=True, number=row)
             for t in places
         ]
-        values = [*play_again(trainer, trainer.engine, again, _REDRAWN, Count()), float(sum(one.rewards))]
+        values = [*play_again(trainer, trainer.engine, again, REDRAWN, Count()), float(sum(one.rewards))]
         found = batch.effects[row, torch.tensor(places) - 1]
         torch.testing.assert_close(found.sum(), torch.tensor(values[-1] - values[0]).double())
         expected = torch.tensor(np.diff(values))
@@ -279,7 +230,7 @@ def test_the_mean_effect_is_the_advantage():
     """Of slots that do not hang on each other, and of which no two cancel: weight (x - p), out of 512 episodes
     that are all measured."""
     truth = GroundTruth((1.0, 0.0, -2.0), (0.0,) * 3, (0.0,) * 3, (-1,) * 3, noise=1.0)
-    config = _config(
+    config = settings(
         max_new_tokens=3, prompts_per_step=8, group_size=64, credit="causal", credit_interventions=10**6
     )
     tokenizer = Characters(truth.characters)
@@ -301,8 +252,8 @@ def test_the_mean_effect_is_the_advantage():
 def test_replays_in_slices_are_the_same_draws():
     found = []
     for size in (1, 3, 1000):
-        config = _config(credit="monte_carlo", credit_samples=2, eval_batch=size)
-        trainer = Trainer(_policy(), Characters(ALPHABET), _dialogues(), algorithm=GRPO(), config=config)
+        config = settings(credit="monte_carlo", credit_samples=2, eval_batch=size)
+        trainer = Trainer(policy(), Characters(ALPHABET), dialogues(), algorithm=GRPO(), config=config)
         batch = trainer.score(trainer.collect())
         found.append((batch.step_advantages, trainer.replays.metrics))
     for advantages, metrics in found[1:]:
@@ -316,14 +267,14 @@ def test_replays_in_slices_are_the_same_draws():
 def test_effects_of_another_setting_start_anew(tmp_path, before):
     shared = {"checkpoint_dir": str(tmp_path), "steps": 1}
     Trainer(
-        _policy(),
+        policy(),
         Characters(ALPHABET),
-        _dialogues(),
+        dialogues(),
         algorithm=GRPO(),
-        config=_config(**shared, **before),
+        config=settings(**shared, **before),
     ).train()
-    config = _config(**shared, credit="causal", credit_by="token")
-    resumed = Trainer(_policy(), Characters(ALPHABET), _dialogues(), algorithm=GRPO(), config=config)
+    config = settings(**shared, credit="causal", credit_by="token")
+    resumed = Trainer(policy(), Characters(ALPHABET), dialogues(), algorithm=GRPO(), config=config)
     with pytest.warns(UserWarning, match="they start anew"):
         resumed.train(resume="auto")
     assert resumed.step == 1
@@ -332,8 +283,8 @@ def test_effects_of_another_setting_start_anew(tmp_path, before):
 
 
 def test_a_checkpoint_of_another_version_is_refused_in_one_line(tmp_path):
-    config = _config(checkpoint_dir=str(tmp_path), steps=1)
-    trainer = Trainer(_policy(), Characters(ALPHABET), _dialogues(), algorithm=GRPO(), config=config)
+    config = settings(checkpoint_dir=str(tmp_path), steps=1)
+    trainer = Trainer(policy(), Characters(ALPHABET), dialogues(), algorithm=GRPO(), config=config)
     whole = trainer.stopping.state_dict
     trainer.stopping.state_dict = dict
     trainer.train()
@@ -351,9 +302,9 @@ def test_a_replay_that_rewrites_the_text_is_refused():
         calls[0] += 1
         return state + action + "?" if calls[0] <= 8 else "?"
 
-    env = TextEnv([Record("?")], transition=forgetful, reward=_counts, max_turns=2)
-    config = _config(credit="causal")
-    trainer = Trainer(_policy(), Characters(ALPHABET), env, algorithm=GRPO(), config=config)
+    env = TextEnv([Record("?")], transition=forgetful, reward=counts, max_turns=2)
+    config = settings(credit="causal")
+    trainer = Trainer(policy(), Characters(ALPHABET), env, algorithm=GRPO(), config=config)
     trajectories = trainer.collect()
     with pytest.raises(ValueError, match="must continue the text so far") as caught:
         trainer.score(trajectories)
@@ -363,6 +314,22 @@ def test_a_replay_that_rewrites_the_text_is_refused():
 def test_a_table_by_another_name_is_refused():
     with pytest.raises(ValueError, match="by must be"):
         EffectTable("position")
+
+
+@pytest.mark.parametrize("actions", ["token", "word", "sentence", "line", "step", "turn"])
+def test_units_are_the_references(actions):
+    rng = np.random.default_rng(0)
+    for _ in range(50):
+        ids = torch.from_numpy(rng.integers(len(ALPHABET), size=24))
+        one = Trajectory(
+            token_ids=ids,
+            action_mask=torch.from_numpy(rng.random(24) < 0.8),
+            turn_index=torch.arange(24) // 12,
+            sampler_logprobs=torch.zeros(24),
+            rewards=[0.0, 1.0],
+        )
+        tokenizer = Characters(ALPHABET)
+        assert units_of(one, actions, tokenizer) == reference_units(one, actions, tokenizer)
 
 
 def test_units_cut_each_turns_action():

@@ -3,7 +3,8 @@
 import pytest
 import yaml
 
-from react_fast.trainer.config import ConfigError, ModelConfig, RunConfig, TrainerConfig
+from react_fast.trainer.config import ConfigError, RunConfig, TrainerConfig
+from react_fast.trainer.model_config import ModelConfig
 from react_fast.trainer.section import Section, valid_keys
 
 
@@ -83,7 +84,7 @@ def test_text_stays_text():
         (lambda: TrainerConfig(steps="5"), "steps must be a valid integer, got '5'"),
         (
             lambda: TrainerConfig(credit="best"),
-            "credit must be 'uniform', 'attribution', 'causal' or 'monte_carlo', got 'best'",
+            "credit must be 'uniform', 'attribution', 'causal', 'monte_carlo' or 'shapley', got 'best'",
         ),
         (
             lambda: RunConfig(trainer={"minibatches": 3}),

@@ -10,9 +10,10 @@ from react_fast.cli import main
 from react_fast.envs import Record, TextEnv
 from react_fast.trainer.adapters import add_adapters
 from react_fast.trainer.algorithms import GRPO, SFT
-from react_fast.trainer.config import LoraConfig, ModelConfig, TrainerConfig
+from react_fast.trainer.config import TrainerConfig
 from react_fast.trainer.estimate import in_units, memory
 from react_fast.trainer.model import fresh_model, outline
+from react_fast.trainer.model_config import LoraConfig, ModelConfig
 from react_fast.trainer.trainer import Trainer
 
 from .tiny import train_words

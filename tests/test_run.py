@@ -10,11 +10,12 @@ import torch
 
 from react_fast.envs import Record, TextEnv
 from react_fast.envs.rewards import exact_match
-from react_fast.trainer.config import EnvConfig, ModelConfig
+from react_fast.trainer.env_config import EnvConfig
 from react_fast.trainer.evaluation import answer
 from react_fast.trainer.folder import RunFolder, UserError
 from react_fast.trainer.interrupt import StopRequest
 from react_fast.trainer.model import fresh_model
+from react_fast.trainer.model_config import ModelConfig
 from react_fast.trainer.results import Answers, compare, measure, table
 from react_fast.trainer.sources import load_environments, load_policy
 

@@ -343,7 +343,7 @@ def test_best_by_may_ask_for_the_lowest_and_must_be_a_metric(tmp_path):
     with pytest.raises(
         ValueError, match=r"best_by must be a metric of evaluations \(eval/reward\), got 'chrf'"
     ):
-        _evaluated(tmp_path / "other", values, best_by="chrf").train()
+        _evaluated(tmp_path / "other", values, best_by="chrf")
     with pytest.raises(ConfigError, match="eval_every must be at least 1 when best_by is given, got 0"):
         _evaluated(tmp_path / "other", values, eval_every=0)
 

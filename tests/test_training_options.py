@@ -11,8 +11,8 @@ from react_fast.cli import main
 from react_fast.trainer.adapters import BASE, add_adapters, has_adapters
 from react_fast.trainer.algorithms import DPO, GRPO, PPO, SFT, OnlineDPO
 from react_fast.trainer.checkpoint import CheckpointError, load_weights
-from react_fast.trainer.config import LoraConfig
 from react_fast.trainer.model import load_model
+from react_fast.trainer.model_config import LoraConfig
 from react_fast.trainer.recompute import recomputed
 from react_fast.trainer.trainer import Trainer
 

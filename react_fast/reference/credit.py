@@ -3,6 +3,7 @@
 See `react_fast.trainer.credit`, whose numbers these are.
 """
 
+import itertools
 import math
 import re
 from collections.abc import Sequence
@@ -14,7 +15,7 @@ import torch
 from .rollout import draw
 from .tracker import Moments
 
-_ROWS, _REDRAWN, _VALUES = 5, 7, 8
+_ROWS, _REDRAWN, _VALUES, _ORDERS = 5, 7, 8, 9
 _BUCKETS, _TOKENS = 65521, 1_000_003
 
 
@@ -156,6 +157,63 @@ class MonteCarlo:
         return steps
 
 
+class Shapley:
+    """What each action brings, meant over all orders in which an episode's actions may come, the others deleted;
+    above 10 actions over pairs of a random order and its reverse."""
+
+    def __init__(self, trainer: Any) -> None:
+        self.trainer = trainer
+
+    def score(self, trajectories: Sequence[Any], batch: Sequence[Any]) -> int:
+        config, step = self.trainer.config, self.trainer.step
+        left, steps = config.credit_interventions, 0
+        for one, scored in zip(trajectories, batch, strict=True):
+            scored.effects = torch.full((len(one.token_ids) - 1,), math.nan, dtype=torch.float64)
+        for row in _by_surprise(trajectories, config.seed, step) if step % config.credit_every == 0 else []:
+            one, values = trajectories[row], {}
+            units = units_of(one, config.credit_actions, self.trainer.tokenizer)
+            n = len(units)
+            needed = 2**n - 1 if n <= 10 else 2 * config.credit_samples * (n - 1) + 1
+            if n < 2 or needed > left:
+                continue
+            left -= needed
+            orders = self._orders(n, row)
+            values[frozenset(range(n))] = float(sum(one.rewards))
+            for members in [order[:k] for order in orders for k in range(n)]:
+                if frozenset(members) not in values:
+                    turns = self._turns(one, [t for i in members for t in units[i]])
+                    values[frozenset(members)], used = play_again(
+                        self.trainer, one, turns, _REDRAWN, number=row
+                    )
+                    steps += used
+            if all(math.isfinite(value) for value in values.values()):
+                for i, unit in enumerate(units):
+                    found = 0.0
+                    for order in orders:
+                        before = order[: order.index(i)]
+                        found += values[frozenset([*before, i])] - values[frozenset(before)]
+                    for t in unit:
+                        batch[row].effects[t - 1] = found / len(orders)
+        return steps
+
+    def _orders(self, n: int, row: int) -> list[list[int]]:
+        if n <= 10:
+            return [list(order) for order in itertools.permutations(range(n))]
+        config = self.trainer.config
+        seed = philox_key(config.seed, _ORDERS, self.trainer.step, row)
+        rng, orders = np.random.Generator(np.random.Philox(seed)), []
+        for _ in range(config.credit_samples):
+            order = rng.permutation(n).tolist()
+            orders += [order, order[::-1]]
+        return orders
+
+    def _turns(self, one: Any, kept: list[int]) -> list[list[int]]:
+        turns: list[list[int]] = [[] for _ in one.rewards]
+        for t in sorted(kept):
+            turns[int(one.turn_index[t])].append(int(one.token_ids[t]))
+        return turns
+
+
 def add_effects(batch: Sequence[Any], floor: float) -> None:
     """A_t + (1 - floor) w (e_t - mean e), w = min(n, mean A^2 / mean e^2), with the effects e in the unit of A,
     the means of e over the n actions of a row, of e^2 over those of all rows, whose effect is known."""
@@ -187,7 +245,7 @@ def add_effects(batch: Sequence[Any], floor: float) -> None:
         one.advantages = advantages
 
 
-CREDITS = {"causal": Causal, "monte_carlo": MonteCarlo}
+CREDITS = {"causal": Causal, "monte_carlo": MonteCarlo, "shapley": Shapley}
 
 
 def play_again(
@@ -214,22 +272,31 @@ def play_again(
 
 
 def units_of(one: Any, actions: str, tokenizer: Any) -> list[list[int]]:
-    """Places of the tokens of every unit: a token, a word, a line, or a turn's whole action."""
+    """Places of the tokens of every unit: a token, a word, a sentence, a line, a reasoning step (a paragraph, or a
+    line where no line is blank), or a turn's whole action."""
     units: list[list[int]] = []
-    before = ""
-    for t, token in enumerate(one.token_ids):
-        if not one.action_mask[t]:
-            continue
-        text = tokenizer.decode([int(token)])
-        previous = units[-1][-1] if units else None
-        starts = previous is None or one.turn_index[previous] != one.turn_index[t] or actions == "token"
-        starts |= actions == "word" and text[:1].isspace()
-        starts |= actions == "line" and re.search(r"\n[^\n]", before + text[:1]) is not None
-        if starts:
-            units.append([])
-        units[-1].append(t)
-        before = text
+    for turn in range(len(one.rewards)):
+        places = [t for t in range(len(one.token_ids)) if one.action_mask[t] and one.turn_index[t] == turn]
+        texts = [tokenizer.decode([int(one.token_ids[t])]) for t in places]
+        cuts, last, start = _cuts("".join(texts), actions), -1, 0
+        for t, text in zip(places, texts, strict=True):
+            starts = t == places[0] or actions == "token" or (actions == "word" and text[:1].isspace())
+            if starts or any(last < place <= start for place in cuts):
+                units.append([])
+            units[-1].append(t)
+            last, start = start, start + len(text)
     return units
+
+
+def _cuts(text: str, actions: str) -> list[int]:
+    """Where the next sentence, line or step begins."""
+    paragraph, lines = r"\n[^\S\n]*\n\s*", r"\n+"
+    patterns = {
+        "sentence": r"[.!?][\"')\]]*\s+|[。！？]|\n+",
+        "line": lines,
+        "step": paragraph if re.search(paragraph, text.strip()) else lines,
+    }
+    return [found.end() for found in re.finditer(patterns[actions], text)] if actions in patterns else []
 
 
 def turns_of(one: Any, tokens: list[int], end: int | None = None) -> list[list[int]]:

@@ -1,7 +1,7 @@
 """Shapley values: an outcome divided among the actions that made it together."""
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
@@ -70,25 +70,33 @@ def shapley_values(
     check_count("players", players, 1)
     check_count("samples", samples, 2)
     check_count("seed", seed, 0)
-    kept: dict[frozenset[int], float] = {}
+    return divided(lambda asked: [_number(value(s)) for s in asked], players, samples=samples, seed=seed)
 
-    def worth(members: Iterable[int]) -> float:
-        coalition = frozenset(members)
-        if coalition not in kept:
-            kept[coalition] = _number(value(coalition))
-        return kept[coalition]
 
+def divided(
+    values: Callable[[Sequence[frozenset[int]]], Iterable[float]], players: int, *, samples: int, seed: int
+) -> Shapley:
+    """`shapley_values` where `values` of all coalitions are asked for at once, each coalition once."""
     exact = players <= EXACT
+    orders = np.empty((0, 2, players), dtype=int) if exact else _orders(players, samples, seed)
+    prefixes = (frozenset(order[:k]) for order in orders.reshape(-1, players) for k in range(players + 1))
+    asked = [_members(bits) for bits in range(2**players)] if exact else list(dict.fromkeys(prefixes))
+    worth = dict(zip(asked, values(asked), strict=True))
     if exact:
-        mean = _exact(worth, players)
+        mean = _exact(np.array(list(worth.values())), players)
         error, low, high = np.zeros(players), mean, mean
     else:
-        pairs = _sampled(worth, players, samples, seed)
+        pairs = _sampled(worth, orders)
         mean, error = pairs.mean(0), pairs.std(0, ddof=1) / math.sqrt(samples)
         low, high = student_interval(mean, error, np.full(players, samples))
-    total = worth(range(players)) - worth(())
+    total = worth[frozenset(range(players))] - worth[frozenset()]
     columns = torch.from_numpy(np.array([mean, error, low, high]))
-    return Shapley(columns[0], columns[1], columns[2], columns[3], total, len(kept), exact)
+    return Shapley(columns[0], columns[1], columns[2], columns[3], total, len(asked), exact)
+
+
+def cost(players: int, samples: int) -> int:
+    """Most coalitions that are valued, beside that of all players."""
+    return 2**players - 1 if players <= EXACT else 2 * samples * (players - 1) + 1
 
 
 def shapley(policy: Policy, text: Experiment, spans: Sequence[Span], samples: int) -> Shapley:
@@ -99,7 +107,7 @@ def shapley(policy: Policy, text: Experiment, spans: Sequence[Span], samples: in
     drawn = replacements(text.counterfactual, policy, text, spans, 1, seed=text.seed, eos_id=None)
     instead = {span: tokens[0] for span, tokens in zip(spans, drawn, strict=True)}
 
-    def value(members: frozenset[int]) -> float:
+    def without(members: frozenset[int]) -> tuple[list[int], int]:
         ids, start = list(text.ids), text.prompt_length
         for span in sorted((s for i, s in enumerate(spans) if i not in members), reverse=True):
             ids[slice(*span)] = instead[span]
@@ -107,13 +115,17 @@ def shapley(policy: Policy, text: Experiment, spans: Sequence[Span], samples: in
                 start += len(instead[span]) - (min(span[1], text.prompt_length) - span[0])
         if not ids and isinstance(text.outcome, TargetLogprob):
             raise ValueError("actions must leave a token to continue from when all are replaced")
-        return float(outcomes(policy, text.outcome, [(ids, start)])[0])
+        return ids, start
 
-    return replace(shapley_values(value, len(spans), samples=samples, seed=text.seed), spans=tuple(spans))
+    def values(asked: Sequence[frozenset[int]]) -> list[float]:
+        return [_number(x) for x in outcomes(policy, text.outcome, [without(members) for members in asked])]
+
+    check_count("samples", samples, 2)
+    return replace(divided(values, len(spans), samples=samples, seed=text.seed), spans=tuple(spans))
 
 
-def _exact(worth: Callable[[Iterable[int]], float], players: int) -> np.ndarray:
-    values = np.array([worth(_members(bits)) for bits in range(2**players)])
+def _exact(values: np.ndarray, players: int) -> np.ndarray:
+    """values: [2^n], of the coalitions of `_members`."""
     codes = np.arange(2**players)
     sizes = np.array([bits.bit_count() for bits in range(2**players)])
     weights = np.array([1 / (players * math.comb(players - 1, size)) for size in range(players)])
@@ -124,20 +136,25 @@ def _exact(worth: Callable[[Iterable[int]], float], players: int) -> np.ndarray:
     return mean
 
 
-def _sampled(worth: Callable[[Iterable[int]], float], players: int, samples: int, seed: int) -> np.ndarray:
-    """[samples, n] mean of the marginal contributions in an order and in its reverse."""
+def _orders(players: int, samples: int, seed: int) -> np.ndarray:
+    """[samples, 2, n] orders and their reverses."""
     rng = np.random.Generator(np.random.Philox(seed))
+    drawn = [rng.permutation(players) for _ in range(samples)]
+    return np.array([[order, order[::-1]] for order in drawn])
+
+
+def _sampled(worth: Mapping[frozenset[int], float], orders: np.ndarray) -> np.ndarray:
+    """[samples, n] mean of the marginal contributions in an order and in its reverse."""
+    samples, _, players = orders.shape
     found = np.zeros((samples, players))
-    for row in found:
-        order = rng.permutation(players).tolist()
-        for sequence in (order, order[::-1]):
-            values = [worth(sequence[:k]) for k in range(players + 1)]
-            row[sequence] += np.diff(values) / 2
+    for row, pair in zip(found, orders, strict=True):
+        for order in pair:
+            row[order] += np.diff([worth[frozenset(order[:k])] for k in range(players + 1)]) / 2
     return found
 
 
-def _members(bits: int) -> list[int]:
-    return [i for i in range(bits.bit_length()) if bits >> i & 1]
+def _members(bits: int) -> frozenset[int]:
+    return frozenset(i for i in range(bits.bit_length()) if bits >> i & 1)
 
 
 def _number(found: Any) -> float:

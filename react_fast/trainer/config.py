@@ -13,51 +13,9 @@ import yaml
 from pydantic import Field, field_validator, model_validator
 
 from .env_config import EnvConfig
+from .model_config import ModelConfig
 from .overrides import assign, override_pairs, read_yaml
-from .section import ConfigError, Count, Fraction, Natural, NonNegative, Positive, Section, Seed
-
-
-class LoraConfig(Section):
-    """Low-rank adapters (PEFT): the model's own weights stay, and are the reference policy too."""
-
-    r: Natural = 0
-    """Rank; 0: no adapters, all weights are trained."""
-    alpha: Count = 16
-    """The adapters' output is scaled by alpha / r."""
-    dropout: Fraction = 0.0
-    """Dropout probability before the adapters, in supervised training."""
-    target_modules: list[str] = Field(default=[])
-    """Names of the linear layers that get one; none: all but the output layer."""
-
-
-class ModelConfig(Section):
-    """The policy: a Hugging Face causal-LM directory, or a freshly initialised model."""
-
-    path: str | None = None
-    """Local Hugging Face model directory; none: a fresh model."""
-    vocab_size: Count = 512
-    """Fresh model: entries of the trained tokenizer."""
-    hidden_size: Count = 256
-    """Fresh model: width of the residual stream."""
-    layers: Count = 4
-    """Fresh model: transformer layers."""
-    heads: Count = 4
-    """Fresh model: attention heads; must divide hidden_size."""
-    max_length: Count = 128
-    """Fresh model: longest prompt plus response, in tokens."""
-    dropout: Fraction = 0.0
-    """Fresh model: dropout probability."""
-    dtype: Literal["float32", "bfloat16", "float16", "float64"] = "float32"
-    """Type of the parameters."""
-    chat_template: str | None = None
-    """Jinja file of the chat template for prompts of messages; none: the tokenizer's own."""
-    lora: LoraConfig = LoraConfig()
-
-    @model_validator(mode="after")
-    def _heads_divide(self) -> "ModelConfig":
-        if self.hidden_size % self.heads:
-            raise ConfigError("heads", f"must divide hidden_size {self.hidden_size}, got {self.heads}")
-        return self
+from .section import ConfigError, Count, Few, Natural, NonNegative, Positive, Section, Seed
 
 
 def _need_evaluations(section: Any) -> Any:
@@ -194,20 +152,20 @@ class TrainerConfig(Section):
     """Weight of the KL divergence to the policy at the start."""
     entropy_coef: float = 0.0
     """Weight of the entropy bonus."""
-    credit: Literal["uniform", "attribution", "causal", "monte_carlo"] = "uniform"
+    credit: Literal["uniform", "attribution", "causal", "monte_carlo", "shapley"] = "uniform"
     """Spread of an advantage over tokens."""
     credit_floor: Annotated[float, Field(ge=0, le=1)] = 0.5
-    """Share that attribution and causal credit leave uniform; 1: all."""
-    credit_actions: Literal["token", "word", "line", "turn"] = "token"
-    """Actions that causal credit measures and monte_carlo credit values."""
+    """Share that attribution, causal and shapley credit leave uniform; 1: all."""
+    credit_actions: Literal["token", "word", "sentence", "line", "step", "turn"] = "token"
+    """Actions that causal and shapley credit measure and monte_carlo credit values."""
     credit_interventions: Count = 16
-    """Causal credit: most episodes that a step plays again."""
+    """Causal and shapley credit: most episodes that a step plays again."""
     credit_every: Count = 1
-    """Causal credit: training steps between interventions."""
+    """Causal and shapley credit: training steps between interventions."""
     credit_by: Literal["episode", "token", "token_at_position"] = "episode"
     """Causal credit: effects count in the episode they were measured in, or in all by token (and place)."""
     credit_samples: Count = 4
-    """monte_carlo credit: episodes played on from each state."""
+    """monte_carlo credit: episodes played on from each state; shapley: pairs of orders above 10 actions."""
     eval_every: Natural = 0
     """Steps between evaluations; 0: none."""
     eval_batch: Count = 64
@@ -227,10 +185,18 @@ class TrainerConfig(Section):
     """Steps between printed samples; 0: none."""
     sharded: bool = False
     """Several processes split the parameters (FSDP2); false: each holds a copy (DDP)."""
-    threads: Count | None = None
+    threads: Few | None = None
     """CPU threads; none: what torch chose."""
 
     _evaluates = model_validator(mode="after")(_need_evaluations)
+
+    @model_validator(mode="after")
+    def _few_actions(self) -> "TrainerConfig":
+        if self.credit == "shapley" and self.credit_actions == "token":
+            raise ConfigError("credit_actions", "must be longer than 'token' when credit is 'shapley'")
+        if self.credit == "shapley" and self.credit_samples < 2:
+            raise ConfigError("credit_samples", "must be at least 2 when credit is 'shapley', got 1")
+        return self
 
     @model_validator(mode="after")
     def _bounds_in_order(self) -> "TrainerConfig":

@@ -1,7 +1,7 @@
 """Early stopping: stop when the held-out quality no longer improves, and hand back the best weights."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
 import torch
@@ -49,25 +49,24 @@ class EarlyStopping:
 class BestStep:
     """The step with the best evaluation.
 
-    Args: metric: such as "eval/reward", or "-eval/loss" where the lowest is best; None: no step is.
+    Args:
+        metric: such as "eval/reward", or "-eval/loss" where the lowest is best; None: no step is.
+        known: the metrics of evaluations.
+    Raises: ConfigError for a metric that is not among them.
     """
 
-    def __init__(self, metric: str | None) -> None:
+    def __init__(self, metric: str | None, known: Sequence[str]) -> None:
         self._sign, self._name = (-1, metric[1:]) if metric and metric.startswith("-") else (1, metric)
+        if self._name is not None and self._name not in known:
+            raise ConfigError(
+                "trainer.best_by", f"must be a metric of evaluations ({', '.join(known)}), got {self._name!r}"
+            )
         self._metric, self.step, self._value = metric, cast(int | None, None), -math.inf
 
     def see(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Take note of an evaluation; NaN is never the best.
-
-        Raises: ConfigError if the metric is not among its numbers.
-        """
+        """Take note of an evaluation; NaN is never the best."""
         if self._name is None:
             return
-        if self._name not in metrics:
-            known = ", ".join(name for name in metrics if name.startswith("eval/"))
-            raise ConfigError(
-                "trainer.best_by", f"must be a metric of evaluations ({known}), got {self._name!r}"
-            )
         value = self._sign * metrics[self._name]
         if value > self._value:
             self.step, self._value = step, value

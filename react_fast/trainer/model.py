@@ -19,8 +19,8 @@ from transformers import (
 )
 
 from . import adapters
-from .config import ModelConfig
 from .folder import RunFolder
+from .model_config import ModelConfig
 
 PAD, BOS, EOS = "<pad>", "<bos>", "<eos>"
 # Byte-level BPE starts from all 256 bytes, so no text is ever unknown.

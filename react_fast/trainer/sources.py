@@ -29,9 +29,10 @@ from ..envs.notes import as_number
 from ..envs.reward_functions import as_reward, needs_care
 from ..envs.rewards import REWARDS
 from ..envs.tasks.splits import SPLITS
-from .config import ModelConfig, RunConfig
+from .config import RunConfig
 from .env_config import EnvConfig, RewardModelConfig
 from .folder import RunFolder, UserError
+from .model_config import ModelConfig
 from .named import function, imported
 from .section import ConfigError, nearest
 

@@ -100,9 +100,14 @@ class Algorithm:
         """(loss of a micro-batch, metrics); the losses of an update's micro-batches are added."""
         raise NotImplementedError
 
+    @property
+    def held_out_metrics(self) -> tuple[str, ...]:
+        """Names of what `held_out` measures."""
+        return ("eval/loss",) if self.supervised else ("eval/reward",)
+
     def held_out(self, trainer: Any, env: TextEnv) -> tuple[dict[str, float], float]:
         """(metrics on held-out records while it trains, the number that should get smaller)."""
-        if self.supervised:
+        if self.held_out_metrics == ("eval/loss",):
             loss = held_out_loss(trainer, env)
             return {"eval/loss": loss}, loss
         reward = held_out_reward(trainer, env, greedy=True)

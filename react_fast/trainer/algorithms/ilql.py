@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
-from ...envs import Record, TextEnv
+from ...envs import Record
 from ...envs.record import RecordError
 from ...ops.backend import accumulation_dtype
 from ...ops.logprob import token_logprobs
@@ -16,7 +16,6 @@ from ...ops.q_learning import guided_logits
 from ...ops.q_loss import ilql_loss
 from ...ops.target_network import TargetUpdate
 from ..batch import Batch
-from ..evaluation import held_out_reward
 from ..rollout import Trajectory, demonstration
 from ..scoring import Scores
 from .base import Algorithm, Loss
@@ -179,6 +178,6 @@ class ILQL(Algorithm):
         )
         return found.loss - self.sft_coef * scores.logprobs.sum() / count, found.metrics
 
-    def held_out(self, trainer: Any, env: TextEnv) -> tuple[dict[str, float], float]:
-        reward = held_out_reward(trainer, env, greedy=True)
-        return {"eval/reward": reward}, -reward
+    @property
+    def held_out_metrics(self) -> tuple[str, ...]:
+        return ("eval/reward",)
