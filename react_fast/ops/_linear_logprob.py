@@ -101,9 +101,10 @@ def forward(
     width = sizes.columns
     kept = _kept(keep, lent, hidden, vocab, sizes)
     tile = tiles.Buffer(hidden, sizes.rows * width, sizes.dtype)
-    apart = want_U and (bool(kept) or sizes.dtype != hidden.dtype)
-    weights = tiles.Buffer(hidden, sizes.rows * width if apart else 0)
-    twin = tiles.Buffer(hidden, sizes.rows * width if len(Q) else 0)
+    weighed = tiles.turned_dtype(hidden)
+    apart = want_U and (bool(kept) or sizes.dtype != weighed)
+    weights = tiles.Buffer(hidden, sizes.rows * width if apart else 0, weighed)
+    twin = tiles.Buffer(hidden, sizes.rows * width if len(Q) else 0, weighed)
     for begin, stop in spans(len(hidden), sizes.rows):
         end = min(stop, count)
         factor, shift = torch.empty(2, end - begin, dtype=U.dtype, device=U.device).unbind()
@@ -141,7 +142,7 @@ def _accumulate_centred(w: Tensor, *pairs: tuple[Tensor, Tensor]) -> None:
     rounding of a half-precision product does not.
     """
     mean = w.mean(0, dtype=pairs[0][0].dtype)
-    centred = (w - mean).to(w.dtype)
+    centred = (w - mean).to(pairs[0][1].dtype)
     for total, e in pairs:
         tiles.accumulate(total, e, centred)
         total.addr_(e.sum(1, dtype=total.dtype), mean)

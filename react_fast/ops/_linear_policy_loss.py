@@ -108,9 +108,10 @@ def _plan(rows: Rows, head: Head, options: Options, want_weight: bool) -> _Plan:
     """The same on every rank, for blocks meet in collectives: as the rank with most columns needs it."""
     hidden, count = rows.hidden, len(rows.ids)
     dim, dtype, wide = hidden.shape[1], tiles.tile_dtype(hidden), accumulation_dtype(hidden.dtype)
+    in_place = dtype == tiles.turned_dtype(hidden)
     if options.invariant:
         blocks = [end - begin for begin, end in spans(count, tiles.INVARIANT_ROWS)]
-        return _Plan(blocks, tiles.INVARIANT_ROWS, dtype == hidden.dtype)
+        return _Plan(blocks, tiles.INVARIANT_ROWS, in_place)
     vocab = max(head.shards or (len(head.weight),))
     own = max(1, tiles.budget(hidden.device) // (vocab * dtype.itemsize))
     lent = summed = 0
@@ -120,10 +121,10 @@ def _plan(rows: Rows, head: Head, options: Options, want_weight: bool) -> _Plan:
     if narrow:
         summed = dim * wide.itemsize // dtype.itemsize
     if count <= lent + summed + own:
-        return _Plan([count], max(0, count - lent), dtype == hidden.dtype and lent == 0)
+        return _Plan([count], max(0, count - lent), in_place and lent == 0)
     first, next_ones = lent + summed + own, own + (lent if narrow else 0)
     blocks = [first, *(end - begin for begin, end in spans(count - first, next_ones))]
-    return _Plan(blocks, own, dtype == hidden.dtype and lent == 0)
+    return _Plan(blocks, own, in_place and lent == 0)
 
 
 def _weight_dtype(weight: Tensor) -> torch.dtype:
@@ -192,7 +193,8 @@ class _Logits:
         sizes = tiles.tiling(hidden[:most], vocab, options, beside=beside)
         self._width, self._dtype = sizes.columns, sizes.dtype
         self._own = hidden.new_empty(vocab, plan.own, dtype=sizes.dtype)
-        self._turned = tiles.Buffer(hidden, 0 if plan.in_place else most * self._width)
+        room = 0 if plan.in_place else most * self._width
+        self._turned = tiles.Buffer(hidden, room, tiles.turned_dtype(hidden))
         self._in_place = plan.in_place
         self._memory: list[Tensor] = []
 

@@ -49,9 +49,10 @@ def second_pass(
     live = _with_gradient(rows, head, sums, g, h, unit)
     count, vocab = len(live.hidden), len(head.weight)
     sizes = tiles.tiling(live.hidden, vocab, options._replace(invariant=False))
-    same = sizes.dtype == live.hidden.dtype
+    dtype = tiles.turned_dtype(live.hidden)
+    same = sizes.dtype == dtype
     room = sizes.columns * (sizes.rows if same else tiles.turned_rows(live.hidden, sizes))
-    turned = tiles.Buffer(live.hidden, room)
+    turned = tiles.Buffer(live.hidden, room, dtype)
     scratch = turned if same else tiles.Buffer(live.hidden, sizes.rows * sizes.columns, sizes.dtype)
     found = _Found(live, head, wanted, unit, main_grad, lent)
     for first, last, known in _column_tiles(kept, vocab, sizes.columns):

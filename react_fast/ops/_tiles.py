@@ -88,12 +88,29 @@ def _cache_bytes(device: torch.device) -> int:
     return max(sizes) or USUAL_CACHE
 
 
+@cache
+def _half_gemms(dtype: torch.dtype) -> bool:
+    """Whether the CPU's GEMM library has GEMMs of this half precision; oneDNN wants AVX-512 for them, and torch's
+    own loops take several times as long as a float32 GEMM."""
+    kind = {torch.bfloat16: "bf16", torch.float16: "fp16"}[dtype]
+    supported = getattr(torch.ops.mkldnn, f"_is_mkldnn_{kind}_supported", None)
+    return supported is not None and bool(supported())
+
+
+def widened(x: Tensor) -> bool:
+    """Whether GEMMs of these half-precision operands are done on float32 copies of tiles."""
+    return x.element_size() == 2 and x.device.type == "cpu" and not _half_gemms(x.dtype)
+
+
 def tile_dtype(hidden: Tensor) -> torch.dtype:
     """float32 where the GEMM can write its own accumulators, else the dtype of its operands."""
-    half = hidden.dtype in (torch.bfloat16, torch.float16)
-    return (
-        torch.float32 if half and hidden.is_cuda and hasattr(torch.ops.aten.mm, "dtype_out") else hidden.dtype
-    )
+    own = hidden.is_cuda and hidden.element_size() == 2 and hasattr(torch.ops.aten.mm, "dtype_out")
+    return torch.float32 if own or widened(hidden) else hidden.dtype
+
+
+def turned_dtype(hidden: Tensor) -> torch.dtype:
+    """Of a tile's weights and gradients, which the next GEMM multiplies."""
+    return hidden.dtype if hidden.is_cuda else tile_dtype(hidden)
 
 
 def tiling(hidden: Tensor, vocab: int, options: Options, outputs: int = 0, beside: int = 0) -> Tiling:
@@ -107,7 +124,7 @@ def tiling(hidden: Tensor, vocab: int, options: Options, outputs: int = 0, besid
     dtype = tile_dtype(hidden)
     if options.invariant:
         return Tiling(INVARIANT_ROWS, min(UNIT, vocab), dtype)
-    bytes_each = dtype.itemsize + outputs * hidden.element_size()
+    bytes_each = dtype.itemsize + outputs * turned_dtype(hidden).itemsize
     most = budget(hidden.device) // bytes_each
     rows = len(hidden) if hidden.device.type == "cpu" else min(len(hidden), GPU_ROWS)
     rows = max(1, min(rows, most // UNIT))
@@ -117,9 +134,10 @@ def tiling(hidden: Tensor, vocab: int, options: Options, outputs: int = 0, besid
 
 
 def turned_rows(hidden: Tensor, sizes: Tiling) -> int:
-    """Rows of a tile of gradients in hidden's dtype, which several tiles of logits fill: as many as the budget has
-    room for, so that a row of dW is one GEMM's sum."""
-    return max(sizes.rows, min(len(hidden), budget(hidden.device) // (sizes.columns * hidden.element_size())))
+    """Rows of a tile of gradients, which several tiles of logits fill: as many as the budget has room for, so that
+    a row of dW is one GEMM's sum."""
+    each = sizes.columns * turned_dtype(hidden).itemsize
+    return max(sizes.rows, min(len(hidden), budget(hidden.device) // each))
 
 
 def spans(size: int, step: int) -> Iterator[tuple[int, int]]:
@@ -170,6 +188,8 @@ def product(a: Tensor, b: Tensor, out: Tensor) -> Tensor:
     """out <- a b; `out` float32 where tile_dtype says so."""
     if out.dtype == a.dtype:
         return torch.mm(a, b, out=out)
+    if widened(a):
+        return torch.mm(a.float(), b.float(), out=out)
     return torch.mm(a, b, out_dtype=out.dtype, out=out)
 
 
@@ -184,8 +204,9 @@ def _sums(a: Tensor, b: Tensor) -> Tensor:
 
 
 def accumulate(target: Tensor, a: Tensor, b: Tensor, unit: Maybe = None) -> None:
-    """target <- target + a b, or + unit a b; the sum in target's dtype."""
-    if target.dtype == a.dtype and a.element_size() > 2:
+    """target <- target + a b, or + unit a b; the sum in target's dtype. `a` is a tile in turned_dtype."""
+    b = b.to(a.dtype)
+    if unit is None and target.dtype == a.dtype and a.element_size() > 2:
         target.addmm_(a, b)
     elif unit is None:
         target.add_(_sums(a, b))
@@ -195,6 +216,7 @@ def accumulate(target: Tensor, a: Tensor, b: Tensor, unit: Maybe = None) -> None
 
 def add_product(target: Tensor, a: Tensor, b: Tensor, anew: bool, unit: Maybe = None) -> None:
     """target <- a b where `anew`, else target + a b; with `unit` that times the product."""
+    b = b.to(a.dtype)
     if not anew:
         accumulate(target, a, b, unit)
     elif unit is not None:
@@ -247,6 +269,7 @@ def fold(
             z, bias, ids, temperatures, first, options, state, moment, factor, shift, weights, weighted
         )
         return
+    bias = None if bias is None else bias.to(z.dtype)
     _core.fold_tile(  # type: ignore[call-arg]
         *_arguments(z, bias, ids, temperatures, first, options), state.data_ptr(), moment, address(factor),
         address(shift), address(weights), address(weighted), torch.get_num_threads(),
@@ -267,6 +290,7 @@ def turn(
 
         kernels.turn_tile(z, bias, ids, temperatures, first, options, stats, out)
         return
+    bias = None if bias is None else bias.to(z.dtype)
     _core.turn_tile(  # type: ignore[call-arg]
         *_arguments(z, bias, ids, temperatures, first, options), stats.data_ptr(), address(out),
         torch.get_num_threads(),
