@@ -175,14 +175,14 @@ def test_a_run_that_no_longer_stops_early_keeps_its_last_weights():
 
 
 def test_the_best_step_is_one_of_its_own_metric_and_never_nan():
-    best = BestStep("eval/reward", ["eval/reward"])
+    best = BestStep("eval/reward")
     best.see(1, {"eval/reward": math.nan})
     assert best.step is None
     best.see(2, {"eval/reward": 0.5})
     best.see(3, {"eval/reward": math.nan})
     best.see(4, {"eval/reward": 0.25})
     assert best.step == 2
-    again, other = BestStep("eval/reward", ["eval/reward"]), BestStep("-eval/loss", ["eval/loss"])
+    again, other = BestStep("eval/reward"), BestStep("-eval/loss")
     for one in (again, other):
         one.load_state_dict(best.state_dict())
     assert (again.step, other.step) == (2, None)

@@ -1,12 +1,11 @@
 """Early stopping: stop when the held-out quality no longer improves, and hand back the best weights."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, cast
 
 import torch
 
-from .section import ConfigError
 from .state import shard_like
 
 
@@ -49,18 +48,11 @@ class EarlyStopping:
 class BestStep:
     """The step with the best evaluation.
 
-    Args:
-        metric: such as "eval/reward", or "-eval/loss" where the lowest is best; None: no step is.
-        known: the metrics of evaluations.
-    Raises: ConfigError for a metric that is not among them.
+    Args: metric: such as "eval/reward", or "-eval/loss" where the lowest is best; None: no step is.
     """
 
-    def __init__(self, metric: str | None, known: Sequence[str]) -> None:
+    def __init__(self, metric: str | None) -> None:
         self._sign, self._name = (-1, metric[1:]) if metric and metric.startswith("-") else (1, metric)
-        if self._name is not None and self._name not in known:
-            raise ConfigError(
-                "trainer.best_by", f"must be a metric of evaluations ({', '.join(known)}), got {self._name!r}"
-            )
         self._metric, self.step, self._value = metric, cast(int | None, None), -math.inf
 
     def see(self, step: int, metrics: Mapping[str, float]) -> None:

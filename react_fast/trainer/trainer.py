@@ -120,8 +120,7 @@ class Trainer:
         self.memory = algorithm.memory(self)
         self.watch = Watch(self.config)
         self.step = 0  # finished steps
-        self.stopping = EarlyStopping(self.config.early_stopping)
-        self.best = BestStep(self.config.best_by, algorithm.held_out_metrics)
+        self.stopping, self.best = EarlyStopping(self.config.early_stopping), BestStep(self.config.best_by)
         self.replays = REPLAYS["uniform" if algorithm.supervised else self.config.credit](self)
 
     # ---- the four phases -----------------------------------------------------------------------------------

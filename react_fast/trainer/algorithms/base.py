@@ -41,6 +41,10 @@ class Algorithm:
                 f"trainer.credit must be 'uniform' for {type(self).__name__}, which has no rollouts, "
                 f"got {config.credit!r}"
             )
+        metric = (config.best_by or "").removeprefix("-")
+        if metric and metric not in self.held_out_metrics:
+            known = ", ".join(self.held_out_metrics)
+            raise ValueError(f"trainer.best_by must be a metric of evaluations ({known}), got {metric!r}")
 
     def heads(self, model: Any) -> dict[str, nn.Module]:
         """Trained modules from hidden states [B, T, D] to [B, T, ...], by name."""

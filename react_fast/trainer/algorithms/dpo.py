@@ -171,6 +171,7 @@ class OnlineDPO(Preferences):
     """
 
     def check(self, config: Any) -> None:
+        super().check(config)
         if config.group_size < 2:
             raise ValueError(
                 f"trainer.group_size must be at least 2 for OnlineDPO, which compares, got {config.group_size}"

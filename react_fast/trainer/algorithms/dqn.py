@@ -46,6 +46,7 @@ class QLearning(Algorithm):
         check_count(self, "n", "capacity", "target_every")
 
     def check(self, config: Any) -> None:
+        super().check(config)
         if config.credit != "uniform" or config.sharded or config.kl_coef or config.entropy_coef:
             raise ValueError(
                 f"{type(self).__name__} learns values: trainer.credit must be 'uniform', sharded false, "

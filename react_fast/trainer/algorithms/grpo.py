@@ -82,6 +82,7 @@ class DAPO(GRPO):
         super().__post_init__()
 
     def check(self, config: Any) -> None:
+        super().check(config)
         if self.overlong_buffer > config.max_new_tokens:
             raise ValueError(
                 f"overlong_buffer must be at most trainer.max_new_tokens, {config.max_new_tokens}, "

@@ -68,6 +68,7 @@ class ActorCritic(PolicyGradient):
         _check.choice("aggregation", self.aggregation, ("token_mean",))
 
     def check(self, config: Any) -> None:
+        super().check(config)
         if config.credit == "monte_carlo":
             raise ValueError(
                 f"trainer.credit must not be 'monte_carlo' for {type(self).__name__}: its critic values states"
