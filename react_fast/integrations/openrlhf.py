@@ -23,6 +23,7 @@ import torch
 
 from ..ops.advantage import discounted_returns, gae
 from ..ops.logprob import token_logprobs
+from .cases import numbers
 from .points import Case, Integration, Point
 
 Tensor = torch.Tensor
@@ -97,17 +98,11 @@ def cumulative_returns(original: Callable[..., Tensor]) -> Callable[..., Tensor]
     return replacement
 
 
-def _numbers(device: torch.device, *shape: int, seed: int = 0) -> Tensor:
-    """Random numbers that leave torch's own generators alone."""
-    generator = torch.Generator().manual_seed(seed + sum(shape))
-    return torch.randn(*shape, generator=generator, device="cpu", dtype=torch.float32).to(device)
-
-
 def _logits(call: Callable[..., Tensor], *dtypes: torch.dtype) -> Callable[[torch.device], list[Case]]:
     def cases(device: torch.device) -> list[Case]:
         def run(dtype: torch.dtype) -> Callable[[Any], dict[str, Tensor]]:
             def run(function: Any) -> dict[str, Tensor]:
-                logits = _numbers(device, 2, 5, 19).to(dtype).requires_grad_()
+                logits = numbers(device, 2, 5, 19).to(dtype).requires_grad_()
                 labels = (torch.arange(10, device=device) * 7 % 19).view(2, 5)
                 with torch.compiler.set_stance("force_eager"):  # compiling takes longer than all the rest
                     found = call(function, logits, labels)
@@ -125,7 +120,7 @@ def _returns(with_values: bool) -> Callable[[torch.device], list[Case]]:
     def cases(device: torch.device) -> list[Case]:
         def run(masked: bool) -> Callable[[Any], dict[str, Tensor]]:
             def run(function: Any) -> dict[str, Tensor]:
-                rewards, values = (_numbers(device, 3, 5, seed=seed) for seed in (1, 2))
+                rewards, values = (numbers(device, 3, 5, seed=seed) for seed in (1, 2))
                 mask = torch.tensor([[1, 1, 1, 0, 0], [0, 1, 0, 1, 1], [0] * 5], device=device).bool()
                 given = (rewards, mask if masked else None, 0.9)
                 found = function(None, values, *given, 0.8) if with_values else [function(None, *given)]

@@ -112,7 +112,8 @@ def output_layer(model: Any) -> OutputLayer | None:
     if not hasattr(model, "generate") or not passes_through(model):
         return None
     inner = model.get_base_model() if hasattr(model, "get_base_model") else model
-    linear, body = inner.get_output_embeddings(), getattr(inner, inner.base_model_prefix, None)
+    body = getattr(inner, inner.base_model_prefix, None) or getattr(inner, "model", None)
+    linear = inner.get_output_embeddings()
     if linear is None or body is None or body is inner:
         return None
     config = inner.config.get_text_config()
@@ -159,7 +160,7 @@ def _tried(model: Any, layer: OutputLayer) -> tuple[torch.Tensor, torch.Tensor] 
         inputs["attention_mask"][1, 3:] = 0
         hidden = layer.hidden(**inputs)
         quiet = projection(layer.linear, hidden)
-        if quiet is None:
+        if quiet is None or quiet.hidden.shape[-1] != quiet.weight.shape[1]:
             return None
         factor = _LOUD / max(float(_product(quiet).abs().max()), 1e-30)
         products = _product(layer.projection(hidden * factor))
@@ -182,8 +183,10 @@ def _same(found: torch.Tensor, expected: torch.Tensor) -> bool:
     # The same products, summed in another order at most.
     rtol = 16 * torch.finfo(found.dtype).eps
     scale = float(expected.abs().max())
-    return expected.shape == found.shape and bool(
-        torch.allclose(found.float(), expected.float(), rtol=rtol, atol=rtol * scale)
+    return (
+        expected.shape == found.shape
+        and math.isfinite(scale)
+        and torch.allclose(found.float(), expected.float(), rtol=rtol, atol=rtol * scale)
     )
 
 
