@@ -1,13 +1,19 @@
 """Log-probabilities of transformers' models without logits, beside those of the logits; PEFT's adapters, too."""
 
+import contextlib
+
 import pytest
 import torch
 import transformers
 from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
+import react_fast as rf
 from react_fast.integrations.transformers import FusedHead, fused
 from react_fast.reference import token_logprobs
+from react_fast.trainer.scoring import Scorer
+
+from .peers import peer
 
 VOCAB = 61
 SMALL = {
@@ -236,3 +242,36 @@ def test_dropout_on_the_way_into_the_head_is_that_of_the_logits():
     torch.testing.assert_close(*found, rtol=1e-5, atol=1e-6)
     model.eval()
     assert not torch.allclose(fused(model, **batch, shift_labels=labels), found[0][0], atol=1e-3)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize("kind", ["on attention alone", "a head of its own", "tied and saved"])
+@pytest.mark.parametrize("door", ["patch", "trainer's"])
+def test_trl_s_fused_head_with_adapters(kind, door):
+    """That of the model below the adapters, as TRL's trainers make it; they refuse adapters on the head."""
+    utils, head = peer("trl.trainer.utils"), peer("react_fast.integrations.trl_trainer").use_fused_head
+    model, batch = _adapted(kind), _batch()
+    utils.add_fused_lm_head(model.get_base_model(), 0.7, outputs=("log_probs", "entropy"))
+    if door != "patch":
+        head(model.get_base_model())
+    with rf.patch("trl") if door == "patch" else contextlib.nullcontext():
+        for context in (contextlib.nullcontext(), model.disable_adapter()):
+            with context:
+                out = model(**batch, fused_lm_head=True)
+                wanted = _from_logits(model, **batch, temperature=0.7)
+            for a, b in zip((out.log_probs, out.entropy), wanted, strict=True):
+                torch.testing.assert_close(a.double(), b[:, 1:], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize("kind", ADAPTERS)
+def test_the_trainer_scores_from_hidden_states_with_adapters(kind):
+    """No fallback to logits, and a reference that is the model without them."""
+    model = _adapted(kind)
+    output = Scorer(model).output
+    hidden = output.hidden(**{name: x for name, x in _batch().items() if name != "labels"})
+    for context in (contextlib.nullcontext(), model.disable_adapter()):
+        with context:
+            given = output.projection(hidden)
+            y = torch.nn.functional.linear(*given)
+            torch.testing.assert_close(output.of(y), output.logits(hidden), rtol=1e-9, atol=1e-9)

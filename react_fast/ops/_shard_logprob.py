@@ -6,6 +6,7 @@ import torch
 import torch.distributed as dist
 
 from ._logprob import token_logprobs, token_logprobs_backward
+from .logprob import token_logprobs as whole_logprobs
 
 Tensor = torch.Tensor
 _PLAIN = (None, None, None, 1.0, 0.0)  # no mask, temperatures, floor; temperature 1, no softcap
@@ -25,7 +26,11 @@ def shard_logprobs(
     Source: online rescaling of sums, Milakov & Gimelshein 2018 (arXiv:1805.02867); split vocabulary: Shoeybi et
         al. 2019 (arXiv:1909.08053).
     """
-    return _Shard.apply(logits, token_ids, first, group, return_entropy)
+    if group is not None and dist.get_world_size(group) > 1:
+        return _Shard.apply(logits, token_ids, first, group, return_entropy)
+    if return_entropy:
+        return whole_logprobs(logits, token_ids, return_entropy=True)
+    return whole_logprobs(logits, token_ids), logits.new_empty(0)
 
 
 class _Shard(torch.autograd.Function):
@@ -39,7 +44,10 @@ class _Shard(torch.autograd.Function):
         _, entropy, (largest, log_sum) = token_logprobs(logits, local, *_PLAIN, want_entropy, False)
         chosen = _at(logits, local).to(largest.dtype).where(owned, 0)
         mean = largest + log_sum - entropy if want_entropy else chosen  # the expected logit
-        largests, log_sums, chosens, means = _exchanged(torch.stack([largest, log_sum, chosen, mean]), group)
+        own = torch.stack([largest, log_sum, chosen, mean])
+        parts = [torch.empty_like(own) for _ in range(dist.get_world_size(group))]
+        dist.all_gather(parts, own, group=group)
+        largests, log_sums, chosens, means = torch.stack(parts, 1).double()
         largest = largests.amax(0)
         allowed = largests > float("-inf")  # of ranks that forbid all their tokens there is no sum
         log_sums = (log_sums + largests - largest).where(allowed, float("-inf"))
@@ -49,7 +57,8 @@ class _Shard(torch.autograd.Function):
             entropy = largest + log_sum - ((log_sums - log_sum).exp() * means.where(allowed, 0)).sum(0)
         ctx.want_entropy = want_entropy
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(logits, local, owned, torch.stack([largest, log_sum]), entropy)
+        stats, logp, entropy = (x.to(own.dtype) for x in (torch.stack([largest, log_sum]), logp, entropy))
+        ctx.save_for_backward(logits, local, owned, stats, entropy)
         return logp, entropy
 
     @staticmethod
@@ -72,12 +81,3 @@ class _Shard(torch.autograd.Function):
 
 def _at(x: Tensor, index: Tensor) -> Tensor:
     return x.gather(-1, index[..., None])[..., 0]
-
-
-def _exchanged(own: Tensor, group: Any) -> Tensor:
-    """[4, ranks, ...] of every rank's [4, ...]."""
-    if group is None or dist.get_world_size(group) == 1:
-        return own[:, None]
-    parts = [torch.empty_like(own) for _ in range(dist.get_world_size(group))]
-    dist.all_gather(parts, own, group=group)
-    return torch.stack(parts, 1)
