@@ -117,7 +117,9 @@ def test_the_reference_stays_when_the_policy_moves():
     batch, options = _batch(), {"r": 2, "target_modules": ["q_proj"]}
     plain, fresh = _model("llama"), get_peft_model(_model("llama"), LoraConfig(**options))
     adapted = get_peft_model(_model("llama"), LoraConfig(**options, init_lora_weights=False))
-    for model in (plain, adapted, fresh):
+    options["target_modules"] = ["q_proj", "lm_head"]
+    headed = get_peft_model(_model("llama"), LoraConfig(**options, init_lora_weights=False)).double()
+    for model in (plain, adapted, headed, fresh):
         before = _expected(model, batch, 1.0)[0].detach()
         policy = Scorer(model)
         assert policy.output is not None
