@@ -128,7 +128,9 @@ def _head(model: Any, tokens: int) -> int:
     hidden = linear.weight.new_empty(tokens, linear.weight.shape[1])
     given = projection(linear, hidden)
     weight: torch.Tensor = linear.weight if given is None else given.weight
-    joined = 0 if weight is linear.weight else weight.numel() * weight.element_size()  # with an adapter's matrix
+    joined = (
+        0 if weight is linear.weight else weight.numel() * weight.element_size()
+    )  # with an adapter's matrix
     sums = 2 * tokens * weight.shape[1] * accumulation_dtype(weight.dtype).itemsize
     sizes = tiles.tiling(hidden, len(weight), tiles.Options(1.0, 1.0, 0.0, False), outputs=1)
     tile = 2 * sizes.rows * sizes.columns * sizes.dtype.itemsize
