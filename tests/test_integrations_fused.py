@@ -4,8 +4,11 @@ import contextlib
 
 import pytest
 import torch
+import torch.distributed as dist
 import transformers
 from peft import LoraConfig, PromptTuningConfig, get_peft_model
+from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel
 from transformers import AutoModelForCausalLM
 
 import react_fast as rf
@@ -275,3 +278,29 @@ def test_the_trainer_scores_from_hidden_states_with_adapters(kind):
             given = output.projection(hidden)
             y = torch.nn.functional.linear(*given)
             torch.testing.assert_close(output.of(y), output.logits(hidden), rtol=1e-9, atol=1e-9)
+
+
+def _wrapped(rank, world, kind):
+    """Every rank its own row; the gradient is the mean over ranks, as DDP and fully_shard reduce it."""
+    batch = {name: x[rank : rank + 1] for name, x in _batch().items()}
+    models = [get_peft_model(_model("Llama"), LoraConfig(r=2, target_modules=["lm_head"])) for _ in range(2)]
+    models[1].load_state_dict(models[0].state_dict())
+    plain, wrapped = (model.double() for model in models)
+    fused(plain, **batch).sum().backward()
+    wanted = [p.grad for p in plain.parameters() if p.requires_grad]
+    for x in wanted:
+        dist.all_reduce(x)
+    head = FusedHead(wrapped)
+    whole = DistributedDataParallel(head) if kind == "DDP" else fully_shard(head)
+    whole(**batch).sum().backward()
+    found = [p.grad for p in wrapped.parameters() if p.requires_grad]
+    for a, b in zip(found, wanted, strict=True):
+        a = a.full_tensor() if hasattr(a, "full_tensor") else a
+        torch.testing.assert_close(a, b / world, rtol=1e-6, atol=1e-9)
+
+
+@pytest.mark.parametrize("kind", ["DDP", "fully_shard"])
+def test_what_wraps_modules_wraps_a_fused_head(ranks, kind):
+    if ranks.world != 2:
+        pytest.skip("two tell as much")
+    ranks.run(_wrapped, kind)
