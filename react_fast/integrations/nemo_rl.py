@@ -11,8 +11,8 @@ sizes than vocab_end_index - vocab_start_index, masks of other numbers than 0 an
 [0, 1], and tensors of other dtypes or devices. Top-k and top-p (`...WithSampling`) and entropies stay.
 
 NeMo-RL has no door for plugins: `patch("nemo_rl")` has to run in every worker. Read: NeMo-RL 0.6.0, of August
-2026. NeMo-RL wants a GPU: tried were its two modules by themselves on a CPU; the tests here have stubs of the same
-signatures.
+2026. NeMo-RL wants a GPU: tried were its two modules by themselves on a CPU, on one process and on two. The tests
+here have stubs of the same signatures.
 """
 
 import functools

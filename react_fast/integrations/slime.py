@@ -15,8 +15,8 @@ log_prob_keep_mask (top-p), gamma or lambda that are not numbers in [0, 1], and 
 
 slime has no door for plugins beside its paths: `patch("slime")` has to run in every Ray worker, for example at the
 import of a module that such a path names. Read: slime 0.3.1, of August 2026. slime wants Megatron and a GPU: tried
-was its `ppo_utils` by itself on a CPU, where 68 of 76 of its own tests pass, and the others want the last bit of
-float32 (1e-8); the tests here have stubs of the same signatures.
+was its `ppo_utils` by itself on a CPU, on one process and on two; 68 of its 76 tests pass, and the others want the
+last bit of float32 (1e-8). The tests here have stubs of the same signatures.
 """
 
 import functools
@@ -66,12 +66,12 @@ def log_probs_and_entropy(original: Callable[..., Any]) -> Callable[..., Any]:
     return replacement
 
 
-def _covered(rewards: Tensor, *numbers_: Any) -> bool:
+def _covered(rewards: Tensor, *factors: Any) -> bool:
     return (
         rewards.dim() == 2
         and rewards.dtype in (torch.float32, torch.float64)
         and rewards.device.type in _DEVICES
-        and all(isinstance(x, (int, float)) and 0 <= x <= 1 for x in numbers_)
+        and all(isinstance(x, (int, float)) and 0 <= x <= 1 for x in factors)
     )
 
 
