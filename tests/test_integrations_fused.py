@@ -161,6 +161,8 @@ def test_labels_are_given_once():
     for given, told in (({}, "none"), ({"labels": labels, "shift_labels": labels}, "both")):
         with pytest.raises(ValueError, match=f"^labels or shift_labels must be given, got {told}$"):
             fused(model, **batch, **given)
+    with pytest.raises(ValueError, match=r"^adapter_names must be left out: "):
+        fused(model, **batch, labels=labels, adapter_names=["default"] * 3)
 
 
 ADAPTERS = {

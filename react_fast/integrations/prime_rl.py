@@ -17,8 +17,8 @@ gradient. The original is called for tensors of other dtypes or devices, sharded
 
 prime-rl has no door for plugins: `patch("prime_rl")` has to run in every trainer process, for example at the
 import of a module of yours that the path of the loss names. Read: prime-rl 0.8.0, of August 2026. prime-rl wants a
-GPU: tried were its two modules by themselves on a CPU, where the tests of its heads that need no GPU pass. The tests
-here have stubs of the same signatures.
+GPU: tried were its two modules by themselves on a CPU, where those tests of its heads pass that need no GPU. The
+tests here have stubs of the same signatures.
 """
 
 import inspect

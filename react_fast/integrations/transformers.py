@@ -49,8 +49,10 @@ def fused(
         inputs: what the model below the head takes (attention_mask, position_ids, pixel_values, ...).
     Returns: logp or (logp, entropy), [B, T] float32 like the labels, 0 where these are -100, and for `labels` in
         column 0; differentiable.
-    Raises: ValueError in one line for another head, and for both or none of the labels.
+    Raises: ValueError in one line for another head, for both or none of the labels, and for PEFT's adapter_names.
     """
+    if "adapter_names" in inputs:  # which the model below the head would take and not look at
+        raise ValueError("adapter_names must be left out: all rows have the active adapters")
     if labels is not None and shift_labels is None:
         targets, first = labels[:, 1:], 1
     elif shift_labels is not None and labels is None:
