@@ -268,7 +268,7 @@ def test_nemo_gae(held, kind, lam):
     _assert_same(ours, theirs, 1e-5)
 
 
-def _over_ranks(rank, world):
+def _over_ranks(rank, world, backend):
     """Logits in float64 over ranks: what one process gives with all of it, after one exchange."""
     sizes = [11, 5, 1, 7][:world]
     whole, first = (torch.randn(9, sum(sizes)) * 3).double(), sum(sizes[:rank])
@@ -280,19 +280,21 @@ def _over_ranks(rank, world):
     for way in ("ours", "theirs"):
         x = (part if way == "ours" else whole).clone().requires_grad_()
         if way == "ours":
-            with Collectives() as counted:
+            with Collectives() as counted, rf.use_backend(backend):
                 outputs = shard_logprobs(x, ids, first=first, group=dist.group.WORLD, return_entropy=True)
             assert counted.count == 1
         else:
             outputs = rf.reference.token_logprobs(x, ids, return_entropy=True)
-        values, (slope,) = _pulled([y.double() for y in outputs], x)
+        with rf.use_backend(backend):
+            values, (slope,) = _pulled([y.double() for y in outputs], x)
         found.append((*values, slope if way == "ours" else slope[:, first : first + sizes[rank]]))
     for ours, wanted in zip(*found, strict=True):
         torch.testing.assert_close(ours, wanted, rtol=1e-11, atol=1e-11)
 
 
-def test_logits_split_over_processes(ranks):
-    ranks.run(_over_ranks)
+@pytest.mark.parametrize("backend", ["cpu", "triton"])
+def test_logits_split_over_processes(ranks, backend):
+    ranks.run(_over_ranks, backend)
 
 
 def _hidden_over_ranks(rank, world):
