@@ -27,18 +27,20 @@ def openrlhf():
     with stubs("flash_attn", *missing, absent=("flash_attn.ops",), forget="openrlhf"):
         utils, actor = peer("openrlhf.models.utils"), peer("openrlhf.models.actor")
         maker = peer("openrlhf.trainer.ppo_utils.experience_maker").RemoteExperienceMaker
+        module = peer("openrlhf.models.loss").PolicyLoss
 
         def held():
             found = {name: getattr(utils, name) for name in ("log_probs_from_logits", "compute_entropy")}
             assert all(getattr(actor, name) is x for name, x in found.items())
-            return found | {name: vars(maker)[name] for name in METHODS}
+            found |= {name: vars(maker)[name] for name in METHODS}
+            return found | {"loss": vars(module)["forward"]}
 
         theirs = held()
         with rf.patch("openrlhf"):
             ours = held()
         after = held()
         assert all(after[name] is theirs[name] is not ours[name] for name in theirs)
-        yield types.SimpleNamespace(theirs=theirs, ours=ours)
+        yield types.SimpleNamespace(theirs=theirs, ours=ours, loss=module)
 
 
 def test_without_its_packages_one_line_refuses():
@@ -104,6 +106,30 @@ def test_advantages_and_returns(openrlhf, kind, shape, gamma, lam):
     for got, wanted in zip(ours, theirs, strict=True):
         assert got.dtype == wanted.dtype
         torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-5)
+
+
+LOSSES = {
+    "default": {},
+    "dual clip": {"dual_clip": 1.2, "clip_eps_high": 0.4},
+    "sequences": {"token_level_loss": False},
+    "gspo": {"policy_loss_type": "gspo"},
+    "corrected": {"is_correction_level": "token"},
+}
+
+
+@pytest.mark.parametrize("sizes", [{}, {"dp_size": 2, "batch_num_tokens": 50, "global_batch_size": 9}])
+@pytest.mark.parametrize("kind", LOSSES)
+def test_policy_losses(openrlhf, kind, sizes):
+    old, moved, rollout, advantages = torch.randn(4, 6, 17)
+    mask, found, module = torch.rand(6, 17) > 0.3, [], openrlhf.loss(**LOSSES[kind])
+    mask[-1] = False
+    mask[:-1, 0] = True
+    for held in (openrlhf.theirs, openrlhf.ours):
+        logp = (old + 0.3 * moved).requires_grad_()
+        parts = held["loss"](module, logp, old, advantages, mask, old + 0.1 * rollout, **sizes)
+        found.append((*parts, torch.autograd.grad(parts[0], logp)[0]))
+    for wanted, got in zip(*found, strict=True):
+        torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-6)
 
 
 def test_what_ours_does_not_cover_goes_to_the_original(openrlhf):

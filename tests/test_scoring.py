@@ -16,7 +16,8 @@ from transformers import (
 
 from react_fast.reference import token_logprobs
 from react_fast.trainer.batch import Batch
-from react_fast.trainer.scoring import Scorer, output_layer, reference_policy, scores
+from react_fast.trainer.output_layer import output_layer
+from react_fast.trainer.scoring import Scorer, reference_policy, scores
 
 from .policies import Recurrent
 
@@ -90,6 +91,8 @@ def test_scores_and_gradients_are_those_of_the_logits(name):
 def test_other_output_layers_are_told_from_linear_ones():
     model = _model("llama")
     model.config.logit_scale = 2.0  # which this architecture does not look at
+    assert output_layer(model).logit_scale == 1.0
+    model.lm_head.register_forward_hook(lambda module, args, y: 30 * torch.tanh(y / 30))
     assert output_layer(model) is None
     assert output_layer(Recurrent()) is None
     policy, batch = Scorer(model), _batch()
@@ -114,7 +117,9 @@ def test_the_reference_stays_when_the_policy_moves():
     batch, options = _batch(), {"r": 2, "target_modules": ["q_proj"]}
     plain, fresh = _model("llama"), get_peft_model(_model("llama"), LoraConfig(**options))
     adapted = get_peft_model(_model("llama"), LoraConfig(**options, init_lora_weights=False))
-    for model in (plain, adapted, fresh):
+    options["target_modules"] = ["q_proj", "lm_head"]
+    headed = get_peft_model(_model("llama"), LoraConfig(**options, init_lora_weights=False)).double()
+    for model in (plain, adapted, headed, fresh):
         before = _expected(model, batch, 1.0)[0].detach()
         policy = Scorer(model)
         assert policy.output is not None

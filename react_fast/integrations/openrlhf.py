@@ -4,11 +4,12 @@
 | --- | --- |
 | `openrlhf.models.utils.log_probs_from_logits`, in `models.actor` too | `token_logprobs` |
 | `compute_entropy`, likewise | `token_logprobs`, no torch.compile |
+| `openrlhf.models.loss.PolicyLoss.forward` | `policy_loss`: value and gradient in one pass |
 | `RemoteExperienceMaker.get_advantages_and_returns`, `get_cumulative_returns` | one scan, no loop over tokens |
 
-Numbers and gradients are OpenRLHF's to the rounding of the dtype. The original is called for a temperature (the
-actor divides the logits itself), gamma or lambda that are not numbers in [0, 1], and tensors of other dtypes or
-devices.
+Numbers and gradients are OpenRLHF's to the rounding of the dtype, except that a loss without any token is 0, not
+NaN. The original is called for a temperature (the actor divides the logits itself), gamma or lambda that are not
+numbers in [0, 1], losses of type gspo and those with is_correction, and tensors of other dtypes or devices.
 
 OpenRLHF has no door for plugins: `patch("openrlhf")` has to run in every Ray worker. Its modules import
 flash_attn, deepspeed and vllm; where these are missing, `patch` refuses.
@@ -16,6 +17,7 @@ Read: OpenRLHF 0.11.2.
 """
 
 import functools
+import types
 from collections.abc import Callable
 from typing import Any
 
@@ -23,6 +25,9 @@ import torch
 
 from ..ops.advantage import discounted_returns, gae
 from ..ops.logprob import token_logprobs
+from ..ops.policy_loss import policy_loss
+from ..presets import openrlhf as presets
+from .cases import numbers
 from .points import Case, Integration, Point
 
 Tensor = torch.Tensor
@@ -97,17 +102,47 @@ def cumulative_returns(original: Callable[..., Tensor]) -> Callable[..., Tensor]
     return replacement
 
 
-def _numbers(device: torch.device, *shape: int, seed: int = 0) -> Tensor:
-    """Random numbers that leave torch's own generators alone."""
-    generator = torch.Generator().manual_seed(seed + sum(shape))
-    return torch.randn(*shape, generator=generator, device="cpu", dtype=torch.float32).to(device)
+def loss(original: Callable[..., Any]) -> Callable[..., Any]:
+    """(loss, share of clipped tokens, KL(old || new) by k1, None, None), as PolicyLoss has them."""
+
+    @functools.wraps(original)
+    def replacement(
+        self: Any, log_probs: Tensor, old_log_probs: Tensor, advantages: Tensor, action_mask: Tensor | None = None,
+        rollout_log_probs: Tensor | None = None, dp_size: int = 1, batch_num_tokens: float | None = None,
+        global_batch_size: float | None = None,
+    ) -> Any:  # fmt: skip
+        like = [(x.shape, x.dtype, x.device) for x in (log_probs, old_log_probs, advantages)]
+        ours = (
+            self.policy_loss_type == "ppo"
+            and self.is_correction_level == "off"
+            and like[0] == like[1] == like[2]
+            and _covered(log_probs, action_mask)
+        )
+        if not ours or action_mask is None or action_mask.is_floating_point():
+            return original(
+                self, log_probs, old_log_probs, advantages, action_mask, rollout_log_probs, dp_size,
+                batch_num_tokens, global_batch_size,
+            )  # fmt: skip
+        preset = presets.ppo(
+            eps_clip_low_high=(self.clip_eps_low, self.clip_eps_high), dual_clip=self.dual_clip
+        )
+        whole = batch_num_tokens if self.token_level_loss else global_batch_size
+        found, metrics = policy_loss(
+            log_probs, old_log_probs.detach(), advantages.detach(), action_mask,
+            **{**preset, "aggregation": "token_mean" if self.token_level_loss else "seq_mean_token_mean"},
+            denominator=None if whole is None else whole / dp_size,
+        )  # fmt: skip
+        clipped = metrics["clip_ratio/low"] + metrics["clip_ratio/high"]
+        return found, clipped, metrics["approx_kl/k1"], None, None
+
+    return replacement
 
 
 def _logits(call: Callable[..., Tensor], *dtypes: torch.dtype) -> Callable[[torch.device], list[Case]]:
     def cases(device: torch.device) -> list[Case]:
         def run(dtype: torch.dtype) -> Callable[[Any], dict[str, Tensor]]:
             def run(function: Any) -> dict[str, Tensor]:
-                logits = _numbers(device, 2, 5, 19).to(dtype).requires_grad_()
+                logits = numbers(device, 2, 5, 19).to(dtype).requires_grad_()
                 labels = (torch.arange(10, device=device) * 7 % 19).view(2, 5)
                 with torch.compiler.set_stance("force_eager"):  # compiling takes longer than all the rest
                     found = call(function, logits, labels)
@@ -125,7 +160,7 @@ def _returns(with_values: bool) -> Callable[[torch.device], list[Case]]:
     def cases(device: torch.device) -> list[Case]:
         def run(masked: bool) -> Callable[[Any], dict[str, Tensor]]:
             def run(function: Any) -> dict[str, Tensor]:
-                rewards, values = (_numbers(device, 3, 5, seed=seed) for seed in (1, 2))
+                rewards, values = (numbers(device, 3, 5, seed=seed) for seed in (1, 2))
                 mask = torch.tensor([[1, 1, 1, 0, 0], [0, 1, 0, 1, 1], [0] * 5], device=device).bool()
                 given = (rewards, mask if masked else None, 0.9)
                 found = function(None, values, *given, 0.8) if with_values else [function(None, *given)]
@@ -136,6 +171,31 @@ def _returns(with_values: bool) -> Callable[[torch.device], list[Case]]:
         return [Case("a mask with gaps", run(True)), Case("no mask", run(False))]
 
     return cases
+
+
+def _losses(device: torch.device) -> list[Case]:
+    def of(by_token: bool, dual_clip: float | None, **sizes: float) -> Callable[[Any], dict[str, Tensor]]:
+        def run(function: Any) -> dict[str, Tensor]:
+            old, moved, advantages = (numbers(device, 3, 5, seed=seed) for seed in (1, 2, 3))
+            mask = torch.tensor([[1, 1, 1, 0, 0], [0, 1, 0, 1, 1], [0] * 5], device=device)
+            logp = (old + 0.5 * moved).requires_grad_()
+            module = types.SimpleNamespace(
+                policy_loss_type="ppo", is_correction_level="off", token_level_loss=by_token, dual_clip=dual_clip,
+                clip_eps_low=0.2, clip_eps_high=0.3,
+            )  # fmt: skip
+            found = function(module, logp, old, advantages, mask, **sizes)
+            names = ("loss", "clip ratio", "kl")
+            results = {name: x.detach() for name, x in zip(names, found, strict=False)}
+            return results | {"gradient": torch.autograd.grad(found[0], logp)[0]}
+
+        return run
+
+    return [
+        Case("tokens", of(True, None)),
+        Case("tokens of a whole batch, dual clip", of(True, 1.5, dp_size=2, batch_num_tokens=9)),
+        Case("sequences", of(False, None)),
+        Case("sequences of a whole batch", of(False, 1.5, dp_size=2, global_batch_size=5)),
+    ]
 
 
 _UTILS = "openrlhf.models.utils"
@@ -150,6 +210,9 @@ INTEGRATION = Integration(
     points=(
         Point(f"{_UTILS}.log_probs_from_logits", "f5e64ae81a87", log_probs, _LOG_PROBS, "token_logprobs"),
         Point(f"{_UTILS}.compute_entropy", "6be5166f01e9", entropy, _ENTROPY, "token_logprobs"),
+        Point(
+            "openrlhf.models.loss.PolicyLoss.forward", "c11ac6fde007", loss, _losses, "policy_loss", aliases=False
+        ),
         Point(
             f"{_MAKER}.get_advantages_and_returns", "7f3be77837da", advantages_and_returns, _returns(True), "gae",
             aliases=False,

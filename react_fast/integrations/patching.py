@@ -14,7 +14,7 @@ from .points import Integration, PatchError, check_parity, check_signature, chec
 _log = logging.getLogger("react_fast")
 _lock = threading.RLock()
 # Packages with an integration, by the name that `patch` takes; the module has INTEGRATION.
-NAMES = ("openrlhf", "stable_baselines3", "torchrl", "trl", "verl")
+NAMES = ("nemo_rl", "openrlhf", "prime_rl", "slime", "stable_baselines3", "torchrl", "trl", "verl")
 _KEPT = __package__.partition(".")[0]  # our own modules hold originals and replacements side by side
 
 

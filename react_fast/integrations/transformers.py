@@ -1,7 +1,9 @@
-"""A callback that lets react_fast's causality tracker watch any Hugging Face Trainer, TRL's among them."""
+"""transformers: log-probabilities without logits from its causal language models, and a callback that lets
+react_fast's causality tracker watch any Hugging Face Trainer, TRL's among them."""
 
 import contextlib
 import warnings
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -9,9 +11,97 @@ import torch
 import torch.distributed as dist
 from transformers import TrainerCallback
 
+from ..ops.linear_logprob import linear_token_logprobs
 from ..tracker import CausalityTracker
+from ..trainer.output_layer import OutputLayer, output_layer, passes_through
 
 STATE = "causality.pt"
+IGNORED = -100
+_layers: "weakref.WeakKeyDictionary[Any, OutputLayer]" = weakref.WeakKeyDictionary()
+
+
+def fused(
+    model: Any,
+    input_ids: torch.Tensor | None = None,
+    *,
+    labels: torch.Tensor | None = None,
+    shift_labels: torch.Tensor | None = None,
+    temperature: float | torch.Tensor = 1.0,
+    return_entropy: bool = False,
+    **inputs: Any,
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    """What `model(input_ids, labels=labels)` knows of the labels, without its logits [B, T, V].
+
+    `logp = fused(model, **batch)`; the model's own loss is -logp.sum() / (labels[:, 1:] != -100).sum(). The head
+    is as it is in that moment: biased, scaled, soft-capped, tied, in PEFT's modules_to_save, with LoRA and its
+    dropout, merged or off. It is tried on a few tokens when a model first comes, by two forwards more.
+
+    Args:
+        model: causal language model of transformers, whose logits follow from its last hidden states by one linear
+            layer, or a PeftModel of one. DDP and FSDP wrap a `FusedHead`, since the model's own `forward`, for
+            which they wait, is not called.
+        input_ids: [B, T]; or inputs_embeds among `inputs`.
+        labels: [B, T] int64 as transformers takes them: labels[:, t] is scored by what stands before t, and where
+            it is -100 it is not.
+        shift_labels: [B, T], instead: shift_labels[:, t] follows column t.
+        temperature: number or [B, T] like the labels, above 0.
+        return_entropy: also return the entropy of the distribution that each label is scored by.
+        inputs: what the model below the head takes (attention_mask, position_ids, pixel_values, ...).
+    Returns: logp or (logp, entropy), [B, T] float32 like the labels, 0 where these are -100, and for `labels` in
+        column 0; differentiable.
+    Raises: ValueError in one line for another head, for both or none of the labels, and for PEFT's adapter_names.
+    """
+    if "adapter_names" in inputs:  # which the model below the head would take and not look at
+        raise ValueError("adapter_names must be left out: all rows have the active adapters")
+    if labels is not None and shift_labels is None:
+        targets, first = labels[:, 1:], 1
+    elif shift_labels is not None and labels is None:
+        targets, first = shift_labels, 0
+    else:
+        raise ValueError(f"labels or shift_labels must be given, got {'none' if labels is None else 'both'}")
+    layer = _layer_of(model)
+    if isinstance(temperature, torch.Tensor):
+        temperature = temperature[:, first:]
+    hidden = layer.hidden(input_ids=input_ids, **inputs)
+    given = layer.projection(hidden[:, : hidden.shape[1] - first])
+    options: dict[str, Any] = {
+        "bias": given.bias, "logit_scale": layer.logit_scale, "softcap": layer.softcap, "temperature": temperature,
+        "mask": targets != IGNORED, "return_entropy": return_entropy,
+    }  # fmt: skip
+    found: Any = linear_token_logprobs(given.hidden, given.weight, targets, **options)
+    pad = torch.nn.functional.pad
+    if not return_entropy:
+        return pad(found, (first, 0))
+    logp, entropy = (pad(x, (first, 0)) for x in found)
+    return logp, entropy
+
+
+class FusedHead(torch.nn.Module):
+    """A model whose forward is `fused`, for what wraps modules (DDP, fully_shard).
+
+    `DistributedDataParallel(FusedHead(model))(**batch)`; `.model` is the model.
+    """
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.model = model
+        _layer_of(model)
+
+    def forward(self, *args: Any, **options: Any) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+        return fused(self.model, *args, **options)
+
+
+def _layer_of(model: Any) -> OutputLayer:
+    known = _layers.get(model) if isinstance(model, torch.nn.Module) else None
+    if known is None or known.linear is not model.get_output_embeddings() or not passes_through(model):
+        known = output_layer(model)
+        if known is None:
+            raise ValueError(
+                "model must be a causal language model of transformers with one linear output layer, got "
+                f"{type(model).__name__}"
+            )
+        _layers[model] = known
+    return known
 
 
 class CausalityCallback(TrainerCallback):

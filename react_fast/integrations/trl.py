@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 
+from .cases import numbers
 from .points import Case, Integration, Point
 from .trl_logprobs import entropy_from_logits, fused_head, selective_log_softmax, selective_with_entropy
 
@@ -32,12 +33,6 @@ def compacting(original: Callable[[torch.device], bool]) -> Callable[[torch.devi
         return device.type == "cpu" or original(device)
 
     return compact
-
-
-def _numbers(device: torch.device, *shape: int, seed: int = 0) -> Tensor:
-    """Random numbers that leave torch's own generators alone."""
-    generator = torch.Generator().manual_seed(seed + sum(shape))
-    return torch.randn(*shape, generator=generator, device="cpu", dtype=torch.float32).to(device)
 
 
 def _gradients(found: dict[str, Tensor], **inputs: Tensor) -> dict[str, Tensor]:
@@ -58,11 +53,11 @@ def _head_cases(device: torch.device) -> list[Case]:
     ) -> Any:
         def run(function: Any) -> dict[str, Tensor]:
             hidden, weight = (
-                _numbers(device, n, WIDTH, seed=1).to(dtype).requires_grad_() for n in (ROWS, VOCAB)
+                numbers(device, n, WIDTH, seed=1).to(dtype).requires_grad_() for n in (ROWS, VOCAB)
             )
             inputs = {"hidden": hidden, "weight": weight}
             if biased:
-                inputs["bias"] = _numbers(device, VOCAB).to(dtype).requires_grad_()
+                inputs["bias"] = numbers(device, VOCAB).to(dtype).requires_grad_()
             ids = torch.tensor([0, VOCAB - 1, 3, 7, 7], device=device)
             parts = function.apply(
                 hidden, weight, inputs.get("bias"), ids, temperature, 8, softcap, scale, outputs
@@ -109,11 +104,11 @@ def _compaction_cases(device: torch.device) -> list[Case]:
         from trl.trainer.utils import add_fused_lm_head as add
 
         names = {**add.__globals__, "_use_triton": function}
-        model = _TinyModel(_numbers(device, VOCAB, WIDTH).requires_grad_())
+        model = _TinyModel(numbers(device, VOCAB, WIDTH).requires_grad_())
         types.FunctionType(add.__code__, names, add.__name__, add.__defaults__)(
             model, 0.7, False, _EVERYTHING
         )
-        hidden = _numbers(device, 2, ROWS, WIDTH).requires_grad_()
+        hidden = numbers(device, 2, ROWS, WIDTH).requires_grad_()
         labels = torch.tensor([[-100, -100, 3, 18, -100], [-100] * ROWS], device=device)
         found = model(hidden, labels=labels, fused_lm_head=True)
         results = {name: getattr(found, name) for name in (*_EVERYTHING, "label_mask")}
@@ -126,7 +121,7 @@ def _compaction_cases(device: torch.device) -> list[Case]:
 def _logits_case(call: Callable[..., Any], dtype: torch.dtype = torch.float32, *, chosen: int = 0) -> Any:
     def make(device: torch.device) -> Callable[[Any], dict[str, Tensor]]:
         def run(function: Any) -> dict[str, Tensor]:
-            logits = _numbers(device, 1, ROWS, VOCAB).to(dtype).requires_grad_()
+            logits = numbers(device, 1, ROWS, VOCAB).to(dtype).requires_grad_()
             ids = torch.tensor([[0, VOCAB - 1, 3, 7, 7]], device=device)
             ids = ids[..., None].expand(1, ROWS, chosen) if chosen else ids
             mask = torch.tensor([[1, 0, 1, 1, 0]], device=device)

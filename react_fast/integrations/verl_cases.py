@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from .cases import numbers, pulled
 from .points import Case
 
 Tensor = torch.Tensor
@@ -15,27 +16,11 @@ _MASK = [[1] * 6, [1, 1, 0, 0, 1, 1], [0, 1, 1, 1, 0, 0], [0] * 6, [1, 1, 1, 1, 
 _UIDS = np.array(["b", "a", "b", "alone", "a"], dtype=object)
 
 
-def _numbers(device: torch.device, *shape: int, seed: int = 0) -> Tensor:
-    """Random numbers that leave torch's own generators alone."""
-    generator = torch.Generator().manual_seed(seed + sum(shape))
-    return torch.randn(*shape, generator=generator, device="cpu", dtype=torch.float32).to(device)
-
-
-def _pulled(found: dict[str, Tensor], **inputs: Tensor) -> dict[str, Tensor]:
-    """The results, and what each pulls on the inputs with."""
-    results = {name: x.detach() for name, x in found.items()}
-    for name, x in found.items():
-        upstream = torch.linspace(-1, 2, x.numel(), device=x.device).view_as(x).to(x.dtype)
-        gradients = torch.autograd.grad(x, list(inputs.values()), upstream, retain_graph=True)
-        results |= {f"d {name} / d {of}": g for of, g in zip(inputs, gradients, strict=True)}
-    return results
-
-
 def _gae(device: torch.device) -> list[Case]:
     def run(gamma: float, lam: float) -> Callable[[Any], dict[str, Tensor]]:
         def run(function: Any) -> dict[str, Tensor]:
             mask = torch.tensor(_MASK, device=device)
-            rewards, values = (_numbers(device, *mask.shape, seed=seed) for seed in (1, 2))
+            rewards, values = (numbers(device, *mask.shape, seed=seed) for seed in (1, 2))
             found = function(rewards, values, mask, gamma, lam)
             return dict(zip(("advantages", "returns"), found, strict=True))
 
@@ -50,7 +35,7 @@ def _estimator(*grouped: dict[str, Any]) -> Cases:
             def run(function: Any) -> dict[str, Tensor]:
                 mask = torch.tensor(_MASK, device=device)
                 found = function(
-                    token_level_rewards=_numbers(device, *mask.shape), response_mask=mask, **options
+                    token_level_rewards=numbers(device, *mask.shape), response_mask=mask, **options
                 )
                 return dict(zip(("advantages", "returns"), found, strict=True))
 
@@ -64,9 +49,9 @@ def _estimator(*grouped: dict[str, Any]) -> Cases:
 def _logprobs(device: torch.device) -> list[Case]:
     def run(dtype: torch.dtype, *shape: int) -> Callable[[Any], dict[str, Tensor]]:
         def run(function: Any) -> dict[str, Tensor]:
-            logits = _numbers(device, *shape, 19).to(dtype).requires_grad_()
+            logits = numbers(device, *shape, 19).to(dtype).requires_grad_()
             labels = (torch.arange(logits[..., 0].numel(), device=device) * 7 % 19).view(shape)
-            return _pulled({"log_probs": function(logits, labels)}, logits=logits)
+            return pulled({"log_probs": function(logits, labels)}, logits=logits)
 
         return run
 
@@ -80,11 +65,11 @@ def _logprobs(device: torch.device) -> list[Case]:
 def _fused(device: torch.device) -> list[Case]:
     def run(dtype: torch.dtype, temperature: float, *shape: int) -> Callable[[Any], dict[str, Tensor]]:
         def run(function: Any) -> dict[str, Tensor]:
-            hidden = _numbers(device, *shape, 8).to(dtype).requires_grad_()
-            weight = _numbers(device, 19, 8).to(dtype).requires_grad_()
+            hidden = numbers(device, *shape, 8).to(dtype).requires_grad_()
+            weight = numbers(device, 19, 8).to(dtype).requires_grad_()
             labels = (torch.arange(hidden[..., 0].numel(), device=device) * 7 % 19).view(shape)
             found = function.apply(hidden, weight, labels, temperature, 3)
-            return _pulled(
+            return pulled(
                 dict(zip(("log_probs", "entropy"), found, strict=True)), hidden=hidden, weight=weight
             )
 

@@ -259,7 +259,7 @@ def _grad(ctx: Any, d_logp: Maybe, d_entropy: Maybe, _: None) -> tuple:
     arguments = (*tensors, ctx.temperature, ctx.softcap, stats, entropy, d_logp, d_entropy)
     logits = tensors[0]
     if not (ctx.in_place and _have_memory(logits, d_logp, d_entropy)):
-        return _token_logprobs_backward(*arguments), *none
+        return token_logprobs_backward(*arguments), *none
     memory = logits.detach()
     _INTO[resolve(logits.device.type)](memory, memory, *arguments[1:])
     torch.autograd.graph.increment_version(logits)
@@ -280,7 +280,7 @@ token_logprobs = register(
     setup_context=_setup,
     backward=_grad,
 )
-_token_logprobs_backward = register(
+token_logprobs_backward = register(
     "token_logprobs_backward",
     f"({_INPUT}, Tensor stats, Tensor entropy, Tensor? d_logp, Tensor? d_entropy) -> Tensor",
     cpu=_backward_cpu,

@@ -9,6 +9,7 @@ import torch
 from ..ops import _tiles as tiles
 from ..ops.backend import accumulation_dtype
 from .config import TrainerConfig
+from .output_layer import projection
 from .recompute import layers_of, recomputed
 
 _COUNTED = 1 << 52  # elements of an attention mask: their bytes are still a number of 64 bits
@@ -124,12 +125,16 @@ def _kept(model: Any, rows: int, length: int) -> list[int]:
 
 def _head(model: Any, tokens: int) -> int:
     linear: Any = model.get_output_embeddings()
-    weight: torch.Tensor = linear.weight
-    hidden = weight.new_empty(tokens, weight.shape[1])
+    hidden = linear.weight.new_empty(tokens, linear.weight.shape[1])
+    given = projection(linear, hidden)
+    weight: torch.Tensor = linear.weight if given is None else given.weight
+    joined = (
+        0 if weight is linear.weight else weight.numel() * weight.element_size()
+    )  # with an adapter's matrix
     sums = 2 * tokens * weight.shape[1] * accumulation_dtype(weight.dtype).itemsize
     sizes = tiles.tiling(hidden, len(weight), tiles.Options(1.0, 1.0, 0.0, False), outputs=1)
     tile = 2 * sizes.rows * sizes.columns * sizes.dtype.itemsize
-    return sums + tile + (weight.numel() * weight.element_size() if weight.requires_grad else 0)
+    return sums + tile + joined + (weight.numel() * weight.element_size() if weight.requires_grad else 0)
 
 
 def _generation(model: Any, rows: int, length: int) -> int:

@@ -11,6 +11,7 @@ from torch import nn
 from ..ops.linear_logprob import linear_token_logprobs
 from ..ops.logprob import token_logprobs
 from .batch import Batch
+from .output_layer import OutputLayer, output_layer
 from .packing import can_pack, packed_hidden
 
 Head = Mapping[str, nn.Module]
@@ -28,29 +29,6 @@ class Scores:
     logprobs: torch.Tensor
     entropy: torch.Tensor
     heads: dict[str, torch.Tensor]
-
-
-@dataclass(frozen=True)
-class OutputLayer:
-    """logits = softcap * tanh(y / softcap), y = logit_scale * (hidden @ weight.T + bias).
-
-    Attributes:
-        body: the model without its output layer.  linear: that layer.
-    """
-
-    body: nn.Module
-    linear: nn.Linear
-    logit_scale: float
-    softcap: float | None
-
-    def hidden(self, ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
-        """[B, T, D]"""
-        out = self.body(input_ids=ids, attention_mask=attention_mask, use_cache=False)
-        return out.last_hidden_state.to(self.linear.weight.dtype)
-
-    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        y = self.linear(hidden) * self.logit_scale
-        return y if self.softcap is None else self.softcap * torch.tanh(y / self.softcap)
 
 
 class Scorer(nn.Module):
@@ -97,11 +75,12 @@ class Scorer(nn.Module):
             logits = output.logits(hidden)
             logprobs, entropy = token_logprobs(logits, batch.targets, logit_floor=floor, **options)
         else:
+            given = output.projection(hidden)
             logprobs, entropy = linear_token_logprobs(
-                hidden,
-                output.linear.weight,
+                given.hidden,
+                given.weight,
                 batch.targets,
-                bias=output.linear.bias,
+                bias=given.bias,
                 logit_scale=output.logit_scale,
                 softcap=output.softcap,
                 **options,
@@ -129,7 +108,7 @@ class Scorer(nn.Module):
     def _hidden(self, output: OutputLayer, batch: Batch) -> torch.Tensor:
         ids, mask = batch.input_ids, batch.attention_mask
         if not self.packed:
-            return output.hidden(ids, mask)
+            return output.hidden(input_ids=ids, attention_mask=mask)
         hidden = packed_hidden(output.body, self._embedding, ids, mask, one_row=self._one_row)
         return hidden.to(output.linear.weight.dtype)
 
@@ -145,43 +124,6 @@ def scores(found: Mapping[str, torch.Tensor]) -> Scores:
     """What a `Scorer`'s forward returned, whatever wraps it."""
     heads = {name.removeprefix("heads."): x for name, x in found.items() if name.startswith("heads.")}
     return Scores(found["logprobs"], found["entropy"], heads)
-
-
-@torch.no_grad()
-def output_layer(model: Any) -> OutputLayer | None:
-    """How a model's logits follow from its last hidden states, or None where that is not by one linear layer,
-    scaled and soft-capped as its configuration says: tried on a few tokens."""
-    if not hasattr(model, "generate"):
-        return None
-    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
-    linear, body = inner.get_output_embeddings(), getattr(inner, inner.base_model_prefix, None)
-    if type(linear) is not nn.Linear or body is None or body is inner:
-        return None
-    config = inner.config.get_text_config()
-    scale = getattr(config, "logit_scale", None) or 1 / (getattr(config, "logits_scaling", None) or 1.0)
-    found = OutputLayer(body, linear, float(scale), getattr(config, "final_logit_softcapping", None))
-    return found if _agrees(model, found) else None
-
-
-def _agrees(model: Any, output: OutputLayer) -> bool:
-    ids = torch.arange(10, device=output.linear.weight.device).view(2, 5) % output.linear.out_features
-    mask = torch.ones_like(ids)
-    mask[1, 3:] = 0
-    was_training = model.training
-    model.eval()
-    try:
-        expected = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
-        found = output.logits(output.hidden(ids, mask))
-    except (TypeError, AttributeError):  # it takes or returns something else
-        return False
-    finally:
-        model.train(was_training)
-    # The same products, summed in another order at most.
-    rtol = 16 * torch.finfo(found.dtype).eps
-    scale = float(expected.abs().max())
-    return expected.shape == found.shape and bool(
-        torch.allclose(found.float(), expected.float(), rtol=rtol, atol=rtol * scale)
-    )
 
 
 class StartingAdapters(nn.Module):

@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 from ...ops.target_network import TargetUpdate
+from ..output_layer import OutputLayer
 from ..rollout import PolicyEngine, Sample, SamplingParams, Trajectory, key
-from ..scoring import OutputLayer
 
 # A stream of random numbers of its own: which trajectories are replayed.
 _REPLAY = 10
