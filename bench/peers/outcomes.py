@@ -10,8 +10,8 @@ KINDS = ("passed", "failed", "error", "skipped")
 _WORST = ("error", "failure", "skipped")  # a test that fails may fail once more at its teardown
 TITLE = """# Other trainers' own tests, without and with our patch
 
-Made by `python -m bench.peers.run_suites --out`. Counts are passed / failed / errors / skipped; a call that is "handed
-on" is one of what ours does not cover, which goes to the original.
+Made by `python -m bench.peers.run_suites --out`. Counts are passed / failed / errors / skipped; a call "handed on" is
+one that ours does not cover and that went to the original.
 
 | peer | version | tests | without | with | differing | calls of ours | handed on | torch | date |
 | --- | --- | ---: | ---: | ---: | ---: | ---: | ---: | --- | --- |
@@ -34,7 +34,7 @@ def counts(found: Mapping[str, str]) -> str:
 
 
 def differing(without: Mapping[str, str], patched: Mapping[str, str]) -> dict[str, tuple[str, str]]:
-    """{test: (outcome without, outcome with)} where they are not the same; "missing" where a run has no such test."""
+    """{test: (outcome without, outcome with)} where they are not alike; "missing" where a run has no such test."""
     names = dict.fromkeys([*without, *patched])
     pairs = {name: (without.get(name, "missing"), patched.get(name, "missing")) for name in names}
     return {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}

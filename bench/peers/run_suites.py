@@ -1,9 +1,9 @@
 """Other trainers' own tests without and with our patch: `python -m bench.peers.run_suites [NAMES] [--out FILE]`.
 
-Each peer's newest release goes into a virtual environment of its own, beside torch at the version that runs here and
-react_fast as it is installed here. Its tests are those of its source distribution, or of --tests NAME=FOLDER, a copy of
-its repository at that version. They run twice in one thread; the exit status is 1 if one passes without the patch and
-not with it, 2 if a run cannot be made.
+Each peer's newest release goes into a virtual environment of its own, beside torch at the version that runs here
+and react_fast as it is installed here. Its tests are those of its source distribution, or of --tests NAME=FOLDER, a
+copy of its repository at that version. They run twice, in one thread; the exit status is 1 if one passes without the
+patch and not with it, 2 if a run cannot be made.
 """
 
 import argparse
@@ -53,19 +53,21 @@ SUITES = {
         "stable-baselines3",
         tuple(
             f"tests/test_{name}.py"
-            for name in ("gae", "buffers", "run", "deterministic", "dict_env", "identity", "sde", "train_eval_mode")
+            for name in ("gae", "buffers", "run", "deterministic", "dict_env", "identity", "sde")
         ),
         requires=("tqdm", "rich"),
     ),
     "torchrl": Suite(
-        "torchrl", ("test/objectives/test_values.py", "test/objectives/test_ppo.py"), requires=("gymnasium", "scipy")
+        "torchrl",
+        ("test/objectives/test_values.py", "test/objectives/test_ppo.py"),
+        requires=("gymnasium", "scipy"),
     ),
     "trl": Suite(
         "trl",
         (
             "tests/test_utils.py",
             *(f"tests/test_{name}_trainer.py" for name in ("grpo", "rloo", "dpo", "kto", "sft")),
-            *(f"tests/experimental/test_{name}_trainer.py" for name in ("cpo", "orpo", "sdft", "sdpo", "tpo", "a2po")),
+            *(f"tests/experimental/test_{name}_trainer.py" for name in ("cpo", "orpo", "sdpo", "tpo", "a2po")),
         ),
         requires=("trl[peft]", "psutil"),
     ),
@@ -141,7 +143,7 @@ def downloaded(suite: Suite, release: str, folder: Path) -> Path:
 
 
 def present(name: str, suite: Suite, folder: Path) -> list[str]:
-    """Those of the suite's tests that the folder has. Raises: SuiteError for none; prints those that are missing."""
+    """Those of the suite's tests that the folder has; the others are told. Raises: SuiteError for none."""
     found = [path for path in suite.tests if (folder / path).exists()]
     if not found:
         raise SuiteError(f"{name}: no tests such as {suite.tests[0]} in {folder}; --tests takes a folder")
@@ -165,88 +167,68 @@ def our_path(folder: Path) -> Path:
     return folder
 
 
-@dataclass(frozen=True)
-class Runs:
-    """How the two runs of a suite are made: interpreter, folder of the tests, our folder on the path, our options."""
-
-    python: Path
-    root: Path
-    path: Path
-    extra: tuple[str, ...] = ()
-    seconds: int = 300
-
-    def once(self, name: str, tests: list[str], folder: Path, patched: bool) -> dict[str, str]:
-        """Outcomes of one run. Raises: SuiteError with pytest's last line where it came to no end."""
-        kind = "patched" if patched else "without"
-        junit, log = folder / f"{name}-{kind}.xml", folder / f"{name}-{kind}.log"
-        command = [
-            self.python, "-m", "pytest", "-p", "suite_plugin", "-p", "no:cacheprovider", "-o", "addopts=",
-            "--continue-on-collection-errors", f"--timeout={self.seconds}", f"--junitxml={junit}",
-            *SUITES[name].options, *self.extra, *tests,
-        ]  # fmt: skip
-        environ = {
-            **os.environ, "PYTHONPATH": str(self.path), "OMP_NUM_THREADS": "1", "PYTHONHASHSEED": "0",
-            "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1", "REACT_FAST_SUITE": name,
-            "REACT_FAST_DISABLE": "" if patched else name, "REACT_FAST_SUITE_CALLS": str(_calls_file(folder, name, kind)),
-        }  # fmt: skip
-        with log.open("w") as lines:
-            status = subprocess.run(
-                command, cwd=self.root, env=environ, stdout=lines, stderr=subprocess.STDOUT
-            ).returncode
-        try:
-            if status in (0, 1):
-                return outcomes(junit)
-        except (OSError, ET.ParseError):
-            pass
-        last = [line for line in log.read_text().splitlines() if line.strip()][-1:]
-        raise SuiteError(f"{name}: pytest {kind} ended with status {status}: {' '.join(last)}")
-
-
-def _calls_file(folder: Path, name: str, kind: str) -> Path:
-    return folder / f"{name}-{kind}.json"
+def once(
+    name: str, command: list[str | Path], root: Path, environ: dict[str, str], stem: Path
+) -> dict[str, str]:
+    """Outcomes of pytest in `root`, logged under `stem`. Raises: SuiteError with its last line if it broke off."""
+    junit, log = stem.with_suffix(".xml"), stem.with_suffix(".log")
+    with log.open("w") as lines:
+        status = subprocess.run(
+            [*command, f"--junitxml={junit}"], cwd=root, env=environ, stdout=lines, stderr=subprocess.STDOUT
+        ).returncode
+    try:
+        if status in (0, 1):
+            return outcomes(junit)
+    except (OSError, ET.ParseError):
+        pass
+    last = [line for line in log.read_text().splitlines() if line.strip()][-1:]
+    raise SuiteError(f"{name}: pytest ended with status {status}: {' '.join(last)}")
 
 
 def run(name: str, options: argparse.Namespace, folder: Path) -> Result:
     """Both runs of one peer, printed. Raises: SuiteError."""
-    suite = SUITES[name]
-    python = Path(options.python).absolute() if options.python else environment(suite, options.work.absolute() / name)
+    suite, work = SUITES[name], options.work.absolute()
+    python = Path(options.python).absolute() if options.python else environment(suite, work / name)
     release = version(python, suite)
     root = options.tests[name] if name in options.tests else downloaded(suite, release, folder)
-    tests = present(name, suite, root)
-    runs = Runs(
-        python, root.resolve(), our_path(folder / "path"), tuple(shlex.split(options.pytest)), options.timeout
-    )
-    without, patched = (runs.once(name, tests, folder, kind) for kind in (False, True))
-    calls = {
-        target: tuple(pair)
-        for target, pair in json.loads(_calls_file(folder, name, "patched").read_text()).items()
-    }
-    print(f"{name} {release}, {len(tests)} files, {' / '.join(KINDS)}")
-    print(f"  without: {counts(without)}\n  patched: {counts(patched)}")
+    command = [
+        python, "-m", "pytest", "-p", "suite_plugin", "-p", "no:cacheprovider", "-o", "addopts=",
+        "--continue-on-collection-errors", f"--timeout={options.timeout}", *suite.options,
+        *shlex.split(options.pytest), *present(name, suite, root),
+    ]  # fmt: skip
+    environ = os.environ | {
+        "PYTHONPATH": str(our_path(folder / "path")), "OMP_NUM_THREADS": "1", "PYTHONHASHSEED": "0",
+        "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1", "REACT_FAST_SUITE": name,
+    }  # fmt: skip
+    if options.tiny_models:
+        hub = str(work / "hub")
+        command += ["-p", "suite_hub"]
+        environ |= {"REACT_FAST_SUITE_HUB": hub, "HF_HUB_CACHE": hub, "HF_DATASETS_CACHE": f"{hub}/datasets"}
+    counted = work / f"{name}.json"
+    print(f"{name} {release}: {' / '.join(KINDS)}", flush=True)
+    without = once(name, command, root, environ | {"REACT_FAST_DISABLE": name}, work / f"{name}-without")
+    print(f"  without: {counts(without)}", flush=True)
+    environ |= {"REACT_FAST_DISABLE": "", "REACT_FAST_SUITE_CALLS": str(counted)}
+    patched = once(name, command, root, environ, work / f"{name}-patched")
+    print(f"  patched: {counts(patched)}")
+    calls = {target: tuple(pair) for target, pair in json.loads(counted.read_text()).items()}
     for target, (entered, handed_on) in calls.items():
         print(f"  {target}: {entered} calls, {handed_on} went on to the original")
     for test, (before, after) in differing(without, patched).items():
         print(f"  {test}: {before} without, {after} with the patch")
     if not any(entered for entered, _ in calls.values()):
         raise SuiteError(f"{name}: no test called a replaced name")
-    command = shlex.join(
-        [
-            "python",
-            "-m",
-            "bench.peers.run_suites",
-            name,
-            *(["--pytest", options.pytest] if options.pytest else []),
-        ]
-    )
-    return Result(name, release, without, patched, calls, command, TORCH, f"{datetime.date.today()}")
+    options_given = shlex.join(["--pytest", options.pytest] if options.pytest else [])
+    return Result(
+        name, release, without, patched, calls, f"{name} {options_given}".strip(), TORCH,
+        f"{datetime.date.today()}",
+    )  # fmt: skip
 
 
 def _named(text: str) -> tuple[str, Path]:
     name, equals, folder = text.partition("=")
     if not equals or name not in SUITES:
-        raise argparse.ArgumentTypeError(
-            f"must be NAME=FOLDER with a name of {', '.join(SUITES)}, got {text!r}"
-        )
+        raise argparse.ArgumentTypeError(f"must be NAME=FOLDER, a name of {', '.join(SUITES)}, got {text!r}")
     return name, Path(folder)
 
 
@@ -254,15 +236,12 @@ def main(words: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.peers.run_suites", description=__doc__)
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(SUITES)}; by default all")
     parser.add_argument("--tests", action="append", type=_named, default=[], metavar="NAME=FOLDER")
-    parser.add_argument(
-        "--work", type=Path, help="folder of environments and logs, used again; by default a temporary one"
-    )
-    parser.add_argument(
-        "--python", help="interpreter that has the peers already, in the place of environments"
-    )
+    parser.add_argument("--work", type=Path, help="folder of environments and logs, to be used again")
+    parser.add_argument("--python", help="interpreter that has the peers, in the place of environments")
     parser.add_argument("--pytest", default="", help="further options of pytest, in one word")
+    parser.add_argument("--tiny-models", action="store_true", help="ours in the place of the model hub's")
     parser.add_argument("--timeout", type=int, default=300, help="seconds that one test may take")
-    parser.add_argument("--out", type=Path, help="Markdown file; rows of other peers in it stay")
+    parser.add_argument("--out", type=Path, help="Markdown file; what it says of other peers stays")
     options = parser.parse_args(words)
     options.tests = dict(options.tests)
     if unknown := [name for name in options.names if name not in SUITES]:
@@ -271,6 +250,7 @@ def main(words: list[str] | None = None) -> int:
     status = 0
     with tempfile.TemporaryDirectory() as temporary:
         options.work = options.work or Path(temporary)
+        options.work.mkdir(parents=True, exist_ok=True)
         for name in options.names or SUITES:
             try:
                 with tempfile.TemporaryDirectory() as folder:
@@ -278,7 +258,7 @@ def main(words: list[str] | None = None) -> int:
             except SuiteError as error:
                 print(error, file=sys.stderr)
                 status = 2
-    if options.out:
+    if options.out and results:
         write(options.out, results)
     lost = any(broken(differing(result.without, result.patched)) for result in results)
     return max(status, int(lost))

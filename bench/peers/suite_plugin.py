@@ -1,8 +1,8 @@
 """A pytest plugin for another package's tests: patches the package and counts the calls of what it replaced.
 
-In the environment: REACT_FAST_SUITE, the package; REACT_FAST_SUITE_CALLS, the JSON file that is written at the end,
-{replaced name: [calls, how many of them went on to the original]}. With REACT_FAST_DISABLE the package stays as it
-is and all else is the same. Processes that a test starts itself are not patched.
+In the environment: REACT_FAST_SUITE, the package; REACT_FAST_SUITE_CALLS, the JSON file that is written at the
+end, {replaced name: [calls, how many of them went on to the original]}. With REACT_FAST_DISABLE the package stays as
+it is and all else is the same. Processes that a test starts itself are not patched.
 """
 
 import dataclasses
@@ -25,7 +25,7 @@ HANDED_ON: Counter[str] = Counter()
 
 
 def _counting(counter: Counter[str], target: str, called: Any, wrapped: Any) -> Any:
-    """The function, or the class with `apply`, with every call counted; to others it looks like `wrapped`'s wrapper."""
+    """A function, or a class with `apply`, whose calls are counted; to others it looks like a wrapper of `wrapped`."""
     function = called.apply if isinstance(called, type) else called
 
     @functools.wraps(function)
