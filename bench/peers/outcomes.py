@@ -10,8 +10,8 @@ KINDS = ("passed", "failed", "error", "skipped")
 _WORST = ("error", "failure", "skipped")  # a test that fails may fail once more at its teardown
 TITLE = """# Other trainers' own tests, without and with our patch
 
-Made by `python -m bench.peers.run_suites --out`. Counts are passed / failed / errors / skipped; a call "handed on" is
-one that ours does not cover and that went to the original.
+Made by `python -m bench.peers.run_suites --out`. Counts are passed / failed / errors / skipped; a call "handed on"
+is one that ours does not cover and that went to the original.
 
 | peer | version | tests | without | with | differing | calls of ours | handed on | torch | date |
 | --- | --- | ---: | ---: | ---: | ---: | ---: | ---: | --- | --- |

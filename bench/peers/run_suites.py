@@ -1,9 +1,9 @@
 """Other trainers' own tests without and with our patch: `python -m bench.peers.run_suites [NAMES] [--out FILE]`.
 
 Each peer's newest release goes into a virtual environment of its own, beside torch at the version that runs here
-and react_fast as it is installed here. Its tests are those of its source distribution, or of --tests NAME=FOLDER, a
-copy of its repository at that version. They run twice, in one thread; the exit status is 1 if one passes without the
-patch and not with it, 2 if a run cannot be made.
+and react_fast as it is installed here. Its tests are those of its source distribution, or of --tests NAME=FOLDER,
+a copy of its repository at that version. They run twice, in one thread; the exit status is 1 if one passes without
+the patch and not with it, 2 if a run cannot be made.
 """
 
 import argparse
@@ -172,17 +172,18 @@ def once(
 ) -> dict[str, str]:
     """Outcomes of pytest in `root`, logged under `stem`. Raises: SuiteError with its last line if it broke off."""
     junit, log = stem.with_suffix(".xml"), stem.with_suffix(".log")
-    with log.open("w") as lines:
+    with log.open("w") as told:
         status = subprocess.run(
-            [*command, f"--junitxml={junit}"], cwd=root, env=environ, stdout=lines, stderr=subprocess.STDOUT
+            [*command, f"--junitxml={junit}"], cwd=root, env=environ, stdout=told, stderr=subprocess.STDOUT
         ).returncode
     try:
         if status in (0, 1):
             return outcomes(junit)
     except (OSError, ET.ParseError):
         pass
-    last = [line for line in log.read_text().splitlines() if line.strip()][-1:]
-    raise SuiteError(f"{name}: pytest ended with status {status}: {' '.join(last)}")
+    lines = [line for line in log.read_text().splitlines() if line.strip()] or ["no output"]
+    reason = next((line for line in lines if line.startswith("ERROR")), lines[-1])
+    raise SuiteError(f"{name}: pytest ended with status {status}: {reason}")
 
 
 def run(name: str, options: argparse.Namespace, folder: Path) -> Result:
@@ -191,7 +192,7 @@ def run(name: str, options: argparse.Namespace, folder: Path) -> Result:
     python = Path(options.python).absolute() if options.python else environment(suite, work / name)
     release = version(python, suite)
     root = options.tests[name] if name in options.tests else downloaded(suite, release, folder)
-    command = [
+    command: list[str | Path] = [
         python, "-m", "pytest", "-p", "suite_plugin", "-p", "no:cacheprovider", "-o", "addopts=",
         "--continue-on-collection-errors", f"--timeout={options.timeout}", *suite.options,
         *shlex.split(options.pytest), *present(name, suite, root),

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-HUB = Path(os.environ["REACT_FAST_SUITE_HUB"])
+HUB = Path(os.environ.get("REACT_FAST_SUITE_HUB", ""))
 _SIZES = {
     "hidden_size": 8, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4,
     "num_key_value_heads": 2, "max_position_embeddings": 2048,

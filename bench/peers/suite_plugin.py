@@ -1,8 +1,8 @@
 """A pytest plugin for another package's tests: patches the package and counts the calls of what it replaced.
 
 In the environment: REACT_FAST_SUITE, the package; REACT_FAST_SUITE_CALLS, the JSON file that is written at the
-end, {replaced name: [calls, how many of them went on to the original]}. With REACT_FAST_DISABLE the package stays as
-it is and all else is the same. Processes that a test starts itself are not patched.
+end, {replaced name: [calls, how many of them went on to the original]}. With REACT_FAST_DISABLE the package stays
+as it is and all else is the same. Processes that a test starts itself are not patched.
 """
 
 import dataclasses
@@ -19,14 +19,14 @@ import pytest
 from react_fast.integrations import PatchError, patching
 from react_fast.integrations.points import Point
 
-NAME = os.environ["REACT_FAST_SUITE"]
+NAME = os.environ.get("REACT_FAST_SUITE", "")
 ENTERED: Counter[str] = Counter()
 HANDED_ON: Counter[str] = Counter()
 
 
 def _counting(counter: Counter[str], target: str, called: Any, wrapped: Any) -> Any:
-    """A function, or a class with `apply`, whose calls are counted; to others it looks like a wrapper of `wrapped`."""
-    function = called.apply if isinstance(called, type) else called
+    """A function, or a class with `apply`, whose calls are counted; outwards it is a wrapper of `wrapped`."""
+    function = getattr(called, "apply", called)
 
     @functools.wraps(function)
     def counted(*args: Any, **kwargs: Any) -> Any:
@@ -56,7 +56,8 @@ def pytest_configure(config: pytest.Config) -> None:
         patching.patch(NAME)
     except PatchError as error:
         raise pytest.UsageError(f"{NAME} cannot be patched: {error}") from error
-    ENTERED.clear(), HANDED_ON.clear()  # without those of the comparison before the swap
+    for counter in (ENTERED, HANDED_ON):
+        counter.clear()  # of the comparison before the swap
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:
