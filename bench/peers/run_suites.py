@@ -16,6 +16,7 @@ import sys
 import tarfile
 import tempfile
 import xml.etree.ElementTree as ET
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -90,8 +91,8 @@ SUITES = {
 }  # fmt: skip
 
 
-def _run(command: list[str | Path], what: str) -> str:
-    done = subprocess.run(command, capture_output=True, text=True)
+def _run(command: list[str | Path], what: str, environ: dict[str, str] | None = None) -> str:
+    done = subprocess.run(command, capture_output=True, text=True, env=environ)
     if done.returncode:
         lines = (done.stderr or done.stdout).strip().splitlines() or [f"exit status {done.returncode}"]
         raise SuiteError(f"{what}: {lines[-1]}")
@@ -205,13 +206,16 @@ def run(name: str, options: argparse.Namespace, folder: Path) -> Result:
         hub = str(work / "hub")
         command += ["-p", "suite_hub"]
         environ |= {"REACT_FAST_SUITE_HUB": hub, "HF_HUB_CACHE": hub, "HF_DATASETS_CACHE": f"{hub}/datasets"}
+        _run([python, folder / "path" / "suite_hub.py"], "no tiny models", environ)
     counted = work / f"{name}.json"
     print(f"{name} {release}: {' / '.join(KINDS)}", flush=True)
-    without = once(name, command, root, environ | {"REACT_FAST_DISABLE": name}, work / f"{name}-without")
-    print(f"  without: {counts(without)}", flush=True)
+    plain = environ | {"REACT_FAST_DISABLE": name}
     environ |= {"REACT_FAST_DISABLE": "", "REACT_FAST_SUITE_CALLS": str(counted)}
-    patched = once(name, command, root, environ, work / f"{name}-patched")
-    print(f"  patched: {counts(patched)}")
+    with ThreadPoolExecutor(2 if options.together else 1) as pool:
+        first = pool.submit(once, name, command, root, plain, work / f"{name}-without")
+        second = pool.submit(once, name, command, root, environ, work / f"{name}-patched")
+        without, patched = first.result(), second.result()
+    print(f"  without: {counts(without)}\n  patched: {counts(patched)}")
     calls = {target: tuple(pair) for target, pair in json.loads(counted.read_text()).items()}
     for target, (entered, handed_on) in calls.items():
         print(f"  {target}: {entered} calls, {handed_on} went on to the original")
@@ -219,11 +223,14 @@ def run(name: str, options: argparse.Namespace, folder: Path) -> Result:
         print(f"  {test}: {before} without, {after} with the patch")
     if not any(entered for entered, _ in calls.values()):
         raise SuiteError(f"{name}: no test called a replaced name")
-    options_given = shlex.join(["--pytest", options.pytest] if options.pytest else [])
-    return Result(
-        name, release, without, patched, calls, f"{name} {options_given}".strip(), TORCH,
-        f"{datetime.date.today()}",
-    )  # fmt: skip
+    words = [
+        "python -m bench.peers.run_suites", name,
+        f"--tests {name}=FOLDER" if name in options.tests else "",
+        "--tiny-models" if options.tiny_models else "",
+        f'--pytest "{options.pytest}"' if options.pytest else "",
+    ]  # fmt: skip
+    today = str(datetime.date.today())
+    return Result(name, release, without, patched, calls, " ".join(filter(None, words)), TORCH, today)
 
 
 def _named(text: str) -> tuple[str, Path]:
@@ -241,6 +248,7 @@ def main(words: list[str] | None = None) -> int:
     parser.add_argument("--python", help="interpreter that has the peers, in the place of environments")
     parser.add_argument("--pytest", default="", help="further options of pytest, in one word")
     parser.add_argument("--tiny-models", action="store_true", help="ours in the place of the model hub's")
+    parser.add_argument("--together", action="store_true", help="both runs at once, on two cores")
     parser.add_argument("--timeout", type=int, default=300, help="seconds that one test may take")
     parser.add_argument("--out", type=Path, help="Markdown file; what it says of other peers stays")
     options = parser.parse_args(words)

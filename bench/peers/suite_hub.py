@@ -1,8 +1,8 @@
 """A pytest plugin in the place of the model hub: tiny random models and data sets under the names that tests use.
 
-REACT_FAST_SUITE_HUB is the folder; HF_HUB_CACHE has to be the same, since models and tokenizers are found there as
-if they had been downloaded. `datasets.load_dataset` takes our rows for `.../zen`. Numbers in tests that the real
-models gave cannot come out, with or without the patch.
+As a script it makes the folder REACT_FAST_SUITE_HUB; HF_HUB_CACHE has to be the same, since models and tokenizers
+are found there as if they had been downloaded. `datasets.load_dataset` takes our rows for `.../zen`. Numbers that
+the real models gave cannot come out, with or without the patch.
 """
 
 import json
@@ -118,16 +118,18 @@ def _write_models(folder: Path) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     import datasets
 
-    rows = HUB / "zen"
-    if not rows.exists():
-        _write_models(HUB)
-        _write_rows(rows)
     load = datasets.load_dataset
 
     def load_dataset(path: str, name: str | None = None, *args: Any, **kwargs: Any) -> Any:
-        if path.rpartition("/")[2] != "zen" or not (rows / f"{name}").exists():
+        rows = HUB / "zen" / f"{name}"
+        if path.rpartition("/")[2] != "zen" or not rows.exists():
             return load(path, name, *args, **kwargs)
-        files = {split: str(rows / f"{name}" / f"{split}.jsonl") for split in _SPLITS}
+        files = {split: str(rows / f"{split}.jsonl") for split in _SPLITS}
         return load("json", *args, data_files=files, **kwargs)
 
     datasets.load_dataset = load_dataset
+
+
+if __name__ == "__main__" and not (HUB / "zen").exists():
+    _write_models(HUB)
+    _write_rows(HUB / "zen")
