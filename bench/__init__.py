@@ -1,7 +1,8 @@
 """Benchmarks: `make bench` installs the peers, runs them all and makes the tables.
 
 `python -m bench.report --run [--only logprob advantage ...]` runs some; `python -m bench.errors` measures errors;
-`python -m bench.memory CONTESTANT CASE` the peak memory of one call. In the environment:
+`python -m bench.memory CONTESTANT CASE` the peak memory of one call; `python -m bench.peers.run_suites` runs other
+trainers' own tests with and without our patch. In the environment:
     REACT_FAST_BENCH_THREADS      threads, by default all cores
     REACT_FAST_BENCH_DEVICE       cpu or cuda; by default cuda where there is one
     REACT_FAST_BENCH_CONTESTANTS  comma-separated names: only these, and the limit

@@ -9,10 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from . import oracle, peers
+from . import oracle
 from .common import DEVICE, LIMIT, OURS, Check, Contestant, built, name_of, race, surroundings
 from .heads import HEADS, QWEN, Head, Inputs, gemm, gradients, sized
 from .memory import CASES as MEMORY_CASES
+from .peers.contestants import CLIP, LINEAR, POLICY, LinearOp, PolicyOp, clipped_mean
 
 BF16, FP32 = torch.bfloat16, torch.float32
 # float32 at one head only: at the others it would take longer than everything else together.
@@ -47,7 +48,7 @@ def title(what: str, inputs: Inputs, detail: str) -> str:
     return f"{what}, {head.name} {size}{cap}, {name_of(inputs.dtype)}, {detail}"
 
 
-def _step(op: peers.LinearOp, inputs: Inputs, leaves: list[torch.Tensor]) -> Contestant:
+def _step(op: LinearOp, inputs: Inputs, leaves: list[torch.Tensor]) -> Contestant:
     """(logp,) without gradients, (logp, *gradients) with an upstream gradient of its own for every token."""
 
     def run() -> tuple[torch.Tensor, ...]:
@@ -65,7 +66,7 @@ def test_linear(benchmark, problem, mode):
     inputs, truth = problem
     *wanted, gemms = MODES[mode]
     leaves = inputs.require(*wanted)
-    ops, absent = built(peers.LINEAR, inputs.head)
+    ops, absent = built(LINEAR, inputs.head)
     contestants = {name: _step(op, inputs, leaves) for name, op in ops.items()}
     race(
         benchmark,
@@ -88,12 +89,12 @@ def _policy_check(inputs: Inputs, truth: oracle.Truth, old: torch.Tensor) -> Che
     """
     logp = truth.logp.view(inputs.grid).clone().requires_grad_()
     advantages = inputs.advantages.double()
-    loss = peers.clipped_mean(logp, old.double(), advantages, inputs.mask)
+    loss = clipped_mean(logp, old.double(), advantages, inputs.mask)
     (g,) = torch.autograd.grad(loss, logp)
     ratio = (logp.detach() - old).exp()
     slack = torch.expm1(truth.error).view(inputs.grid)
     bound = (ratio * advantages.abs()[:, None] * slack).mean()
-    kink = ((ratio - 1 - peers.CLIP).abs() < 2 * slack) | ((ratio - 1 + peers.CLIP).abs() < 2 * slack)
+    kink = ((ratio - 1 - CLIP).abs() < 2 * slack) | ((ratio - 1 + CLIP).abs() < 2 * slack)
     rows = slice(0, oracle.ROWS)
     g, clear = g.reshape(-1)[rows], ~kink.reshape(-1)[rows]
     given = inputs.upstream[rows].double()
@@ -116,9 +117,9 @@ def test_policy_loss(benchmark, problem):
     inputs, truth = problem
     leaves = inputs.require(True, True)
     old = (truth.logp + inputs.noise).float().view(inputs.grid)
-    ops, absent = built(peers.POLICY, inputs, old)
+    ops, absent = built(POLICY, inputs, old)
 
-    def step(op: peers.PolicyOp) -> Callable[[], tuple[torch.Tensor, ...]]:
+    def step(op: PolicyOp) -> Callable[[], tuple[torch.Tensor, ...]]:
         def run() -> tuple[torch.Tensor, ...]:
             loss = op()
             return (loss, *gradients(loss, leaves))

@@ -7,8 +7,9 @@ import torch
 
 import react_fast
 
-from . import oracle, peers
+from . import oracle
 from .common import DEVICE, LIMIT, OURS, QUICK, Check, Contestant, built, name_of, on_reference, race, stream
+from .peers.contestants import LOGITS, LogitsOp, eager_from_logits, ours_from_logits
 
 SMALL = (64, 512)
 # Small; 1k, 32k, 128k and 262k vocabularies, the last with the few rows of a step of generation.
@@ -54,11 +55,11 @@ def _check(logits: torch.Tensor, ids: torch.Tensor, upstream: torch.Tensor, entr
     return check
 
 
-def _contestants(step: Callable[[peers.LogitsOp], Contestant], small: bool) -> tuple[dict, dict[str, str]]:
-    ops, absent = built(peers.LOGITS)
+def _contestants(step: Callable[[LogitsOp], Contestant], small: bool) -> tuple[dict, dict[str, str]]:
+    ops, absent = built(LOGITS)
     contestants = {name: step(op) for name, op in ops.items()}
     if small and DEVICE == "cpu":
-        contestants["reference"] = on_reference(step(peers.ours_from_logits))
+        contestants["reference"] = on_reference(step(ours_from_logits))
     return contestants, absent
 
 
@@ -72,7 +73,7 @@ def _title(shape: tuple[int, int], dtype: torch.dtype, detail: str) -> str:
 def test_forward(benchmark, shape, dtype, entropy):
     logits, ids = _inputs(shape, dtype)
 
-    def step(op: peers.LogitsOp) -> Contestant:
+    def step(op: LogitsOp) -> Contestant:
         return lambda: op(logits, ids, ENTROPY[entropy])
 
     contestants, absent = _contestants(step, shape == SMALL)
@@ -96,7 +97,7 @@ def test_forward_and_backward(benchmark, shape, dtype, entropy):
     logits.requires_grad_()
     upstream = torch.randn(shape[0], device=DEVICE)
 
-    def step(op: peers.LogitsOp) -> Contestant:
+    def step(op: LogitsOp) -> Contestant:
         def run() -> tuple[torch.Tensor, ...]:
             out = op(logits, ids, ENTROPY[entropy])
             given = [upstream.to(x.dtype) for x in out]
@@ -125,9 +126,9 @@ def test_backward_alone(benchmark, dtype):
     logits, ids = _inputs(shape, dtype)
     logits.requires_grad_()
     upstream = torch.randn(shape[0], device=DEVICE)
-    ops = {OURS: peers.ours_from_logits, "torch": peers.eager_from_logits}
+    ops = {OURS: ours_from_logits, "torch": eager_from_logits}
 
-    def step(op: peers.LogitsOp) -> Contestant:
+    def step(op: LogitsOp) -> Contestant:
         (logp,) = op(logits, ids, False)
         return lambda: torch.autograd.grad(logp, logits, upstream.to(logp.dtype), retain_graph=True)
 

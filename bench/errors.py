@@ -12,9 +12,9 @@ from pathlib import Path
 
 import torch
 
-from . import peers
 from .common import built, name_of
 from .heads import Head
+from .peers import contestants
 
 ROWS, VOCAB, DIM = 64, 32000, 256
 DTYPES = (torch.float32, torch.bfloat16)
@@ -87,7 +87,7 @@ def _ids(logits: torch.Tensor) -> torch.Tensor:
 
 def from_logits() -> tuple[list[str], list[str]]:
     """(contestants, rows of the table)."""
-    table = {name: peers.LOGITS[name] for name in ("react_fast", "torch", "TRL selective")}
+    table = {name: contestants.LOGITS[name] for name in ("react_fast", "torch", "TRL selective")}
     ops, absent = built(table)
     lines = []
     for dtype in DTYPES:
@@ -104,7 +104,7 @@ def from_logits() -> tuple[list[str], list[str]]:
 
 def from_hidden() -> tuple[list[str], list[str]]:
     head = Head("errors", DIM, VOCAB)
-    table = {name: peers.LINEAR[name] for name in ("react_fast", "torch", "TRL chunked")}
+    table = {name: contestants.LINEAR[name] for name in ("react_fast", "torch", "TRL chunked")}
     ops, absent = built(table, head)
     lines = []
     for dtype in DTYPES:

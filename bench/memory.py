@@ -19,7 +19,7 @@ import torch
 
 from .common import DEVICE, OURS, QUICK, AbsentError, wait
 from .heads import QWEN, Head, Inputs, gradients, sized
-from .peers import LINEAR, WHOLE_LOGITS, LinearOp
+from .peers.contestants import LINEAR, WHOLE_LOGITS, LinearOp
 
 ROWS, SMALL_ROWS, SMALL_VOCAB = 4096, 64, 2048
 

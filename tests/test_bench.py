@@ -18,10 +18,10 @@ from bench import (
     heads,
     memory,
     oracle,
-    peers,
     picture,
     report,
 )
+from bench.peers import contestants
 
 FOLDER = Path(report.__file__).parent
 PEERS = ("trl", "liger_kernel", "cut_cross_entropy", "quack", "verl")
@@ -74,7 +74,7 @@ def test_smallest_policy_case(benchmark) -> None:
 def test_a_contestant_that_computes_something_else_is_refused(wrong: str) -> None:
     inputs = heads.Inputs(TINY, torch.float32)
     leaves = inputs.require(True, True)
-    logp = peers.eager_linear(inputs.hidden, inputs.weight, inputs.ids, None)
+    logp = contestants.eager_linear(inputs.hidden, inputs.weight, inputs.ids, None)
     right = (logp, *heads.gradients(logp, leaves, inputs.upstream))
     check = oracle.linear_check(oracle.truth(inputs), 2)
     check("torch", right)

@@ -219,6 +219,19 @@ def test_training_is_the_same(algorithm, door):
     torch.testing.assert_close(after, before, rtol=0, atol=1e-4)
 
 
+@pytest.mark.parametrize("envs", [1, 3])
+def test_advantages_are_0_where_rewards_and_values_cancel(envs):
+    """Their own test compares with zeros, to 1e-8."""
+    for buffer in _buffers(envs, 192, 0.9):
+        buffer.gamma = 1.0
+        buffer.values[:] = 1.0
+        buffer.rewards[:], buffer.episode_starts[:] = 0.0, 0.0
+        buffer.rewards[63::64], buffer.episode_starts[::64] = 1.0, 1.0
+        buffer.compute_returns_and_advantage(torch.ones(envs, 1), np.ones(envs, dtype=bool))
+        assert not buffer.advantages.any()
+        assert (buffer.returns == 1).all()
+
+
 def test_dictionaries_of_observations_have_a_buffer_too():
     from react_fast.integrations import stable_baselines3 as ours
 

@@ -81,6 +81,7 @@ def test_gae_at_masked_places_too(verl, dtype, gamma, lam):
     _same(verl, "gae", rewards, values, mask, gamma, lam)
     _same(verl, "gae", rewards, values, torch.ones_like(mask), gamma, lam)
     _same(verl, "gae", rewards, values, mask.int(), gamma, lam)
+    _same(verl, "gae", rewards, values, mask.to(dtype), gamma, lam)
 
 
 def test_gae_of_too_few_tokens_raises_as_verl_does(verl):
@@ -98,6 +99,7 @@ def test_estimators_of_groups(verl, name):
     rewards, _, mask, ids = _batch()
     first, second = _same(verl, name, rewards, mask, ids)
     assert first is second
+    assert torch.equal(_same(verl, name, rewards, mask.float(), ids)[0], first)
     _same(verl, name, rewards, mask, np.arange(B) // 3)  # integers, too
     _same(verl, name, rewards, mask, np.arange(B), tolerance=5e-5)  # all alone
 
@@ -117,12 +119,13 @@ def test_equal_rewards_get_0_where_verl_leaves_rounding(verl):
 @pytest.mark.parametrize("gamma", [0.9, 1.0])
 def test_reinforce_plus_plus(verl, gamma):
     rewards, _, mask, _ = _batch()
-    _same(verl, "reinforce_plus_plus", rewards, mask, types.SimpleNamespace(gamma=gamma), index=None)
+    for given in (mask, mask.float()):
+        _same(verl, "reinforce_plus_plus", rewards, given, types.SimpleNamespace(gamma=gamma), index=None)
 
 
 def test_what_ours_does_not_cover_goes_to_the_original(verl):
     rewards, values, mask, ids = _batch()
-    for args in ((rewards, values, mask.float(), 0.9, 0.8), (rewards, values, mask, torch.tensor(0.9), 1.1)):
+    for args in ((rewards, values, mask / 2, 0.9, 0.8), (rewards, values, mask, torch.tensor(0.9), 1.1)):
         found, wanted = verl.ours["gae"](*args), verl.theirs["gae"](*args)
         assert all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))
     found, wanted = (held["grpo"](rewards, mask, list(ids))[0] for held in (verl.ours, verl.theirs))

@@ -11,11 +11,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..ops.advantage import gae
+from ..ops.advantage import gae, reverse_linear_scan
 from .points import Case, Integration, Point
 
+Tensor = torch.Tensor
 
-def advantages_into(buffer: Any, last_values: torch.Tensor, dones: np.ndarray) -> None:
+
+def advantages_into(buffer: Any, last_values: Tensor, dones: np.ndarray) -> None:
     """Fills a rollout buffer's `advantages` and `returns` [n_steps, n_envs] float32.
 
     Args:
@@ -29,20 +31,32 @@ def advantages_into(buffer: Any, last_values: torch.Tensor, dones: np.ndarray) -
     rewards, values, ended, *out = (
         torch.from_numpy(x).t() for x in (buffer.rewards, buffer.values, starts, advantages, returns)
     )
-    gae(
-        rewards,
-        values,
-        gamma=float(buffer.gamma),
-        lam=float(buffer.gae_lambda),
-        last_values=last_values.detach().flatten().to("cpu", rewards.dtype),
-        terminated=ended,
-        out=tuple(out),
-    )
+    gamma, lam = float(buffer.gamma), float(buffer.gae_lambda)
+    last = last_values.detach().flatten().to("cpu", rewards.dtype)
+    if len(rewards) == 1:
+        _of_one(rewards, values, last, ended, gamma, lam, *out)
+    else:
+        gae(rewards, values, gamma=gamma, lam=lam, last_values=last, terminated=ended, out=tuple(out))
     buffer.advantages, buffer.returns = advantages, returns
 
 
+def _of_one(
+    rewards: Tensor, values: Tensor, last: Tensor, ended: Tensor, gamma: float, lam: float, advantages: Tensor,
+    returns: Tensor,
+) -> None:  # fmt: skip
+    """One environment, [1, n_steps]: differences first, so that where rewards and values cancel advantages are 0.
+
+    `gae` scans one row in vectors, by returns, and would leave the rounding of a value.
+    """
+    on = ended.logical_not().to(rewards.dtype)
+    after = torch.cat([values[:, 1:], last[:, None]], 1)
+    delta = rewards + gamma * after * on - values
+    advantages.copy_(reverse_linear_scan(on * (gamma * lam), delta))
+    torch.add(advantages, values, out=returns)
+
+
 def method(original: Callable[..., None]) -> Callable[..., None]:
-    def compute_returns_and_advantage(self: Any, last_values: torch.Tensor, dones: np.ndarray) -> None:
+    def compute_returns_and_advantage(self: Any, last_values: Tensor, dones: np.ndarray) -> None:
         if self.rewards.dtype != np.float32 or self.values.dtype != np.float32:
             return original(self, last_values, dones)
         return advantages_into(self, last_values, dones)
@@ -56,7 +70,7 @@ def _cases(device: torch.device) -> list[Case]:
         return []
 
     def run(lam: float) -> Any:
-        def run(function: Any) -> dict[str, torch.Tensor]:
+        def run(function: Any) -> dict[str, Tensor]:
             from gymnasium import spaces
             from stable_baselines3.common.buffers import RolloutBuffer as Theirs
 
@@ -94,7 +108,7 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     theirs = getattr(importlib.import_module("stable_baselines3.common.buffers"), name)
 
-    def compute_returns_and_advantage(self: Any, last_values: torch.Tensor, dones: np.ndarray) -> None:
+    def compute_returns_and_advantage(self: Any, last_values: Tensor, dones: np.ndarray) -> None:
         advantages_into(self, last_values, dones)
 
     made = type(name, (theirs,), {"compute_returns_and_advantage": compute_returns_and_advantage})

@@ -7,8 +7,9 @@
 | `selective_log_softmax`, `..._and_entropy`, `entropy_from_logits` | `token_logprobs` |
 
 Numbers and gradients are TRL's to the rounding of the dtype. The original is called for what ours does not give:
-`log_sum_sq_probs` (DPO with use_weighting), `mean_logits` under a softcap (KTO and DPO on Gemma 2), weights that
-DeepSpeed ZeRO-3 has partitioned, devices other than CPU and CUDA, torch.compile and the reference backend.
+`log_sum_sq_probs` (DPO with use_weighting), `mean_logits` under a softcap (KTO and DPO on Gemma 2), logits of half
+precision where TRL has no kernel, weights that DeepSpeed ZeRO-3 has partitioned, devices other than CPU and CUDA,
+torch.compile and the reference backend.
 """
 
 import types

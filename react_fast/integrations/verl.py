@@ -10,8 +10,8 @@
 
 Numbers and gradients are verl's to rounding, at masked places too, except that a group of equal rewards gets 0,
 where GRPO's loop divides the rounding of its mean by epsilon, and that a NaN reward is left out of its group.
-The original is called for masks of floats, gamma or lam that are not numbers in [0, 1], fewer than two counting
-tokens, ids that are no numpy array, tensors of other dtypes or devices, and under torch.compile.
+The original is called for masks of other floats than 0 and 1, gamma or lam that are not numbers in [0, 1], fewer
+than two counting tokens, ids that are no numpy array, tensors of other dtypes or devices, and under torch.compile.
 
 Where flash-attn is installed, verl calls `logprobs_from_logits_flash_attn` instead of `..._v2`; it stays, since a
 CPU cannot run it to compare; VERL_DISABLE_FLASH_ATTN_CE=1, verl's own switch, leads to `..._v2`. So do
@@ -50,10 +50,15 @@ def _covered(rewards: Tensor, mask: Tensor, index: Any = None) -> bool:
         and rewards.device.type in _DEVICES
         and mask.shape == rewards.shape
         and mask.device == rewards.device
-        and mask.dtype in (torch.int64, torch.int32)
+        and (mask.dtype in (torch.int64, torch.int32) or _zeros_and_ones(mask, rewards.dtype))
         and (index is None or (isinstance(index, np.ndarray) and index.shape == rewards.shape[:1]))
         and not torch.compiler.is_compiling()
     )
+
+
+def _zeros_and_ones(mask: Tensor, dtype: torch.dtype) -> bool:
+    """Whether a mask of floats, such as verl's own tests have, says no more than one of integers."""
+    return mask.dtype == dtype and bool(((mask == 0) | (mask == 1)).all())
 
 
 def _fraction(x: Any) -> bool:
@@ -130,7 +135,8 @@ def _of_groups(baseline: str) -> Callable[[Callable[..., Any]], Callable[..., An
             if not _covered(token_level_rewards, response_mask, index):
                 return original(token_level_rewards, response_mask, index, epsilon, config, **kwargs)
             ids = torch.from_numpy(group_numbers(index)).to(token_level_rewards.device)
-            lengths = response_mask.sum(-1) if baseline == "length_weighted" else None
+            counts = response_mask != 0
+            lengths = counts.sum(-1) if baseline == "length_weighted" else None
             found = group_advantages(
                 token_level_rewards.sum(-1),
                 ids,
@@ -143,7 +149,7 @@ def _of_groups(baseline: str) -> Callable[[Callable[..., Any]], Callable[..., An
                 return _spread(found, response_mask)
             if response_mask.sum() < 2:
                 return original(token_level_rewards, response_mask, index, epsilon, config, **kwargs)
-            whitened = whiten(found[:, None].expand(response_mask.shape), mask=response_mask)
+            whitened = whiten(found[:, None].expand(response_mask.shape), mask=counts)
             return whitened, whitened
 
         return replacement
@@ -158,8 +164,9 @@ def reinforce_plus_plus(original: Callable[..., Any]) -> Callable[..., Any]:
     ) -> tuple[Tensor, Tensor]:
         gamma = getattr(config, "gamma", None)
         if _covered(token_level_rewards, response_mask) and _fraction(gamma) and response_mask.sum() >= 2:
-            returns = discounted_returns(token_level_rewards, gamma=gamma, mask=response_mask)
-            return whiten(returns, mask=response_mask), returns
+            counts = response_mask != 0
+            returns = discounted_returns(token_level_rewards, gamma=gamma, mask=counts)
+            return whiten(returns, mask=counts), returns
         return original(token_level_rewards, response_mask, config, **kwargs)
 
     return replacement

@@ -17,8 +17,8 @@ import torch.nn.functional as F
 
 import react_fast as rf
 
-from .common import DEVICE, OURS, AbsentError
-from .heads import Head, Inputs
+from ..common import DEVICE, OURS, AbsentError
+from ..heads import Head, Inputs
 
 Tensor = torch.Tensor
 LogitsOp = Callable[[Tensor, Tensor, bool], tuple[Tensor, ...]]
