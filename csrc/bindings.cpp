@@ -11,6 +11,7 @@
 
 void bind_policy_loss(py::module_& m);  // bind_policy_loss.cpp
 void bind_q_learning(py::module_& m);   // bind_q_learning.cpp
+void bind_sum_tree(py::module_& m);     // bind_sum_tree.cpp
 
 namespace {
 
@@ -355,5 +356,6 @@ PYBIND11_MODULE(_core, m) {
   bind_policy_loss(m);
   bind_attribution(m);
   bind_q_learning(m);
+  bind_sum_tree(m);
   bind_stream(m);
 }
