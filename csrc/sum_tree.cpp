@@ -55,6 +55,14 @@ void refresh_all(const Levels& levels, int depth) {
   for (int64_t node = 0; node < levels.at[depth].count; ++node) refresh(levels, depth, node);
 }
 
+void prefetch(const double* node) {
+#if defined(__GNUC__)
+  __builtin_prefetch(node);
+#else
+  (void)node;
+#endif
+}
+
 // The last child with a priority: where rounding left a mass behind the sum of all.
 int64_t last_positive(const double* c) {
   int64_t j = fanout - 1;
@@ -62,17 +70,17 @@ int64_t last_positive(const double* c) {
   return j;
 }
 
-// Prefix sums rise strictly where a child is positive, so that no child of 0 is chosen.
+// Prefix sums in the order of `sum`, which the last of them is: they rise where a child is positive and nowhere else,
+// so that no child of 0 is chosen. No branch hangs on the mass, which is random.
 int64_t descend(const double* c, double& mass) {
-  double prefix = 0, before = 0;
+  const double left = c[0] + c[1], right = c[4] + c[5], half = left + (c[2] + c[3]);
+  const double prefix[] = {0,           c[0],         left,                left + c[2],
+                           half,        half + c[4],  half + right,        half + (right + c[6]),
+                           half + (right + (c[6] + c[7]))};
   int64_t passed = 0;
-  for (int64_t j = 0; j < fanout; ++j) {
-    prefix += c[j];
-    passed += prefix <= mass;
-    before = prefix <= mass ? prefix : before;
-  }
+  for (int64_t j = 1; j <= fanout; ++j) passed += prefix[j] <= mass;
   if (passed == fanout) return last_positive(c);
-  mass -= before;
+  mass -= prefix[passed];
   return passed;
 }
 
@@ -129,9 +137,11 @@ SumTreeCheck sum_tree_sample(const SumTree& tree, const double* uniforms, int64_
   }
   for (int depth = levels.depth - 1; depth >= 0; --depth) {
     const double* sums = levels.at[depth].sums;
+    const double* below = levels.at[depth > 0 ? depth - 1 : 0].sums;
     for (int64_t k = 0; k < count; ++k) {
       const int64_t first = indices[k] * fanout;
       indices[k] = first + descend(sums + first, masses[k]);
+      if (depth > 0) prefetch(below + indices[k] * fanout);
     }
   }
   for (int64_t k = 0; k < count; ++k) priorities[k] = tree.nodes[indices[k]];

@@ -127,7 +127,7 @@ def test_numpy_and_tensors():
 
 
 def test_copies_and_pickles_draw_the_same():
-    (tree, _), numbers = _filled(300)
+    (tree, _), _ = _filled(300)
     for twin in (copy.deepcopy(tree), pickle.loads(pickle.dumps(tree))):
         assert torch.equal(twin._nodes, tree._nodes)
         twin.update(np.array([0]), np.array([5.0]))
@@ -168,7 +168,7 @@ def test_other_refusals():
         tree.update(np.array([1.0]), np.array([1.0]))
     with pytest.raises(TypeError, match="priorities must be float32"):
         tree.update(np.array([1]), np.array([1]))
-    with pytest.raises(TypeError, match="indices must be a torch.Tensor, got list"):
+    with pytest.raises(TypeError, match=r"indices must be a .*Tensor, got list"):
         tree.update([1], np.array([1.0]))
     with pytest.raises(ValueError, match="uniforms must be on cpu like the tree, got meta"):
         tree.sample(torch.zeros(3, device="meta"))
