@@ -3,7 +3,8 @@
 Replaced under every name that a module bound: `generalized_advantage_estimate`, `td_lambda_return_estimate`, their
 `vec_` twins and `vtrace_advantage_estimate`, which the estimators GAE, TDLambdaEstimator and VTrace call. The
 originals are called for gamma or lambda of more than one number, `rolling_gamma`, flags that are not bool, tensors
-of different shapes or dtypes, and under torch.compile.
+of different shapes or dtypes, and under torch.compile. Log-probabilities of its TransformersWrapper:
+`torchrl_logprobs`.
 """
 
 import functools
@@ -14,6 +15,7 @@ import torch
 
 from ..ops.advantage import reverse_linear_scan
 from .points import Case, Integration, Point
+from .torchrl_logprobs import POINTS as LOGPROBS
 
 Tensor = torch.Tensor
 Scalar = float | Tensor
@@ -184,5 +186,6 @@ INTEGRATION = Integration(
         Point(f"{_PLACE}.td_lambda_return_estimate", "c4f2d5703f37", td_lambda, _TD, _SCAN),
         Point(f"{_PLACE}.vec_td_lambda_return_estimate", "c4f2d5703f37", td_lambda, _TD, _SCAN),
         Point(f"{_PLACE}.vtrace_advantage_estimate", "f62e995ada7f", vtrace, _VTRACE, _SCAN),
+        *LOGPROBS,
     ),
 )
