@@ -29,7 +29,9 @@ def advantages_into(buffer: Any, last_values: torch.Tensor, dones: np.ndarray) -
             says that step t is an episode's first, so that step t - 1 was the end of one.
         last_values: [n_envs] or [n_envs, 1], value behind the last step. dones: [n_envs], whether it was an end.
     """
-    starts = np.concatenate([buffer.episode_starts[1:] != 0, np.asarray(dones, dtype=bool)[None]])
+    starts = np.empty(buffer.episode_starts.shape, dtype=bool)
+    np.not_equal(buffer.episode_starts[1:], 0, out=starts[:-1])
+    starts[-1] = dones
     advantages = np.ascontiguousarray(buffer.advantages)  # filled in place, as Stable-Baselines3 does
     returns = np.empty_like(advantages)
     rewards, values, ended, *out = (

@@ -46,6 +46,23 @@ def _covered(
     )
 
 
+def _gae_in_place(
+    gamma: Scalar,
+    decay: Scalar,
+    floats: tuple[Tensor, Tensor, Tensor],
+    done: Tensor,
+    ended: Tensor,
+    steps: int,
+) -> tuple[Tensor, Tensor]:
+    """The same numbers in no memory but the results': fresh pages cost more than the arithmetic."""
+    value, after, reward = floats
+    advantage = after.masked_fill(ended, 0).mul_(gamma).add_(reward).sub_(value)
+    target = torch.logical_not(done, out=torch.empty_like(reward)).mul_(decay)
+    rows = advantage.view(-1, steps)
+    reverse_linear_scan(target.view(-1, steps), rows, out=rows)
+    return advantage, torch.add(advantage, value, out=target)
+
+
 def _number(x: Scalar, like: Tensor) -> Scalar:
     return x.reshape(()).to(like.dtype) if isinstance(x, Tensor) else x
 
@@ -63,6 +80,10 @@ def gae(original: Callable[..., Any]) -> Callable[..., Any]:
         if not _covered(time_dim, (gamma, lmbda), floats, (done, ended)):
             return original(gamma, lmbda, *floats, done, terminated, time_dim=time_dim)
         gamma, lmbda = _number(gamma, reward), _number(lmbda, reward)
+        steps = reward.shape[time_dim]
+        in_rows = reward.shape[time_dim:].numel() == steps and all(x.is_contiguous() for x in floats)
+        if in_rows and not (torch.is_grad_enabled() and any(x.requires_grad for x in floats)):
+            return _gae_in_place(gamma, gamma * lmbda, floats, done, ended, steps)
         delta = reward + gamma * next_state_value.masked_fill(ended, 0) - state_value
         advantage = _scan((~done).to(delta.dtype) * (gamma * lmbda), delta, time_dim)
         return advantage, advantage + state_value

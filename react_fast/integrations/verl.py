@@ -81,9 +81,10 @@ def gae_advantage_return(original: Callable[..., Any]) -> Callable[..., Any]:
             advantages, returns = gae(rewards, values, gamma=gamma, lam=lam, mask=counts)
             count, mean, m2 = torch.stack(moments(advantages, counts)).tolist()
             if count >= 2:
-                carried = reverse_linear_scan(counts.logical_not_().to(rewards.dtype), advantages)
-                torch.add(carried, values, out=returns)
-                return carried.sub_(mean).mul_((m2 / (count - 1) + 1e-8) ** -0.5), returns
+                # No memory but the results': fresh pages cost more than the arithmetic.
+                skipped = torch.eq(response_mask, 0, out=returns)
+                torch.add(reverse_linear_scan(skipped, advantages, out=advantages), values, out=returns)
+                return advantages.sub_(mean).mul_((m2 / (count - 1) + 1e-8) ** -0.5), returns
         return original(rewards, values, response_mask, gamma, lam)
 
     return replacement
