@@ -144,7 +144,7 @@ def torchrl_ppo(batches: int = 4, frames: int = 1024, epochs: int = 4, size: int
 
 RUNS: dict[str, tuple[str, Callable[[], Callable[[], Log]]]] = {
     "TRL GRPO": ("trl", lambda: _trl("GRPO", **SAMPLED)),
-    "TRL RLOO": ("trl", lambda: _trl("RLOO", **SAMPLED)),
+    "TRL RLOO": ("trl", lambda: _trl("RLOO", beta=0.0, **SAMPLED)),
     "TRL DPO": ("trl", lambda: _trl("DPO", per_device_train_batch_size=4)),
     "Stable-Baselines3 PPO": ("stable_baselines3", lambda: _sb3("PPO", 8192, n_steps=256, n_epochs=4)),
     "Stable-Baselines3 A2C": ("stable_baselines3", lambda: _sb3("A2C", 8000, n_steps=16)),

@@ -161,6 +161,18 @@ def whiten_backward(
     d_x: int,
     threads: int,
 ) -> None: ...
+def carry_whitened(
+    values: int,
+    mask: int,
+    advantages: int,
+    returns: int,
+    dtype: int,
+    rows: int,
+    length: int,
+    shift: float,
+    scale: float,
+    threads: int,
+) -> None: ...
 
 # ---- off_policy
 

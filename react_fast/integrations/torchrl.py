@@ -56,7 +56,7 @@ def _gae_in_place(
 ) -> tuple[Tensor, Tensor]:
     """The same numbers in no memory but the results': fresh pages cost more than the arithmetic."""
     value, after, reward = floats
-    advantage = after.masked_fill(ended, 0).mul_(gamma).add_(reward).sub_(value)
+    advantage = torch.where(ended, 0.0, after).mul_(gamma).add_(reward).sub_(value)
     target = torch.logical_not(done, out=torch.empty_like(reward)).mul_(decay)
     rows = advantage.view(-1, steps)
     reverse_linear_scan(target.view(-1, steps), rows, out=rows)
