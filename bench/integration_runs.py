@@ -1,8 +1,9 @@
 """Whole training runs with and without `react_fast.patch`: `python -m bench.integration_runs [--turns 3] [--out]`.
 
-The same seeds; every run in a process of its own, both by turns, one thread. Seconds are of the training alone, of
-the processor with REACT_FAST_BENCH_CLOCK=cpu, which a machine that others use asks for; peak memory is the process's. Every number that a trainer
-logs is compared step by step; the largest difference is of the metric's largest value over the run. `--out` writes bench/results/integrations.md.
+The same seeds; every run in a process of its own, both by turns, one thread. Seconds are of the training alone,
+with REACT_FAST_BENCH_CLOCK=cpu the processor's, for a machine that others use too; peak memory is the process's.
+Every number that a trainer logs is compared step by step; the largest difference is of the metric's largest value
+over the run. `--out` writes bench/results/integration_runs.md.
 """
 
 import argparse
@@ -12,21 +13,20 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from datetime import date
-from importlib.metadata import version
 from typing import Any
 
 import torch
 
 import react_fast as rf
 
-from .common import CLOCK, now
+from .common import now
+from .integrations import heading
 from .memory import _peak
 from .report import RESULTS
 
 # What a trainer logged, step by step.
 Log = list[dict[str, float]]
-PACKAGES = {"trl": "trl", "stable_baselines3": "stable-baselines3", "torchrl": "torchrl"}
+PACKAGES = ("transformers", "trl", "stable-baselines3", "torchrl", "tensordict", "gymnasium")
 
 
 def _trl(kind: str, **options: Any) -> Callable[[], Log]:
@@ -224,19 +224,13 @@ def main() -> None:
     if arguments.one:
         print(json.dumps(one(arguments.one, arguments.patched)))
         return
-    commit = subprocess.run(["git", "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True).stdout
-    versions = ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers", *PACKAGES.values()))
-    clock = "processor time" if CLOCK == "cpu" else "wall time"
-    text = (
-        f"# Training with and without the patch\n\n{date.today()}, commit {commit.strip()}, one thread, {clock}, "
-        f"{versions}. Medians of turns: {arguments.turns}.\n\n{TITLES}"
-    )
+    text = heading(f"Training with and without the patch, turns: {arguments.turns}", PACKAGES) + TITLES
     print(text, end="")
     for row in rows(arguments.only, arguments.turns):
         print(row, end="", flush=True)
         text += row
         if arguments.out:
-            (RESULTS / "integrations.md").write_text(text)
+            (RESULTS / "integration_runs.md").write_text(text)
 
 
 if __name__ == "__main__":

@@ -9,25 +9,30 @@ import argparse
 import importlib
 import os
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from datetime import date
+from importlib.metadata import version
 from typing import Any
 
 import torch
 
 import react_fast as rf
 
+from .common import CLOCK, now
 from .grpo_step import GROUP, LENGTH, PROMPTS, _policy, _texts, _timed
+from .report import RESULTS
 
 Row = tuple[str, float, float]
 
 
 def _seconds(call: Callable[[], Any]) -> float:
-    start = time.perf_counter()
+    start = now()
     call()
-    return time.perf_counter() - start
+    return now() - start
 
 
 def _race(theirs: Callable[[], Any], ours: Callable[[], Any], turns: int) -> tuple[float, float]:
@@ -219,17 +224,33 @@ PARTS = {
 }  # fmt: skip
 
 
+def heading(title: str, packages: Sequence[str]) -> str:
+    """A result file's first lines: what was measured where."""
+    commit = subprocess.run(["git", "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True).stdout
+    versions = ", ".join(f"{name} {version(name)}" for name in ("torch", *packages))
+    clock = "processor time" if CLOCK == "cpu" else "wall time"
+    return f"# {title}\n\n{date.today()}, commit {commit.strip()}, one thread, {clock}, {versions}.\n\n"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("parts", nargs="*", choices=[*PARTS, []], default=list(PARTS))
     parser.add_argument("--vocab", type=int, default=32_000)
+    parser.add_argument("--out", action="store_true", help="write bench/results/integrations.md")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    print("| what | without, ms | with, ms | ratio |\n| --- | ---: | ---: | ---: |")
+    peers = ("trl", "torchrl", "stable-baselines3", "tianshou", "verl")
+    text = heading("Calls with and without the patch", peers)
+    text += "| what | without, ms | with, ms | ratio |\n| --- | ---: | ---: | ---: |\n"
+    print(text, end="")
     for name in arguments.parts:
         part, turns = PARTS[name]
         for label, theirs, ours in part(arguments.vocab, turns):
-            print(f"| {label} | {theirs * 1e3:.3g} | {ours * 1e3:.3g} | {theirs / ours:.1f}x |", flush=True)
+            row = f"| {label} | {theirs * 1e3:.3g} | {ours * 1e3:.3g} | {theirs / ours:.1f}x |\n"
+            print(row, end="", flush=True)
+            text += row
+    if arguments.out:
+        (RESULTS / "integrations.md").write_text(text)
 
 
 if __name__ == "__main__":
