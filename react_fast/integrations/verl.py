@@ -79,7 +79,7 @@ def _whitened_in_core(
     if count < 2:
         return None
     kept, mask = values.contiguous(), counts.contiguous()
-    _core.carry_whitened(
+    _core.carry_whitened(  # type: ignore[call-arg]
         kept.data_ptr(), mask.data_ptr(), advantages.data_ptr(), returns.data_ptr(), DTYPE[rewards.dtype],
         *rewards.shape, mean, _scale(count, m2), torch.get_num_threads(),
     )  # fmt: skip
