@@ -1,4 +1,4 @@
-"""Other trainers with and without `react_fast.patch`: `python -m bench.integrations [head step torchrl sb3 verl]`.
+"""Other trainers with and without `react_fast.patch`: `python -m bench.integrations [PART ...]`, else all.
 
 Both by turns in one process, one thread; medians and their ratio are printed. `step` is the GRPOTrainer of
 bench.grpo_step with the patch on in every second step, and rewards that differ, since rows without advantage cost
@@ -6,30 +6,42 @@ ours no backward.
 """
 
 import argparse
+import importlib
+import math
+import os
 import statistics
+import subprocess
+import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from datetime import date
+from importlib.metadata import version
 from typing import Any
 
 import torch
 
 import react_fast as rf
 
+from .common import CLOCK, SAMPLE_SECONDS, now
 from .grpo_step import GROUP, LENGTH, PROMPTS, _policy, _texts, _timed
+from .report import RESULTS
 
 Row = tuple[str, float, float]
 
 
-def _seconds(call: Callable[[], Any]) -> float:
-    start = time.perf_counter()
-    call()
-    return time.perf_counter() - start
+def _seconds(call: Callable[[], Any], repeats: int = 1) -> float:
+    start = now()
+    for _ in range(repeats):
+        call()
+    return (now() - start) / repeats
 
 
 def _race(theirs: Callable[[], Any], ours: Callable[[], Any], turns: int) -> tuple[float, float]:
-    theirs(), ours()
-    times = [(_seconds(theirs), _seconds(ours)) for _ in range(turns)]
+    """Medians of samples by turns; what is quick is repeated within a sample, as in every benchmark here."""
+    calls = (theirs, ours)
+    repeats = [math.ceil(SAMPLE_SECONDS / max(_seconds(call), _seconds(call), 1e-6)) for call in calls]
+    times = [[_seconds(call, n) for call, n in zip(calls, repeats, strict=True)] for _ in range(turns)]
     first, second = zip(*times, strict=True)
     return statistics.median(first), statistics.median(second)
 
@@ -142,6 +154,54 @@ def sb3(vocab: int, turns: int) -> Iterator[Row]:
         yield f"Stable-Baselines3's advantages [{steps}, {envs}]", *_race(theirs, ours, turns)
 
 
+def replay(vocab: int, turns: int) -> Iterator[Row]:
+    """A batch sampled and its priorities updated, of 1e6 entries."""
+    import numpy as np
+    from tianshou.data.utils.segtree import SegmentTree
+
+    flags = sys.getdlopenflags()
+    sys.setdlopenflags(
+        os.RTLD_LAZY
+    )  # the wheel misses a symbol of some torch versions, which its trees do not call
+    importlib.import_module("torchrl._torchrl")
+    sys.setdlopenflags(flags)
+    from torchrl.data import ListStorage, PrioritizedSampler
+
+    size = 10**6
+    numbers = np.random.default_rng(0)
+    priorities = numbers.exponential(size=size)
+    ours, tianshou = rf.SumTree(size), SegmentTree(size)
+    ours.update(np.arange(size), priorities)
+    tianshou[np.arange(size)] = priorities
+    sampler = PrioritizedSampler(size, alpha=1.0, beta=0.4, eps=0.0, dtype=torch.float64)
+    storage = ListStorage(size)
+    storage._storage = range(size)  # its length is all that is read
+    sampler.extend(torch.arange(size))
+    sampler.update_priority(torch.arange(size), torch.from_numpy(priorities))
+    for batch in (32, 256):
+        values = numbers.exponential(size=batch)
+        tensor = torch.from_numpy(values)
+
+        def torchrl_s(batch: int = batch, values: torch.Tensor = tensor) -> None:
+            indices, _ = sampler.sample(storage, batch)
+            sampler.update_priority(indices, values)
+
+        def tianshou_s(batch: int = batch, values: np.ndarray = values) -> None:
+            indices = tianshou.get_prefix_sum_idx(numbers.random(batch) * tianshou.reduce())
+            tianshou[indices] = values
+
+        def mine(batch: int = batch, values: np.ndarray = values) -> None:
+            indices, found = ours.sample(numbers.random(batch))
+            ours.least / found  # the weights, which torchrl's sampler computes, too
+            ours.update(indices, values)
+
+        for label, theirs in (
+            ("torchrl's PrioritizedSampler", torchrl_s),
+            ("Tianshou's SegmentTree", tianshou_s),
+        ):
+            yield f"{label}, {batch} of 1e6", *_race(theirs, mine, turns)
+
+
 def verl(vocab: int, turns: int) -> Iterator[Row]:
     import numpy as np
     import verl.trainer.ppo.core_algos as place
@@ -163,21 +223,38 @@ def verl(vocab: int, turns: int) -> Iterator[Row]:
 
 
 PARTS = {
-    "head": (head, 3), "step": (step, 4), "torchrl": (torchrl, 9), "sb3": (sb3, 15), "verl": (verl, 15)
+    "head": (head, 3), "step": (step, 4), "torchrl": (torchrl, 9), "sb3": (sb3, 15),
+    "replay": (replay, 51), "verl": (verl, 15)
 }  # fmt: skip
+
+
+def heading(title: str, packages: Sequence[str]) -> str:
+    """A result file's first lines: what was measured where."""
+    commit = subprocess.run(["git", "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True).stdout
+    versions = ", ".join(f"{name} {version(name)}" for name in ("torch", *packages))
+    clock = "processor time" if CLOCK == "cpu" else "wall time"
+    return f"# {title}\n\n{date.today()}, commit {commit.strip()}, one thread, {clock}, {versions}.\n\n"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("parts", nargs="*", choices=[*PARTS, []], default=list(PARTS))
     parser.add_argument("--vocab", type=int, default=32_000)
+    parser.add_argument("--out", action="store_true", help="write bench/results/integrations.md")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    print("| what | without, ms | with, ms | ratio |\n| --- | ---: | ---: | ---: |")
+    peers = ("trl", "torchrl", "stable-baselines3", "tianshou", "verl")
+    text = heading("Calls with and without the patch", peers)
+    text += "| what | without, ms | with, ms | ratio |\n| --- | ---: | ---: | ---: |\n"
+    print(text, end="")
     for name in arguments.parts:
         part, turns = PARTS[name]
         for label, theirs, ours in part(arguments.vocab, turns):
-            print(f"| {label} | {theirs * 1e3:.2f} | {ours * 1e3:.2f} | {theirs / ours:.1f}x |", flush=True)
+            row = f"| {label} | {theirs * 1e3:.3g} | {ours * 1e3:.3g} | {theirs / ours:.1f}x |\n"
+            print(row, end="", flush=True)
+            text += row
+    if arguments.out:
+        (RESULTS / "integrations.md").write_text(text)
 
 
 if __name__ == "__main__":

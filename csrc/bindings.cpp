@@ -11,6 +11,7 @@
 
 void bind_policy_loss(py::module_& m);  // bind_policy_loss.cpp
 void bind_q_learning(py::module_& m);   // bind_q_learning.cpp
+void bind_sum_tree(py::module_& m);     // bind_sum_tree.cpp
 
 namespace {
 
@@ -197,6 +198,13 @@ void whiten_backward(Address x, Address mask, Address upstream, int dtype, int64
                                             slope, constant, linear, at(d_x), threads});
 }
 
+void carry_whitened(Address values, Address mask, Address advantages, Address returns, int dtype, int64_t rows,
+                    int64_t length, double shift, double scale, int threads) {
+  py::gil_scoped_release release;
+  rf::kernels().whiten->carry_whitened({at(values), at<uint8_t>(mask), at(advantages), at(returns), rf::DType(dtype),
+                                        rows, length, shift, scale, threads});
+}
+
 void bind_advantage(py::module_& m) {
   m.def("gae", &gae, "rewards"_a, "values"_a, "last_values"_a, "bootstrap_values"_a, "terminated"_a, "truncated"_a,
         "mask"_a, "lams"_a, "offsets"_a, "rows"_a, "length"_a, "dtype"_a, "gamma"_a, "lam"_a, "advantages"_a,
@@ -217,6 +225,8 @@ void bind_advantage(py::module_& m) {
   m.def("whiten_sums", &whiten_sums, "x"_a, "mask"_a, "upstream"_a, "dtype"_a, "count"_a, "mean"_a, "threads"_a);
   m.def("whiten_backward", &whiten_backward, "x"_a, "mask"_a, "upstream"_a, "dtype"_a, "count"_a, "mean"_a,
         "slope"_a, "constant"_a, "linear"_a, "d_x"_a, "threads"_a);
+  m.def("carry_whitened", &carry_whitened, "values"_a, "mask"_a, "advantages"_a, "returns"_a, "dtype"_a, "rows"_a,
+        "length"_a, "shift"_a, "scale"_a, "threads"_a);
 }
 
 // ---- off_policy --------------------------------------------------------------------------------------------
@@ -355,5 +365,6 @@ PYBIND11_MODULE(_core, m) {
   bind_policy_loss(m);
   bind_attribution(m);
   bind_q_learning(m);
+  bind_sum_tree(m);
   bind_stream(m);
 }

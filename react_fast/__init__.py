@@ -28,6 +28,7 @@ from .ops.q_learning import (
     soft_values,
 )
 from .ops.q_loss import QLoss, cql_loss, expectile_loss, ilql_loss, q_loss
+from .ops.sum_tree import SumTree
 from .ops.target_network import TargetUpdate, polyak_update
 from .ops.whiten import merge_moments, moments, whiten
 from .reference.objectives import (
@@ -88,6 +89,7 @@ __all__ = [
     "QLoss",
     "Reinforce",
     "RunningMoments",
+    "SumTree",
     "TargetUpdate",
     "__version__",
     "attribution_scores",

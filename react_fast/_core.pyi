@@ -161,6 +161,18 @@ def whiten_backward(
     d_x: int,
     threads: int,
 ) -> None: ...
+def carry_whitened(
+    values: int,
+    mask: int,
+    advantages: int,
+    returns: int,
+    dtype: int,
+    rows: int,
+    length: int,
+    shift: float,
+    scale: float,
+    threads: int,
+) -> None: ...
 
 # ---- off_policy
 
@@ -488,6 +500,18 @@ def segment_spread(
 def accumulate_by_id(
     scores: int, ids: int, mask: int, elements: int, size: int, count: int, mean: int, m2: int
 ) -> int: ...
+
+# ---- sum_tree: a tree is its memory and its capacity
+
+def sum_tree_size(capacity: int) -> int: ...
+def sum_tree_build(nodes: int, capacity: int) -> None: ...
+def sum_tree_summary(nodes: int, capacity: int) -> tuple[float, float]: ...
+def sum_tree_update(
+    nodes: int, capacity: int, indices: int, priorities: int, count: int
+) -> tuple[str, int]: ...
+def sum_tree_sample(
+    nodes: int, capacity: int, uniforms: int, count: int, indices: int, priorities: int
+) -> tuple[str, int]: ...
 
 # ---- stream: the physical limit that benchmarks measure
 

@@ -220,3 +220,35 @@ def test_opcheck(backend):
 def test_every_op_is_registered():
     """Whatever the public functions dispatch to is a torch operator, so that compile and autograd see it."""
     assert {"gae", "reverse_linear_scan"} <= set(backends.registered_ops())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("chosen", ["cpu", "reference", "triton"])
+def test_the_scan_in_the_caller_s_memory(chosen, dtype):
+    a, b = torch.rand(3, 37).to(dtype), torch.randn(3, 37).to(dtype)
+    with rf.use_backend(chosen):
+        wanted = rf.reverse_linear_scan(a, b)
+        out = torch.empty_like(wanted)
+        assert rf.reverse_linear_scan(a, b, out=out) is out
+        assert torch.equal(out, wanted)
+        if dtype == wanted.dtype:
+            assert rf.reverse_linear_scan(a, b, out=b) is b
+            assert torch.equal(b, wanted)
+
+
+def test_the_scan_refuses_memory_that_is_not_free():
+    a, b = torch.rand(2, 6), torch.rand(2, 6)
+    both = torch.rand(24)
+    for out, error in (
+        (a, "must be b or share no memory"),
+        (both[6:18].view(2, 6), "must be b or share no memory"),
+        (torch.empty(6, 2).t(), "must be contiguous"),
+        (torch.empty(2, 5), r"out must be \[2, 6\] like a"),
+        (torch.empty(2, 6, requires_grad=True), "where a gradient is wanted"),
+    ):
+        with pytest.raises(ValueError, match=error):
+            rf.reverse_linear_scan(
+                a, both[:12].view(2, 6) if out.data_ptr() == both[6:].data_ptr() else b, out=out
+            )
+    with pytest.raises(TypeError, match="out must be float32 like the result"):
+        rf.reverse_linear_scan(a, b, out=torch.empty(2, 6, dtype=torch.float64))

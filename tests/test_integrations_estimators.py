@@ -92,6 +92,23 @@ def test_the_axis_of_time(torchrl, name, time_dim):
     _assert_same(torchrl, name, _given(name, time_dim=time_dim), **_numbers(name), time_dim=time_dim)
 
 
+@pytest.mark.parametrize("shape", [(3, 17, 1), (4, 64, 1), (2, 5, 3)], ids=str)
+@pytest.mark.parametrize("layout", ["rows", "steps first", "no rows"])
+def test_without_gradient_the_numbers_are_bitwise_those_with_one(torchrl, shape, layout):
+    name, given = NAMES[0], _given(NAMES[0], shape, time_dim=0 if layout == "steps first" else 1)
+    options = {"time_dim": 0} if layout == "steps first" else {}
+    if layout == "no rows":
+        given["next_state_value"] = (
+            given["next_state_value"].detach().transpose(0, 1).contiguous().transpose(0, 1)
+        )
+    wanted = torchrl.ours[name](**_numbers(name), **given, **options)
+    kept = {key: x.clone() for key, x in given.items()}
+    with torch.no_grad():
+        found = torchrl.ours[name](**_numbers(name), **given, **options)
+    assert all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))
+    assert all(torch.equal(x, kept[key]) for key, x in given.items())
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_without_termination_done_ends_the_value_too(torchrl, name):
     given = _given(name)
@@ -145,12 +162,30 @@ def test_torchrl_s_gae_module_is_live(torchrl, monkeypatch):
     module = torchrl.advantages.GAE(gamma=0.99, lmbda=0.95, value_network=critic)
     wanted = module(data.clone())["advantage"]
     calls, scan = [], ours.reverse_linear_scan
-    monkeypatch.setattr(ours, "reverse_linear_scan", lambda a, b: calls.append(1) or scan(a, b))
+    monkeypatch.setattr(ours, "reverse_linear_scan", lambda *x, **k: calls.append(1) or scan(*x, **k))
     with rf.patch("torchrl"):
         calls.clear()
         got = module(data.clone())["advantage"]
         assert len(calls) == 1
     torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-6)
+
+
+def test_ppo_of_torchrl_trains_the_same(torchrl, monkeypatch):
+    from bench.integration_runs import largest_difference, torchrl_ppo
+    from react_fast.integrations import torchrl as ours
+
+    small = {"batches": 1, "frames": 64, "epochs": 3, "size": 32}
+    wanted = torchrl_ppo(**small)()
+    calls, scan = [], ours.reverse_linear_scan
+    monkeypatch.setattr(ours, "reverse_linear_scan", lambda *x, **k: calls.append(1) or scan(*x, **k))
+    with rf.patch("torchrl"):
+        calls.clear()
+        got = torchrl_ppo(**small)()
+    assert len(calls) == 3  # epochs
+    assert len(wanted) == 7
+    # Adam divides by the root of squares: what rounding does to a small gradient comes out enlarged.
+    far, metric = largest_difference(wanted, got)
+    assert far < 1e-4, metric
 
 
 # ---- Stable-Baselines3 -----------------------------------------------------------------------------------------

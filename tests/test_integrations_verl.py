@@ -82,6 +82,11 @@ def test_gae_at_masked_places_too(verl, dtype, gamma, lam):
     _same(verl, "gae", rewards, values, torch.ones_like(mask), gamma, lam)
     _same(verl, "gae", rewards, values, mask.int(), gamma, lam)
     _same(verl, "gae", rewards, values, mask.to(dtype), gamma, lam)
+    with rf.use_backend("reference"):
+        _same(verl, "gae", rewards[:4], values[:4], mask[:4], gamma, lam)
+    wide = [x.repeat(1, 6) for x in (rewards, values, mask)]  # vectors that count wholly, or not at all
+    wide[2][:, 30:70], wide[2][0] = 0, 1
+    _same(verl, "gae", *wide, gamma, lam)
 
 
 def test_gae_of_too_few_tokens_raises_as_verl_does(verl):

@@ -2,6 +2,11 @@
 
 `patch("stable_baselines3")` replaces the method for every buffer; `PPO(..., rollout_buffer_class=RolloutBuffer)`
 with the class from here does it for one. Equal to float32 rounding. Of a PPO step it is under one percent.
+
+`PrioritizedReplayBuffer` is a `replay_buffer_class` for DQN, with `alpha`, `beta`, `eps`, `n_steps` and `gamma` in
+`replay_buffer_kwargs`; `PrioritizedDictReplayBuffer` the same for dictionaries of observations. The `DQN` from
+here weights its loss and reports TD errors. Stable-Baselines3's own algorithms take the buffer but do neither:
+priorities stay equal, and every transition is as likely as another.
 """
 
 import importlib
@@ -13,6 +18,7 @@ import torch
 
 from ..ops.advantage import gae, reverse_linear_scan
 from .points import Case, Integration, Point
+from .stable_baselines3_replay import PrioritizedDQN, PrioritizedReplay
 
 Tensor = torch.Tensor
 
@@ -25,7 +31,9 @@ def advantages_into(buffer: Any, last_values: Tensor, dones: np.ndarray) -> None
             says that step t is an episode's first, so that step t - 1 was the end of one.
         last_values: [n_envs] or [n_envs, 1], value behind the last step. dones: [n_envs], whether it was an end.
     """
-    starts = np.concatenate([buffer.episode_starts[1:] != 0, np.asarray(dones, dtype=bool)[None]])
+    starts = np.empty(buffer.episode_starts.shape, dtype=bool)
+    np.not_equal(buffer.episode_starts[1:], 0, out=starts[:-1])
+    starts[-1] = dones
     advantages = np.ascontiguousarray(buffer.advantages)  # filled in place, as Stable-Baselines3 does
     returns = np.empty_like(advantages)
     rewards, values, ended, *out = (
@@ -102,16 +110,29 @@ INTEGRATION = Integration(
 )  # fmt: skip
 
 
-def __getattr__(name: str) -> Any:
-    """RolloutBuffer and DictRolloutBuffer, once Stable-Baselines3 is there to derive them from."""
-    if name not in ("RolloutBuffer", "DictRolloutBuffer"):
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    theirs = getattr(importlib.import_module("stable_baselines3.common.buffers"), name)
+class _Rollout:
+    """Advantages and returns from `react_fast.gae`."""
 
-    def compute_returns_and_advantage(self: Any, last_values: Tensor, dones: np.ndarray) -> None:
+    def compute_returns_and_advantage(self, last_values: Tensor, dones: np.ndarray) -> None:
         advantages_into(self, last_values, dones)
 
-    made = type(name, (theirs,), {"compute_returns_and_advantage": compute_returns_and_advantage})
-    made.__module__, made.__doc__ = __name__, f"{name} whose advantages come from `react_fast.gae`."
+
+# Name here: (module, name there, what is mixed in).
+_CLASSES: dict[str, tuple[str, str, type]] = {
+    "DQN": ("dqn", "DQN", PrioritizedDQN),
+    "DictRolloutBuffer": ("common.buffers", "DictRolloutBuffer", _Rollout),
+    "PrioritizedDictReplayBuffer": ("common.buffers", "DictReplayBuffer", PrioritizedReplay),
+    "PrioritizedReplayBuffer": ("common.buffers", "ReplayBuffer", PrioritizedReplay),
+    "RolloutBuffer": ("common.buffers", "RolloutBuffer", _Rollout),
+}
+
+
+def __getattr__(name: str) -> Any:
+    """The classes above, once Stable-Baselines3 is there to derive them from."""
+    if name not in _CLASSES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    module, base, mixed = _CLASSES[name]
+    theirs = getattr(importlib.import_module(f"stable_baselines3.{module}"), base)
+    made = type(name, (mixed, theirs), {"__module__": __name__, "__doc__": mixed.__doc__})
     globals()[name] = made  # one class, so that a saved algorithm finds it again
     return made

@@ -3,7 +3,8 @@
 Replaced under every name that a module bound: `generalized_advantage_estimate`, `td_lambda_return_estimate`, their
 `vec_` twins and `vtrace_advantage_estimate`, which the estimators GAE, TDLambdaEstimator and VTrace call. The
 originals are called for gamma or lambda of more than one number, `rolling_gamma`, flags that are not bool, tensors
-of different shapes or dtypes, and under torch.compile.
+of different shapes or dtypes, and under torch.compile. Log-probabilities of its TransformersWrapper:
+`torchrl_logprobs`.
 """
 
 import functools
@@ -14,6 +15,7 @@ import torch
 
 from ..ops.advantage import reverse_linear_scan
 from .points import Case, Integration, Point
+from .torchrl_logprobs import POINTS as LOGPROBS
 
 Tensor = torch.Tensor
 Scalar = float | Tensor
@@ -44,6 +46,23 @@ def _covered(
     )
 
 
+def _gae_in_place(
+    gamma: Scalar,
+    decay: Scalar,
+    floats: tuple[Tensor, Tensor, Tensor],
+    done: Tensor,
+    ended: Tensor,
+    steps: int,
+) -> tuple[Tensor, Tensor]:
+    """The same numbers in no memory but the results': fresh pages cost more than the arithmetic."""
+    value, after, reward = floats
+    advantage = torch.where(ended, 0.0, after).mul_(gamma).add_(reward).sub_(value)
+    target = torch.logical_not(done, out=torch.empty_like(reward)).mul_(decay)
+    rows = advantage.view(-1, steps)
+    reverse_linear_scan(target.view(-1, steps), rows, out=rows)
+    return advantage, torch.add(advantage, value, out=target)
+
+
 def _number(x: Scalar, like: Tensor) -> Scalar:
     return x.reshape(()).to(like.dtype) if isinstance(x, Tensor) else x
 
@@ -61,6 +80,10 @@ def gae(original: Callable[..., Any]) -> Callable[..., Any]:
         if not _covered(time_dim, (gamma, lmbda), floats, (done, ended)):
             return original(gamma, lmbda, *floats, done, terminated, time_dim=time_dim)
         gamma, lmbda = _number(gamma, reward), _number(lmbda, reward)
+        steps = reward.shape[time_dim]
+        in_rows = reward.shape[time_dim:].numel() == steps and all(x.is_contiguous() for x in floats)
+        if in_rows and not (torch.is_grad_enabled() and any(x.requires_grad for x in floats)):
+            return _gae_in_place(gamma, gamma * lmbda, floats, done, ended, steps)
         delta = reward + gamma * next_state_value.masked_fill(ended, 0) - state_value
         advantage = _scan((~done).to(delta.dtype) * (gamma * lmbda), delta, time_dim)
         return advantage, advantage + state_value
@@ -184,5 +207,6 @@ INTEGRATION = Integration(
         Point(f"{_PLACE}.td_lambda_return_estimate", "c4f2d5703f37", td_lambda, _TD, _SCAN),
         Point(f"{_PLACE}.vec_td_lambda_return_estimate", "c4f2d5703f37", td_lambda, _TD, _SCAN),
         Point(f"{_PLACE}.vtrace_advantage_estimate", "f62e995ada7f", vtrace, _VTRACE, _SCAN),
+        *LOGPROBS,
     ),
 )

@@ -27,9 +27,11 @@ from typing import Any
 import numpy as np
 import torch
 
+from .. import _core
+from ..ops._advantage import gae_moments
 from ..ops._linear_logprob_op import Eager
 from ..ops.advantage import discounted_returns, gae, reverse_linear_scan
-from ..ops.backend import use_reference
+from ..ops.backend import DTYPE, get_backend, use_reference
 from ..ops.group_advantages import group_advantages
 from ..ops.linear_logprob import checked, is_eager
 from ..ops.logprob import token_logprobs
@@ -71,6 +73,39 @@ def group_numbers(index: np.ndarray) -> np.ndarray:
     return np.fromiter((met.setdefault(x, len(met)) for x in index.tolist()), np.int64, len(index))
 
 
+def _whitened_in_core(
+    rewards: Tensor, values: Tensor, counts: Tensor, gamma: float, lam: float
+) -> tuple[Tensor, Tensor] | None:
+    """Two passes and no memory but the results': fresh pages cost more than the arithmetic."""
+    advantages, returns, stats = gae_moments(
+        rewards, values, None, None, None, None, counts, None, None, gamma, lam
+    )
+    count, mean, m2 = stats.tolist()
+    if count < 2:
+        return None
+    kept, mask = values.contiguous(), counts.contiguous()
+    _core.carry_whitened(  # type: ignore[call-arg]
+        kept.data_ptr(), mask.data_ptr(), advantages.data_ptr(), returns.data_ptr(), DTYPE[rewards.dtype],
+        *rewards.shape, mean, _scale(count, m2), torch.get_num_threads(),
+    )  # fmt: skip
+    return advantages, returns
+
+
+def _whitened(
+    rewards: Tensor, values: Tensor, counts: Tensor, gamma: float, lam: float
+) -> tuple[Tensor, Tensor] | None:
+    advantages, _ = gae(rewards, values, gamma=gamma, lam=lam, mask=counts)
+    count, mean, m2 = torch.stack(moments(advantages, counts)).tolist()
+    if count < 2:
+        return None
+    carried = reverse_linear_scan(counts.logical_not().to(rewards.dtype), advantages)
+    return (carried - mean) * _scale(count, m2), carried + values
+
+
+def _scale(count: float, m2: float) -> float:
+    return (m2 / (count - 1) + 1e-8) ** -0.5
+
+
 def gae_advantage_return(original: Callable[..., Any]) -> Callable[..., Any]:
     """Whitened advantages and returns; a masked token has those of the next counting one, as in verl."""
 
@@ -82,13 +117,11 @@ def gae_advantage_return(original: Callable[..., Any]) -> Callable[..., Any]:
         rewards, like = token_level_rewards, (values.shape, values.dtype, values.device)
         same = like == (rewards.shape, rewards.dtype, rewards.device)
         if same and _covered(rewards, response_mask) and _fraction(gamma) and _fraction(lam):
-            counts = response_mask != 0
-            advantages, returns = gae(rewards, values, gamma=gamma, lam=lam, mask=counts)
-            count, mean, m2 = torch.stack(moments(advantages, counts)).tolist()
-            if count >= 2:
-                carried = reverse_linear_scan(counts.logical_not_().to(rewards.dtype), advantages)
-                torch.add(carried, values, out=returns)
-                return carried.sub_(mean).mul_((m2 / (count - 1) + 1e-8) ** -0.5), returns
+            in_core = rewards.device.type == "cpu" and get_backend() in ("auto", "cpu")
+            whitened = _whitened_in_core if in_core else _whitened
+            found = whitened(rewards, values, response_mask != 0, float(gamma), float(lam))
+            if found is not None:
+                return found
         return original(rewards, values, response_mask, gamma, lam)
 
     return replacement

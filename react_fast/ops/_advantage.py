@@ -276,7 +276,10 @@ td_lambda_returns = register(
 
 
 def _scan_cpu(a: Tensor, b: Tensor, init: Maybe, cu_seqlens: Maybe) -> Tensor:
-    out = torch.empty(a.shape, dtype=accumulation_dtype(a.dtype))
+    return _scan_into(torch.empty(a.shape, dtype=accumulation_dtype(a.dtype)), a, b, init, cu_seqlens)
+
+
+def _scan_into(out: Tensor, a: Tensor, b: Tensor, init: Maybe, cu_seqlens: Maybe) -> Tensor:
     offsets, rows, length = _sequences(a, cu_seqlens)
     kept = [_flat(x) for x in (a, b, init)]
     _core.reverse_linear_scan(  # type: ignore[call-arg]
@@ -289,6 +292,13 @@ def _scan_cpu(a: Tensor, b: Tensor, init: Maybe, cu_seqlens: Maybe) -> Tensor:
         torch.get_num_threads(),
     )
     return out
+
+
+def scan_out(out: Tensor, *given: Any) -> Tensor:
+    """The scan in the caller's memory; on a CPU it is written there, elsewhere copied."""
+    if not torch.compiler.is_compiling() and resolve(out.device.type) == "cpu":
+        return _scan_into(out, *given)
+    return out.copy_(reverse_linear_scan(*given))
 
 
 def _scan_triton(a: Tensor, *args: Any) -> Tensor:

@@ -10,6 +10,7 @@ from ._advantage import gae as _gae
 from ._advantage import gae_moments as _gae_moments
 from ._advantage import gae_out as _gae_out
 from ._advantage import reverse_linear_scan as _reverse_linear_scan
+from ._advantage import scan_out as _scan_out
 from ._advantage import td_lambda_returns as _td_lambda_returns
 from ._arrays import numpy_too
 from ._whiten import moments as _moments
@@ -184,12 +185,14 @@ def reverse_linear_scan(
     *,
     init: torch.Tensor | None = None,
     cu_seqlens: torch.Tensor | None = None,
+    out: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """The recurrence behind all returns, y_t = b_t + a_t y_{t+1}.
 
     Args:
         a, b: [B, T], or packed [N] with `cu_seqlens` (see `discounted_returns`), of one floating dtype.
         init: [B] of that dtype, stands behind a row's last step; None: 0.
+        out: contiguous memory for y, like it, where no gradient is wanted; b itself, or apart from a, b and init.
     Returns: like `a`, float32 (float64 for float64). Differentiable in all three.
     Raises: TypeError for a wrong dtype, ValueError for a wrong shape or device or bad cu_seqlens.
     Source: Blelloch 1990, prefix sums of linear recurrences.
@@ -198,9 +201,32 @@ def reverse_linear_scan(
     _check_like("b", b, a, a.shape, "a")
     if init is not None:
         _check_like("init", init, a, (_row_count(a, cu_seqlens),), "the rows of a")
+    if out is not None:
+        _check_scan_out(out, a, b, init)
     if use_reference():
-        return reference.reverse_linear_scan(a, b, init=init, cu_seqlens=cu_seqlens)
+        found = reference.reverse_linear_scan(a, b, init=init, cu_seqlens=cu_seqlens)
+        return found if out is None else out.copy_(found)
+    if out is not None:
+        return _scan_out(out, a, b, init, cu_seqlens)
     return _reverse_linear_scan(a, b, init, cu_seqlens)
+
+
+def _check_scan_out(out: torch.Tensor, a: torch.Tensor, b: torch.Tensor, init: torch.Tensor | None) -> None:
+    _check.dtype("out", _check.tensor("out", out), accumulation_dtype(a.dtype), "the result")
+    _check.shape("out", out, a.shape, "a")
+    _check.device("out", out, a.device, "a")
+    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (a, b, init, out)):
+        raise ValueError("out must be None where a gradient is wanted, got a tensor; use torch.no_grad()")
+    if not out.is_contiguous():
+        raise ValueError(f"out must be contiguous, got strides {list(out.stride())}")
+    if torch.compiler.is_compiling() or out.numel() == 0:
+        return
+    others = [a] if b.is_contiguous() and b.dtype == out.dtype and b.data_ptr() == out.data_ptr() else [a, b]
+    low, high = _span(out)
+    if any(
+        low < end and begin < high for begin, end in map(_span, [*others, *([] if init is None else [init])])
+    ):
+        raise ValueError("out must be b or share no memory with a, b and init, got one that does")
 
 
 def _check_out(out: Any, given: tuple, with_gradient: bool, whiten: bool) -> None:

@@ -49,6 +49,7 @@ from .q_learning import (
 )
 from .q_loss import QLoss, cql_loss, expectile_loss, ilql_loss, q_loss
 from .q_loss import regression as q_regression
+from .sum_tree import SumTree
 from .tracker import Tracker
 from .trainer import Trainer
 
@@ -70,6 +71,7 @@ __all__ = [
     "QLoss",
     "Reinforce",
     "RunningMoments",
+    "SumTree",
     "Tracker",
     "Trainer",
     "accumulate_by_id",
