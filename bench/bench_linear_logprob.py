@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from . import oracle, peers
+from . import oracle, peers, roofline
 from .common import DEVICE, LIMIT, OURS, Check, Contestant, built, name_of, race, surroundings
 from .heads import HEADS, QWEN, Head, Inputs, gemm, gradients, sized
 from .memory import CASES as MEMORY_CASES
@@ -38,6 +38,10 @@ def problem(request: pytest.FixtureRequest) -> tuple[Inputs, oracle.Truth]:
     head, dtype = request.param
     inputs = Inputs(sized(head), dtype)
     return inputs, oracle.truth(inputs)
+
+
+def _sizes(inputs: Inputs) -> tuple[int, int, int, int]:
+    return len(inputs.ids), inputs.head.dim, inputs.head.vocab, inputs.weight.element_size()
 
 
 def title(what: str, inputs: Inputs, detail: str) -> str:
@@ -72,6 +76,7 @@ def test_linear(benchmark, problem, mode):
         {**contestants, LIMIT: gemm(inputs)},
         case=title("linear_token_logprobs", inputs, mode),
         limit=f"one GEMM ({gemms} needed)",
+        work=roofline.linear_token_logprobs(*_sizes(inputs), gemms),
         unit="GEMM",
         rounds=ROUNDS,
         check=oracle.linear_check(truth, len(leaves)),
@@ -130,6 +135,7 @@ def test_policy_loss(benchmark, problem):
         {**{name: step(op) for name, op in ops.items()}, LIMIT: gemm(inputs)},
         case=title("linear_policy_loss", inputs, "all gradients"),
         limit=f"one GEMM ({POLICY_GEMMS} needed)",
+        work=roofline.linear_policy_loss(*_sizes(inputs)),
         unit="GEMM",
         rounds=ROUNDS,
         check=_policy_check(inputs, truth, old),

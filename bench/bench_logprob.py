@@ -7,7 +7,7 @@ import torch
 
 import react_fast
 
-from . import oracle, peers
+from . import oracle, peers, roofline
 from .common import DEVICE, LIMIT, OURS, QUICK, Check, Contestant, built, name_of, on_reference, race, stream
 
 SMALL = (64, 512)
@@ -81,7 +81,7 @@ def test_forward(benchmark, shape, dtype, entropy):
         {**contestants, LIMIT: stream([logits])},
         case=_title(shape, dtype, entropy),
         limit="stream read of the logits",
-        bytes_moved=logits.numel() * logits.element_size(),
+        work=roofline.token_logprobs(shape[0], shape[1], logits.element_size()),
         rounds=ROUNDS,
         check=_check(logits, ids, torch.ones(len(ids), device=DEVICE), ENTROPY[entropy]),
         absent=absent,
@@ -111,7 +111,7 @@ def test_forward_and_backward(benchmark, shape, dtype, entropy):
         {**contestants, LIMIT: stream([plain, plain], [torch.empty_like(plain)], logits.numel())},
         case=_title(shape, dtype, f" forward+backward{entropy}"),
         limit="stream: two reads and a write of the logits",
-        bytes_moved=3 * logits.numel() * logits.element_size(),
+        work=roofline.token_logprobs_both(shape[0], shape[1], logits.element_size()),
         rounds=ROUNDS,
         check=_check(logits, ids, upstream, ENTROPY[entropy]),
         absent=absent,
@@ -141,7 +141,7 @@ def test_backward_alone(benchmark, dtype):
         },
         case=_title(shape, dtype, " backward into fresh memory"),
         limit="stream copy of the logits, into memory that is there",
-        bytes_moved=2 * logits.numel() * logits.element_size(),
+        work=roofline.token_logprobs_backward(shape[0], shape[1], logits.element_size()),
     )
 
 
@@ -177,6 +177,6 @@ def test_in_place(benchmark, dtype):
         {OURS: ours, LIMIT: stream([logits, logits], [torch.empty_like(logits)], logits.numel())},
         case=_title(shape, dtype, " forward+backward in place"),
         limit="stream: two reads and a write of the logits",
-        bytes_moved=3 * logits.numel() * logits.element_size(),
+        work=roofline.token_logprobs_both(shape[0], shape[1], logits.element_size()),
         rounds=ROUNDS,
     )

@@ -9,7 +9,7 @@ The last step of the window is added with the value behind it. Nothing is subtra
 in the windows that hold it, and masks, cuts and packing are links alone. The backward is the same sum along the
 links reversed.
 
-Roofline, per step in float32: the links 22 bytes, each doubling 24 read (8 of them gathered) and 12 to 24 written,
+Roofline, per step in float32, at least 12 bytes: links 22, each doubling 24 read (8 gathered), 12 to 24 written,
 the end 29: some 50 + 40 log2(n) bytes, so a five-step return costs as much as ten passes over its rewards; n = 1
 takes the two passes without doubling. All launches but the links are one element a thread.
 """
