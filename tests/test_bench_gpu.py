@@ -29,7 +29,7 @@ def _command(out: Path, *words: str) -> list[str]:
 def rehearsed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """One small rehearsal: the tests and the benchmarks of one kernel file, and its search."""
     out = tmp_path_factory.mktemp("gpu")
-    words = ("--minutes", "1", "--only", "ceilings", "tests", "autotune", "moments", "logprob")
+    words = ("--minutes", "4", "--only", "ceilings", "tests", "autotune", "moments", "logprob")
     done = subprocess.run(_command(out, *words), cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + (out / "log.txt").read_text()[-4000:]
     return out
@@ -69,9 +69,9 @@ def test_its_summary_says_that_it_is_one(rehearsed: Path) -> None:
 
 def test_a_kill_leaves_what_was_known(tmp_path: Path) -> None:
     """Killed in the middle of the tests; nothing that it started goes on."""
-    words = ("--only", "tests", "moments", "--minutes", "1")
+    words = ("--only", "tests", "moments", "--minutes", "4")
     suite = subprocess.Popen(_command(tmp_path, *words), cwd=ROOT, stdout=subprocess.DEVNULL)
-    give_up = time.time() + 60
+    give_up = time.time() + 100
     while time.time() < give_up and not events.told(tmp_path / "events.jsonl"):
         time.sleep(0.05)
     while time.time() < give_up and not json.loads((tmp_path / "run.json").read_text())["tests"]["passed"]:
@@ -162,6 +162,11 @@ def test_the_limit_is_the_larger_of_bytes_and_flops() -> None:
     assert "| 50%: gae [8] | torch 4x |" in line
     assert "advantage.gae_kernel" not in summary.never([run])
     assert "advantage.scan_kernel" in summary.never([run])
+
+
+def test_a_rehearsal_takes_one_of_every_function() -> None:
+    items = [SimpleNamespace(nodeid=name) for name in ("a::x[1]", "a::x[2]", "a::y", "b::x[1]")]
+    assert [item.nodeid for item in watch.firsts(items)] == ["a::x[1]", "a::y", "b::x[1]"]
 
 
 def test_a_kernel_in_a_failed_test_is_not_verified() -> None:

@@ -14,6 +14,7 @@ from . import events, launches, process, record, summary
 
 ROOT = Path(__file__).parents[2]
 RESERVE = 5.0  # seconds for the last record and the tables
+LEAST = 20.0  # seconds of a stage, or what is left: torch alone takes some of them to start
 
 
 @dataclass(frozen=True)
@@ -31,10 +32,10 @@ class Stage:
 STAGES = (
     Stage("ceilings", 2),
     Stage("tests", 30),
-    Stage("sanitizer", 8),
+    Stage("sanitizer", 12),
     Stage("measure", 30),
     Stage("training", 12),
-    Stage("autotune", 18),
+    Stage("autotune", 14),
 )
 BUILD = 25  # the share of the build, where one is needed
 
@@ -77,7 +78,7 @@ class Suite:
             "REACT_FAST_TEST_DEVICE": device,
             "REACT_FAST_BENCH_DEVICE": device,
             "REACT_FAST_BENCH_QUICK": str(int(self.rehearse)),
-            "REACT_FAST_GPU_OUT": str(self.out),
+            events.OUT: str(self.out),
             "TRITON_INTERPRET": str(int(self.rehearse)),
             "HF_HUB_OFFLINE": "1",
             "TOKENIZERS_PARALLELISM": "false",
@@ -122,7 +123,7 @@ class Suite:
         if self.build():
             for i, stage in enumerate(self.stages):
                 share = stage.share / sum(s.share for s in self.stages[i:])
-                self.stage(stage.name, stage.command, self.left() * share)
+                self.stage(stage.name, stage.command, min(self.left(), max(LEAST, self.left() * share)))
         self.write()
         summary.write(self.out)
         shutil.rmtree(self.scratch, ignore_errors=True)

@@ -19,7 +19,7 @@ from react_fast.kernels import tuned
 from ..common import DEVICE
 from . import launches
 from .ceilings import seconds
-from .events import brief, left, only, rehearsing, replace, tell
+from .events import OUT, brief, left, only, rehearsing, replace, tell
 
 Options = dict[str, int]
 # 8 to 32 numbers a thread, in two to sixteen warps; a block must be a power of two.
@@ -119,7 +119,7 @@ def searched(kernel: str) -> dict[str, Any]:
 
 def _written(winners: Mapping[str, Options]) -> None:
     """kernels/tuned.json with this device's entries, in its form: a line a kernel."""
-    folder = os.environ.get("REACT_FAST_GPU_OUT")
+    folder = os.environ.get(OUT)
     if not folder:
         return
     key = "default"

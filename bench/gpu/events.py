@@ -8,8 +8,8 @@ from typing import Any
 
 # Where the processes of a run write, and when they must be done (seconds since the epoch).
 FILE, DEADLINE, REHEARSAL = "REACT_FAST_GPU_EVENTS", "REACT_FAST_GPU_DEADLINE", "REACT_FAST_GPU_REHEARSAL"
-# Comma-separated kernel files: only these; none: all.
-ONLY = "REACT_FAST_GPU_ONLY"
+# Comma-separated kernel files: only these; none: all. The run's folder.
+ONLY, OUT = "REACT_FAST_GPU_ONLY", "REACT_FAST_GPU_OUT"
 
 
 def tell(stage: str, file: Path | None = None, **facts: Any) -> None:
@@ -49,6 +49,11 @@ def rehearsing() -> bool:
 
 def only() -> list[str]:
     return [name for name in os.environ.get(ONLY, "").split(",") if name]
+
+
+def log() -> Path:
+    """Where processes of a stage print to."""
+    return Path(os.environ.get(OUT, ".")) / "log.txt"
 
 
 def brief(error: object, size: int = 200) -> str:

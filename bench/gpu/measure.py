@@ -1,12 +1,11 @@
 """The benchmarks on the device: ours, the limit and the peers that are installed; a case is told when done."""
 
-import os
-import subprocess
 import sys
 import time
 from pathlib import Path
 
-from .events import DEADLINE, left, only, rehearsing
+from . import process
+from .events import DEADLINE, left, log, only, rehearsing
 
 # Log-probs first, which most of a step's time goes to; then the rest by how much of a step they take.
 FILES = ("logprob", "linear_logprob", "policy_loss", "advantage", "tokens", "q_learning", "attribution")
@@ -26,12 +25,8 @@ def _pytest(file: str, wanted: str, seconds: float) -> None:
     if rehearsing():  # what torch.compile makes takes longer than everything else
         environment["REACT_FAST_BENCH_CONTESTANTS"] = "react_fast,torch,eager"
         environment["REACT_FAST_BACKEND"] = "triton"
-    print(*command, flush=True)
-    process = subprocess.Popen(command, env={**os.environ, **environment})
-    try:
-        process.wait(seconds + 5)  # the case that runs at the deadline
-    except subprocess.TimeoutExpired:
-        process.kill()
+    # The case that runs at the deadline may end.
+    process.run(command, seconds + 5, cwd=Path.cwd(), environment=environment, log=log())
 
 
 def main() -> None:

@@ -6,10 +6,10 @@ same and nobody generates: `python -m bench.gpu.training NAME` for one contestan
 
 import os
 import statistics
-import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,7 +17,8 @@ import torch
 import react_fast as rf
 
 from ..common import DEVICE, now, wait
-from .events import brief, left, rehearsing, tell
+from . import process
+from .events import brief, left, log, rehearsing, tell
 
 TINY = rehearsing()
 PROMPTS, GROUP, PROMPT, LENGTH = (2, 2, 8, 24) if TINY else (2, 4, 512, 2048)
@@ -218,13 +219,9 @@ def main() -> None:
             measure(name)
         else:
             command = [sys.executable, "-m", "bench.gpu.training", name]
-            try:
-                code = subprocess.run(command, timeout=seconds).returncode
-            except subprocess.TimeoutExpired:
-                tell("training", kind="contestant", name=name, absent=f"not done in {seconds:.0f} s")
-                continue
-            if code:
-                tell("training", kind="contestant", name=name, absent=f"ended with code {code}")
+            state = process.run(command, seconds, cwd=Path.cwd(), environment={}, log=log())
+            if state != "done":
+                tell("training", kind="contestant", name=name, absent=f"{state}: {seconds:.0f} s were left")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
 """A pytest plugin (`-p bench.gpu.watch`): tells every test and every benchmark case, and the kernels it launched.
 
-REACT_FAST_GPU_STAGE names the stage. In "tests" only what runs the kernels of every op is kept: tests with the
-fixture `backend`, in its Triton half. Items come file by file in turn, so that a run cut short has seen each file.
+REACT_FAST_GPU_STAGE names the stage. In "tests" only what runs the ops' kernels is kept: tests with the fixture
+`backend`, in its Triton half; of a rehearsal one of each function. Items come from every file in turn, so that a
+run cut short has seen each file.
 """
 
 import os
@@ -14,7 +15,7 @@ from typing import Any
 import pytest
 
 from . import launches
-from .events import brief, left, tell
+from .events import brief, left, rehearsing, tell
 
 STAGE = os.environ.get("REACT_FAST_GPU_STAGE", "tests")
 # Instruction sets and processes of the CPU are no matter of a GPU.
@@ -31,6 +32,11 @@ def _on_kernels(item: Any) -> bool:
     )
 
 
+def firsts(items: Iterable[Any]) -> list[Any]:
+    """One of the parametrisations of every test function, for a rehearsal."""
+    return list({item.nodeid.partition("[")[0]: item for item in reversed(list(items))}.values())[::-1]
+
+
 def in_turn(items: Iterable[Any]) -> list[Any]:
     """The first of every file, the second of every file, ..."""
     files: dict[str, list[Any]] = {}
@@ -41,7 +47,8 @@ def in_turn(items: Iterable[Any]) -> list[Any]:
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[Any]) -> None:
     if STAGE == "tests":
-        kept = in_turn(item for item in items if _on_kernels(item))
+        chosen = [item for item in items if _on_kernels(item)]
+        kept = in_turn(firsts(chosen) if rehearsing() else chosen)
         config.hook.pytest_deselected(items=[item for item in items if item not in set(kept)])
         items[:] = kept
 
