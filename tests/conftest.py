@@ -19,9 +19,9 @@ import react_fast
 from react_fast import _core
 
 from . import interpreter
+from .contract import DEVICE
 from .ranks import Ranks
 
-DEVICE = os.environ.get("REACT_FAST_TEST_DEVICE", "cpu")
 THREADS = 1  # tests of threads set their own
 
 if DEVICE == "cpu":

@@ -7,12 +7,11 @@ import torch
 import react_fast as rf
 
 from . import contract
-from .conftest import DEVICE
 
-GPU = DEVICE == "cuda"
+GPU = contract.DEVICE == "cuda"
 # Beyond kernels/advantage_chunks.py's LONG_ROW; three blocks of a walk; several chunks of a row of logits; several
 # blocks of a head, of fewer rows than twice an H100's multiprocessors, and of more.
-LONG, ROW, VOCAB, HEAD, MANY = (9001, 2500, 70_001, 4100, 300) if GPU else (70, 40, 600, 70, 6)
+LONG, ROW, VOCAB, HEAD, MANY = (9001, 2500, 70_001, 4100, 300) if GPU else (70, 40, 600, 2100, 6)
 # float32 sums of returns: some hundred terms of size 4 that count, each rounded once.
 CLOSE = {"rtol": 1e-5, "atol": 100 * 4 * contract.EPS[torch.float32]}
 

@@ -149,8 +149,9 @@ def test_compiles_opcheck_meta_autocast_and_inference(backend):
 
 def test_bad_packing_is_refused(backend):
     x = torch.zeros(5)
-    for edges, line in (([0, 3], "rise from 0 to 5"), ([0, 4, 3, 5], "rise from 0 to 5")):
-        with pytest.raises(ValueError, match=rf"^cu_seqlens must {line}"):
+    # A GPU would have to be waited for.
+    for edges in ([0, 3], [0, 4, 3, 5]) if contract.DEVICE == "cpu" else ():
+        with pytest.raises(ValueError, match=r"^cu_seqlens must rise from 0 to 5"):
             rf.n_step_returns(x, x, gamma=1.0, n=2, cu_seqlens=torch.tensor(edges))
     with pytest.raises(ValueError, match=r"^bootstrap_values must be given with truncated, got None"):
         rf.n_step_returns(*[torch.zeros(1, 3)] * 2, gamma=1.0, n=2, truncated=torch.ones(1, 3).bool())

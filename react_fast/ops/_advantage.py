@@ -198,7 +198,7 @@ gae_moments = register(
 def _gae_out_cpu(advantages: Tensor, returns: Tensor, *args: Any) -> Tensor:
     *given, want_moments = args
     found = _gae_into(advantages, returns, want_moments, *given)
-    return torch.tensor(found if want_moments else [], dtype=torch.float64)
+    return torch.tensor(found if want_moments else [], dtype=torch.float64, device="cpu")
 
 
 def _gae_out_triton(advantages: Tensor, returns: Tensor, *args: Any) -> Tensor:
@@ -276,7 +276,7 @@ td_lambda_returns = register(
 
 
 def _scan_cpu(a: Tensor, b: Tensor, init: Maybe, cu_seqlens: Maybe) -> Tensor:
-    out = torch.empty(a.shape, dtype=accumulation_dtype(a.dtype))
+    out = torch.empty(a.shape, dtype=accumulation_dtype(a.dtype), device="cpu")
     offsets, rows, length = _sequences(a, cu_seqlens)
     kept = [_flat(x) for x in (a, b, init)]
     _core.reverse_linear_scan(  # type: ignore[call-arg]
