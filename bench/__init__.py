@@ -9,3 +9,9 @@
     REACT_FAST_BENCH_SECONDS      a contestant's time in a case, by default 4
     REACT_FAST_BENCH_QUICK        1: tiny linear cases, every contestant once; the numbers mean nothing
 """
+
+from pathlib import Path
+
+# Contestants by name: ours, and the physical limit.
+OURS, LIMIT = "react_fast", "limit"
+RESULTS = Path(__file__).parent / "results"

@@ -16,13 +16,13 @@ import torch
 import react_fast
 from react_fast import _core
 
+from . import LIMIT, OURS
 from .roofline import Work
 
 Contestant = Callable[[], object]
 # Looks at a contestant's first result; raises AssertionError if it is not what the case computes.
 Check = Callable[[str, object], None]
 
-OURS, LIMIT = "react_fast", "limit"
 DEVICE = os.environ.get("REACT_FAST_BENCH_DEVICE") or ("cuda" if torch.cuda.is_available() else "cpu")
 # A smoke test: tiny shapes, every contestant once; the numbers mean nothing.
 QUICK = os.environ.get("REACT_FAST_BENCH_QUICK", "0") != "0"

@@ -3,6 +3,7 @@
 import ast
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ KERNELS = Path(__file__).parents[2] / "kernels"
 PACKAGE = "react_fast.kernels."
 
 
+@cache
 def kernels() -> dict[str, list[str]]:
     """Kernel file -> names of what it launches: every @triton.jit function that is named so."""
     found = {}

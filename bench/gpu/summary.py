@@ -7,8 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..common import LIMIT, OURS
-from ..report import RESULTS
+from .. import LIMIT, OURS, RESULTS
 from . import launches
 from .events import replace
 

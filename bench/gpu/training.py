@@ -59,8 +59,8 @@ def _reward(row: int) -> float:
     return float((7 * row) % 5)
 
 
-def _loop(logprobs: Callable[..., torch.Tensor], loss: Callable[..., torch.Tensor]) -> Step:
-    """Forward, log-probs of the responses, GRPO's loss, backward, clipping and AdamW, as plain calls."""
+def loop(logprobs: Callable[..., torch.Tensor], loss: Callable[..., torch.Tensor]) -> tuple[Any, Step]:
+    """(model, an update): log-probs of the responses, GRPO's loss, backward, clipping, AdamW, as plain calls."""
     model, ids = _model(), _ids().to(DEVICE)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6)
     advantages = torch.tensor([_reward(i) for i in range(ROWS)], device=DEVICE)
@@ -75,14 +75,14 @@ def _loop(logprobs: Callable[..., torch.Tensor], loss: Callable[..., torch.Tenso
         optimizer.step()
         optimizer.zero_grad()
 
-    return step
+    return model, step
 
 
-def _plain_logprobs(hidden: torch.Tensor, weight: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+def plain_logprobs(hidden: torch.Tensor, weight: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
     return torch.log_softmax((hidden @ weight.T).float(), -1).gather(-1, ids[..., None])[..., 0]
 
 
-def _plain_loss(
+def plain_loss(
     logp: torch.Tensor, old: torch.Tensor, advantages: torch.Tensor, mask: torch.Tensor
 ) -> torch.Tensor:
     ratio, a = torch.exp(logp - old), advantages[:, None]
@@ -187,9 +187,9 @@ def _trl() -> tuple[list[float], int | None]:
 
 CONTESTANTS: dict[str, Callable[[], tuple[list[float], int | None]]] = {
     "react_fast ops": lambda: _timed(
-        _loop(rf.linear_token_logprobs, lambda *given: rf.policy_loss(*given).loss)
+        loop(rf.linear_token_logprobs, lambda *given: rf.policy_loss(*given).loss)[1]
     ),
-    "torch": lambda: _timed(_loop(_plain_logprobs, _plain_loss)),
+    "torch": lambda: _timed(loop(plain_logprobs, plain_loss)[1]),
     "react_fast Trainer": lambda: _timed(_trainer(False)),
     "react_fast Trainer, tracker on": lambda: _timed(_trainer(True)),
     "TRL GRPOTrainer": _trl,
