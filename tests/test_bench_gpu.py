@@ -42,10 +42,10 @@ def _command(out: Path, *words: str) -> list[str]:
 
 @pytest.fixture(scope="module")
 def rehearsed(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """One small rehearsal: the tests of one kernel file."""
+    """The shortest rehearsal, of one stage."""
     out = tmp_path_factory.mktemp("gpu")
-    words = ("--minutes", "4", "--only", "ceilings", "tests", "moments")
-    done = subprocess.run(_command(out, *words), cwd=ROOT, capture_output=True, text=True)
+    command = _command(out, "--minutes", "2", "--only", "ceilings")
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + (out / "log.txt").read_text()[-4000:]
     return out
 
@@ -56,43 +56,41 @@ def test_a_rehearsal_gives_a_whole_record(rehearsed: Path) -> None:
     assert found["rehearsed"] is True
     assert found["device"] is None
     assert {"python", "torch", "triton"} <= found["versions"].keys()
-    assert {name: stage["state"] for name, stage in found["stages"].items()} == dict.fromkeys(
-        ("ceilings", "tests"), "done"
-    )
+    assert found["stages"].keys() == {"ceilings"}
+    assert found["stages"]["ceilings"]["state"] == "done"
     assert all(rate > 0 for rate in found["ceilings"].values())
     assert set(found["ceilings"]) == {"copy_bytes_per_second", "gemm_flops_per_second"}
-    assert found["tests"]["passed"] > 5
-    assert found["tests"]["failures"] == found["tests"]["not_collected"] == []
-    assert found["tests"]["kernels"]["moments.accumulate_by_id_kernel"]["passed"] > 5
-    assert "n_step.link_kernel" in found["tests"]["never_launched"]
     assert found["cases"] == found["training"] == found["tuned"] == found["sanitizer"] == []
 
 
 def test_its_summary_says_that_it_is_one(rehearsed: Path) -> None:
     text = (rehearsed / "summary.md").read_text()
     assert "A rehearsal in Triton's interpreter" in text
-    assert "| tests | done |" in text
+    assert "| ceilings | done |" in text
     with pytest.raises(SystemExit, match="is a rehearsal"):
         summary.take([rehearsed / "run.json"])
 
 
 def test_a_kill_leaves_what_was_known(tmp_path: Path) -> None:
-    """Killed in the middle of the tests; nothing that it started goes on."""
+    """Killed in the middle of one kernel file's tests; nothing that it started goes on."""
     words = ("--only", "tests", "moments", "--minutes", "4")
     suite = subprocess.Popen(_command(tmp_path, *words), cwd=ROOT, stdout=subprocess.DEVNULL)
+    partial: dict = {}
     give_up = time.time() + 100
-    while time.time() < give_up and not events.told(tmp_path / "events.jsonl"):
+    while time.time() < give_up and not partial.get("tests", {}).get("passed"):
         time.sleep(0.05)
-    while time.time() < give_up and not json.loads((tmp_path / "run.json").read_text())["tests"]["passed"]:
-        time.sleep(0.05)
+        if (tmp_path / "run.json").exists():
+            partial = json.loads((tmp_path / "run.json").read_text())  # whole at any moment
     suite.send_signal(signal.SIGKILL)
     suite.wait()
-    partial = json.loads((tmp_path / "run.json").read_text())
     assert partial["tests"]["passed"] > 0
+    assert partial["tests"]["failures"] == partial["tests"]["not_collected"] == []
+    assert partial["tests"]["kernels"]["moments.accumulate_by_id_kernel"]["passed"] > 0
+    assert "n_step.link_kernel" in partial["tests"]["never_launched"]
     assert "tests" not in partial["stages"]
     time.sleep(0.3)
     known = len(events.told(tmp_path / "events.jsonl"))
-    time.sleep(0.5)
+    time.sleep(0.7)
     assert len(events.told(tmp_path / "events.jsonl")) == known
     summary.write(tmp_path)
 

@@ -37,7 +37,7 @@ STAGES = (
     Stage("training", 12),
     Stage("autotune", 14),
 )
-BUILD = 25  # the share of the build, where one is needed
+BUILD, BUILD_LEAST = 25, 120.0  # share of the build, where one is needed, and its seconds at least
 
 
 class Suite:
@@ -117,7 +117,10 @@ class Suite:
         tree = self.scratch / "tree"
         command = [sys.executable, "-m", "bench.gpu.build", str(tree)]
         total = BUILD + sum(stage.share for stage in self.stages)
-        if self.stage("build", command, max(120.0, self.left() * BUILD / total)) != "done":
+        if (
+            self.stage("build", command, min(self.left(), max(BUILD_LEAST, self.left() * BUILD / total)))
+            != "done"
+        ):
             return False
         self.tree = tree
         return True
