@@ -14,6 +14,7 @@ from . import events, launches, process, record, summary
 
 ROOT = Path(__file__).parents[2]
 RESERVE = 5.0  # seconds for the last record and the tables
+MARGIN = 5.0  # seconds that a stage has to end by itself before it is ended
 LEAST = 20.0  # seconds of a stage, or what is left: torch alone takes some of them to start
 
 
@@ -72,7 +73,7 @@ class Suite:
         device = "cpu" if self.rehearse else "cuda"
         given = {
             events.FILE: str(self.events),
-            events.DEADLINE: str(time.time() + seconds),
+            events.DEADLINE: str(time.time() + seconds - min(MARGIN, seconds / 4)),
             events.REHEARSAL: str(int(self.rehearse)),
             events.ONLY: ",".join(self.kernels),
             "REACT_FAST_TEST_DEVICE": device,
@@ -117,10 +118,8 @@ class Suite:
         tree = self.scratch / "tree"
         command = [sys.executable, "-m", "bench.gpu.build", str(tree)]
         total = BUILD + sum(stage.share for stage in self.stages)
-        if (
-            self.stage("build", command, min(self.left(), max(BUILD_LEAST, self.left() * BUILD / total)))
-            != "done"
-        ):
+        seconds = min(self.left(), max(BUILD_LEAST, self.left() * BUILD / total))
+        if self.stage("build", command, seconds) != "done":
             return False
         self.tree = tree
         return True

@@ -10,6 +10,7 @@ from typing import Any
 FILE, DEADLINE, REHEARSAL = "REACT_FAST_GPU_EVENTS", "REACT_FAST_GPU_DEADLINE", "REACT_FAST_GPU_REHEARSAL"
 # Comma-separated kernel files: only these; none: all. The run's folder.
 ONLY, OUT = "REACT_FAST_GPU_ONLY", "REACT_FAST_GPU_OUT"
+CRASHED = 75  # the code of a process that ends because its GPU context is lost
 
 
 def tell(stage: str, file: Path | None = None, **facts: Any) -> None:

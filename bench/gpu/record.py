@@ -89,6 +89,8 @@ def _of(events: Sequence[Event], stage: str, kind: str) -> list[Event]:
 def tests(events: Sequence[Event]) -> dict[str, Any]:
     """Counts, the reason of every failure, and for every kernel the tests that launched it."""
     told = _of(events, "tests", "test")
+    ended = {t["test"] for t in told}
+    crashed = dict.fromkeys(b["test"] for b in _of(events, "tests", "began") if b["test"] not in ended)
     counts = {o: sum(t["outcome"] == o for t in told) for o in ("passed", "failed", "skipped")}
     of_kernel: dict[str, dict[str, int]] = {name: {"passed": 0, "failed": 0} for name in launches.names()}
     for test in told:
@@ -98,6 +100,7 @@ def tests(events: Sequence[Event]) -> dict[str, Any]:
     return {
         **counts,
         "failures": [{"test": t["test"], "why": t.get("why", "")} for t in told if t["outcome"] == "failed"],
+        "not_ended": list(crashed),
         "not_collected": _of(events, "tests", "file"),
         "out_of_time": sum(t.get("why") == "no time left" for t in told),
         "kernels": of_kernel,

@@ -119,6 +119,7 @@ def _tests(record: Record) -> str:
     ]
     text += [f"- {f['test']}: {f['why']}" for f in found["failures"]]
     text += [f"- {f['file']} was not collected: {f['why']}" for f in found["not_collected"]]
+    text += [f"- {name} did not end: its process did, or the time" for name in found["not_ended"]]
     if found["never_launched"]:
         text.append(f"\nLaunched by no test: {', '.join(found['never_launched'])}.")
     return "\n".join(text)

@@ -3,9 +3,9 @@
 import importlib.util
 import os
 import re
-import sys
 from pathlib import Path
 
+from . import sessions
 from .events import left, only, rehearsing
 
 FOLDER = Path("tests")
@@ -26,15 +26,15 @@ def files() -> list[str]:
 
 
 def main() -> None:
-    options = ["-p", "bench.gpu.watch", "-p", "no:cacheprovider", "-q", "--no-header", "--tb=line"]
+    options = []
     # The kernels are compiled on the CPU, and that takes most of the time.
     workers = 0 if rehearsing() else min(WORKERS, (os.cpu_count() or 2) // 2)
     if workers > 1 and importlib.util.find_spec("xdist"):
         options += ["-n", str(workers), "--dist", "load"]
     if importlib.util.find_spec("pytest_timeout"):
         options += [f"--timeout={min(SECONDS, max(10, int(left())))}"]
-    os.environ["REACT_FAST_GPU_STAGE"] = "tests"
-    os.execv(sys.executable, [sys.executable, "-m", "pytest", *options, *files()])
+    if chosen := files():
+        sessions.run("tests", [*options, *chosen])
 
 
 if __name__ == "__main__":

@@ -61,12 +61,15 @@ def _objectives() -> None:
         rf.policy_loss(logp, old, A, mask, objective=objective).loss.backward()
 
 
+HEAD = 4100 if DEVICE == "cuda" else 2100
+
+
 def _heads() -> None:
     """Vocabularies of several blocks: rows that are cut over programs, and rows that each have one."""
     for rows in (3, 300 if DEVICE == "cuda" else 6):
         hidden = torch.randn(rows, 16, device=DEVICE, requires_grad=True)
-        weight = torch.randn(4100, 16, device=DEVICE, requires_grad=True)
-        ids = torch.randint(0, 4100, (rows,), device=DEVICE)
+        weight = torch.randn(HEAD, 16, device=DEVICE, requires_grad=True)
+        ids = torch.randint(0, HEAD, (rows,), device=DEVICE)
         logp, entropy = rf.linear_token_logprobs(hidden, weight, ids, return_entropy=True)
         (logp + entropy).sum().backward()
 

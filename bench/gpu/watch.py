@@ -2,7 +2,8 @@
 
 REACT_FAST_GPU_STAGE names the stage. In "tests" only what runs the ops' kernels is kept: tests with the fixture
 `backend`, in its Triton half; of a rehearsal one of each function. Items come from every file in turn, so that a
-run cut short has seen each file.
+run cut short has seen each file; of benchmarks the last first, whose shapes are the largest. What an earlier
+session of the stage began is left out.
 """
 
 import os
@@ -10,14 +11,17 @@ import time
 from collections.abc import Iterable
 from contextlib import ExitStack, suppress
 from itertools import zip_longest
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from . import launches
-from .events import brief, left, rehearsing, tell
+from .events import CRASHED, FILE, brief, left, rehearsing, tell, told
 
 STAGE = os.environ.get("REACT_FAST_GPU_STAGE", "tests")
+# A session's workers must all see the same tests, also one that takes another's place.
+SESSION = os.environ.get("REACT_FAST_GPU_SESSION", "")
 # Instruction sets and processes of the CPU are no matter of a GPU.
 OTHER = {"isa", "ranks"}
 
@@ -30,6 +34,12 @@ def _on_kernels(item: Any) -> bool:
         and not given & OTHER
         and (not parameters or parameters.params.get("backend") != "cpu")
     )
+
+
+def _begun() -> set[str]:
+    """Tests of this stage that an earlier session began."""
+    mine = (e for e in told(Path(os.environ.get(FILE, os.devnull))) if e["stage"] == STAGE)
+    return {e["test"] for e in mine if e.get("kind") == "began" and e["session"] != SESSION}
 
 
 def firsts(items: Iterable[Any]) -> list[Any]:
@@ -46,11 +56,15 @@ def in_turn(items: Iterable[Any]) -> list[Any]:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[Any]) -> None:
+    begun = _begun()
+    chosen = [item for item in items if item.nodeid not in begun]
     if STAGE == "tests":
-        chosen = [item for item in items if _on_kernels(item)]
-        kept = in_turn(firsts(chosen) if rehearsing() else chosen)
-        config.hook.pytest_deselected(items=[item for item in items if item not in set(kept)])
-        items[:] = kept
+        chosen = [item for item in chosen if _on_kernels(item)]
+    else:
+        chosen.reverse()
+    kept = in_turn(firsts(chosen) if rehearsing() else chosen)
+    config.hook.pytest_deselected(items=[item for item in items if item not in set(kept)])
+    items[:] = kept
 
 
 def pytest_collectreport(report: Any) -> None:
@@ -63,6 +77,7 @@ def pytest_collectreport(report: Any) -> None:
 def pytest_runtest_setup(item: Any) -> None:
     if left() <= 0:
         pytest.skip("no time left")
+    tell(STAGE, kind="began", test=item.nodeid, session=SESSION)
 
 
 @pytest.hookimpl(hookwrapper=True)
@@ -96,6 +111,8 @@ def pytest_runtest_makereport(item: Any, call: Any) -> Any:
     if not report.passed:
         facts["why"] = _why(report)
     tell(STAGE, kind="test", **facts)
+    if "CUDA error" in facts.get("why", ""):
+        os._exit(CRASHED)  # whatever follows here would fail as well
     case = getattr(getattr(item, "funcargs", {}).get("benchmark"), "extra_info", {})
     if "case" in case and report.passed:
         tell(STAGE, kind="case", **case, kernels=facts["kernels"])
