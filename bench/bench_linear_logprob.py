@@ -24,6 +24,7 @@ MODES = {
     "trained head": (True, True, 4),
 }
 POLICY_GEMMS = 3
+FEW = 16
 ROUNDS = 5
 
 
@@ -80,6 +81,24 @@ def test_linear(benchmark, problem, mode):
         unit="GEMM",
         rounds=ROUNDS,
         check=oracle.linear_check(truth, len(leaves)),
+        absent=absent,
+    )
+
+
+def test_few_rows(benchmark):
+    """A step of generation: the head is read for a few rows, without gradients."""
+    torch.manual_seed(0)
+    inputs = Inputs(sized(QWEN), BF16, FEW)
+    ops, absent = built(peers.LINEAR, inputs.head)
+    race(
+        benchmark,
+        {**{name: _step(op, inputs, []) for name, op in ops.items()}, LIMIT: gemm(inputs)},
+        case=title("linear_token_logprobs", inputs, "no gradient"),
+        limit="one GEMM (1 needed)",
+        unit="GEMM",
+        rounds=ROUNDS,
+        work=roofline.linear_token_logprobs_of_few(*_sizes(inputs)),
+        check=oracle.linear_check(oracle.truth(inputs), 0),
         absent=absent,
     )
 

@@ -14,7 +14,16 @@ from .common import DEVICE, QUICK, on_reference, race, stream
 
 # A micro-batch; a batch of long answers; many of them.
 SHAPES = [(4, 48)] if QUICK else [(64, 1024), (256, 4096), (1024, 8192)]
+# With a pass over the rows, or over the batch, before the one over the tokens.
 OBJECTIVES = (rf.SAPO(), rf.GSPO(), rf.GMPO(), rf.VESPO(), rf.KLCov(), rf.ClipCov())
+
+
+def _work(objective: object, tokens: int) -> roofline.Work:
+    if isinstance(objective, (rf.KLCov, rf.ClipCov)):
+        return roofline.selection(tokens) + roofline.policy_loss(tokens)
+    if isinstance(objective, rf.SAPO):
+        return roofline.policy_loss(tokens)
+    return roofline.row_states(tokens, streams=2) + roofline.policy_loss(tokens)
 
 
 def _trl(logp, old, advantages, mask, ref):
@@ -91,6 +100,7 @@ def test_objectives(benchmark, objective):
         },
         case=f"policy_loss {type(objective).__name__} {list(logp.shape)} float32 forward + backward",
         limit=LIMIT,
+        work=_work(objective, logp.numel()),
     )
 
 

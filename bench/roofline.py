@@ -5,7 +5,7 @@ function bears its op's name. Numbers are float32 unless `size`, bytes an elemen
 byte, ids and bounds eight.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 
 
@@ -17,6 +17,11 @@ class Work:
     read: float
     written: float
     flops: float = 0.0
+
+    def __add__(self, other: "Work") -> "Work":
+        """One behind the other; the first one's path."""
+        read, written = self.read + other.read, self.written + other.written
+        return Work(self.path, read, written, self.flops + other.flops)
 
     @property
     def bytes(self) -> float:
@@ -62,6 +67,11 @@ def linear_token_logprobs(rows: int, dim: int, vocab: int, size: int, gemms: int
     return Work("linear_logprob", leaves, written, gemms * 2.0 * rows * dim * vocab)
 
 
+def linear_token_logprobs_of_few(rows: int, dim: int, vocab: int, size: int) -> Work:
+    """Without gradients: the head is read whatever the number of rows."""
+    return replace(linear_token_logprobs(rows, dim, vocab, size), path="linear_logprob_few")
+
+
 def linear_policy_loss(rows: int, dim: int, vocab: int, size: int) -> Work:
     leaves = (rows + vocab) * dim * size
     return Work("linear_logprob", leaves, leaves, 3 * 2.0 * rows * dim * vocab)
@@ -77,6 +87,11 @@ def fold(logits: int, dim: int, size: int, result: int) -> Work:
 
 def gae(steps: int, mask: bool = False) -> Work:
     return Work("advantage", (8 + mask) * steps, 8 * steps, 6 * steps)
+
+
+def gae_of_one_row(steps: int) -> Work:
+    """With a mask. As gae, whose chunks read again what the least does not count."""
+    return replace(gae(steps, mask=True), path="advantage_chunks")
 
 
 def gae_in_chunks(steps: int) -> Work:
@@ -149,9 +164,9 @@ def token_weights(tokens: int) -> Work:
     return Work("policy_loss_layout", tokens, 0)
 
 
-def row_states(tokens: int) -> Work:
-    """What rows say to their tokens, with importance weights; the pass over the tokens comes after it."""
-    return Work("sequence_objectives", 17 * tokens, 0, 30 * tokens)
+def row_states(tokens: int, streams: int = 4) -> Work:
+    """What rows say to their tokens; streams: log-probs, old ones, advantages and importance weights of tokens."""
+    return Work("sequence_objectives", (4 * streams + 1) * tokens, 0, 30 * tokens)
 
 
 def selection(tokens: int, key: int = 4) -> Work:

@@ -32,11 +32,11 @@ class Stage:
 
 STAGES = (
     Stage("ceilings", 2),
-    Stage("tests", 30),
+    Stage("tests", 28),
     Stage("sanitizer", 12),
-    Stage("measure", 30),
-    Stage("training", 12),
-    Stage("autotune", 14),
+    Stage("measure", 28),
+    Stage("training", 18),
+    Stage("autotune", 12),
 )
 BUILD, BUILD_LEAST = 25, 120.0  # share of the build, where one is needed, and its seconds at least
 

@@ -28,7 +28,7 @@ GRID: dict[str, tuple[int, ...]] = {
     "num_warps": (4,) if rehearsing() else (4, 8, 16),
 }
 GAIN = 0.98  # of the present options' time
-ROWS, VOCAB, DIM = (4, 96, 16) if rehearsing() else (2048, 131072, 2048)
+ROWS, VOCAB, DIM = (4, 96, 16) if rehearsing() else (2048, 131072, 256)
 ROUNDS = 1 if rehearsing() else 15
 
 
@@ -43,7 +43,7 @@ def _logprob(backward: bool) -> Callable[[], torch.Tensor]:
 
 
 def _linear(frozen: bool) -> Callable[[], torch.Tensor]:
-    """The fold and what it multiplies (frozen head), or that and the turn (trained head); with the GEMMs."""
+    """The fold and what it multiplies (frozen head), or that and the turn (trained head), with small GEMMs."""
     hidden = torch.randn(ROWS, DIM, device=DEVICE).to(torch.bfloat16).requires_grad_()
     weight = (torch.randn(VOCAB, DIM, device=DEVICE) / DIM**0.5).to(torch.bfloat16).requires_grad_(not frozen)
     ids = torch.randint(0, VOCAB, (ROWS,), device=DEVICE)

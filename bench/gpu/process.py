@@ -12,12 +12,13 @@ from pathlib import Path
 # Seconds between asking a process to end and ending it, and between two looks at it.
 GRACE, LOOK = 3.0, 0.2
 _DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG of prctl(2)
+_C = ctypes.CDLL(None)  # loaded before a fork, behind which little may be done
 
 
 def _with_parent() -> None:
     """If the suite is killed the stage is, too; where the system cannot do that, it ends with its own time."""
     with suppress(OSError, AttributeError):
-        ctypes.CDLL(None).prctl(_DEATH_SIGNAL, signal.SIGKILL)
+        _C.prctl(_DEATH_SIGNAL, signal.SIGKILL)
 
 
 def _end(process: subprocess.Popen, number: int) -> None:

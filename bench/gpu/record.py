@@ -101,7 +101,7 @@ def tests(events: Sequence[Event]) -> dict[str, Any]:
         **counts,
         "failures": [{"test": t["test"], "why": t.get("why", "")} for t in told if t["outcome"] == "failed"],
         "not_ended": list(crashed),
-        "not_collected": _of(events, "tests", "file"),
+        "not_collected": list({f["file"]: f for f in _of(events, "tests", "file")}.values()),
         "out_of_time": sum(t.get("why") == "no time left" for t in told),
         "kernels": of_kernel,
         "never_launched": [name for name, found in of_kernel.items() if not any(found.values())],

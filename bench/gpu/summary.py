@@ -13,6 +13,8 @@ from .events import replace
 
 BEGIN, END = "<!-- begin: python -m bench.gpu --readme -->", "<!-- end -->"
 UNKNOWN = "not yet measured"
+# Kernel files that are measured inside another's cases.
+INSIDE = {"policy_loss_layout": "policy_loss"}
 Record = dict[str, Any]
 Case = dict[str, Any]
 
@@ -84,7 +86,7 @@ def kernel_table(runs: Sequence[Record]) -> str:
     lines = []
     for path in launches.kernels():
         found = next(((run, case) for run in runs if (case := _of_file(run, path))), None)
-        cells = [UNKNOWN, UNKNOWN]
+        cells = [f"with `{INSIDE[path]}`" if path in INSIDE else UNKNOWN, UNKNOWN]
         if found:
             part = share(found[1], found[0]["ceilings"])
             cells = [
