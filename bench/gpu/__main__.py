@@ -14,6 +14,7 @@ from . import events, launches, process, record, summary
 
 ROOT = Path(__file__).parents[2]
 RESERVE = 5.0  # seconds for the last record and the tables
+EVERY = 1.0  # seconds between two records of a stage
 MARGIN = 5.0  # seconds that a stage has to end by itself before it is ended
 LEAST = 20.0  # seconds of a stage, or what is left: torch alone takes some of them to start
 
@@ -49,10 +50,14 @@ class Suite:
         out.mkdir(parents=True, exist_ok=True)
         self.out, self.tree = out.resolve(), ROOT
         self.scratch = Path(tempfile.mkdtemp(prefix="react_fast_gpu_"))
-        self.events, self._seen = self.out / "events.jsonl", -1
+        self.events, self._seen, self._written = self.out / "events.jsonl", -1, 0.0
         for name in ("events.jsonl", "log.txt"):
             (self.out / name).unlink(missing_ok=True)
-        self.stages = [s for s in STAGES if s.name in only] or list(STAGES)
+        named = {
+            *only,
+            *(["ceilings"] if "measure" in only else []),
+        }  # what a case's share of the limit is of
+        self.stages = [s for s in STAGES if s.name in named] or list(STAGES)
         self.kernels = [name for name in only if name in launches.kernels()]
         self.rehearse = rehearse or record.device() is None
         self.head = record.header(ROOT, minutes, self.rehearse)
@@ -61,8 +66,14 @@ class Suite:
     def left(self) -> float:
         return self.end - time.time() - RESERVE - process.GRACE
 
+    def look(self) -> None:
+        """Write the record about once a second."""
+        if time.time() - self._written > EVERY:
+            self.write()
+
     def write(self) -> None:
         """The record as it stands, where something has been told since."""
+        self._written = time.time()
         size = self.events.stat().st_size if self.events.exists() else 0
         if size != self._seen:
             self._seen = size
@@ -99,7 +110,7 @@ class Suite:
                 cwd=self.tree,
                 environment=self._environment(seconds),
                 log=self.out / "log.txt",
-                meanwhile=self.write,
+                meanwhile=self.look,
             )
         events.tell("suite", self.events, name=name, state=state, seconds=round(time.time() - began, 1))
         self.write()
