@@ -230,6 +230,8 @@ def _links(
     x: Tensor, flags: list[Tensor], options: dict, shared: dict, rows: int, back: bool
 ) -> list[Tensor]:
     links = [torch.empty(x.shape, dtype=torch.int64, device=x.device) for _ in range(1 + back)]
+    if shared["PACKED"]:  # bounds on a GPU are not looked at: what lies in no row must lead nowhere
+        links = [link.fill_(-1) for link in links]
     link_kernel[(rows,)](*flags, link=links[0], back=links[-1], BACK=back, **options, **shared)
     return links
 

@@ -5,6 +5,7 @@ import pytest
 import torch
 
 import react_fast as rf
+from react_fast.kernels import n_step as kernels
 
 from . import contract
 from . import q_cases as cases
@@ -145,6 +146,18 @@ def test_compiles_opcheck_meta_autocast_and_inference(backend):
         contract.assert_bitwise(op(*floats), expected)
     with torch.inference_mode():
         contract.assert_bitwise(op(*floats), expected)
+
+
+def test_steps_in_no_row_lead_nowhere():
+    """Bounds on a GPU are not looked at; the kernel must stay inside its memory, and the row is right."""
+    rewards, values = torch.randn(2, 5).unbind()
+    args = (None, None, None, None, None)
+    alone = kernels.n_step(rewards[:3], values[:3], *args, torch.tensor([0, 3]), GAMMA, 2, False)
+    for _ in range(3):
+        rubbish = torch.full((5,), 1 << 40)  # what fresh memory may hold
+        del rubbish
+        found = kernels.n_step(rewards, values, *args, torch.tensor([0, 3]), GAMMA, 2, False)
+        contract.assert_bitwise(found[:3], alone)
 
 
 def test_bad_packing_is_refused(backend):
