@@ -224,7 +224,7 @@ def stream(
 
 
 def _copy(size: int) -> Contestant:
-    source = torch.zeros(max(1, size // 2), dtype=torch.uint8, device=DEVICE)
+    source = torch.empty(max(1, size // 2), dtype=torch.uint8, device=DEVICE).random_()
     target = torch.empty_like(source)
     return lambda: target.copy_(source)
 
