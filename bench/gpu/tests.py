@@ -19,7 +19,8 @@ def files() -> list[str]:
     found = [
         file
         for file in sorted(FOLDER.glob("test_*.py"))
-        if re.search(r"def \w+\([^)]*\bbackend\b", file.read_text()) and not re.search("integrations|trainer", file.name)
+        if re.search(r"def \w+\([^)]*\bbackend\b", file.read_text())
+        and not re.search("integrations|trainer", file.name)
     ]
     names = only()
     return [str(file) for file in found if not names or any(file.stem == f"test_{name}" for name in names)]
