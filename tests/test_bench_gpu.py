@@ -245,6 +245,22 @@ def test_a_kernel_in_a_failed_test_is_not_verified() -> None:
     assert "in a failed test: accumulate_by_id_kernel" in line
 
 
+def test_a_run_is_taken_into_the_results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(summary, "RESULTS", tmp_path)
+    (tmp_path / "README.md").write_text(f"before\n{summary.BEGIN}\nold\n{summary.END}\nafter\n")
+    run = _run({"case": "x"}, {"moments.accumulate_by_id_kernel": {"passed": 3, "failed": 0}})
+    run["training"] = [{"name": "torch", "seconds": 2.0, "tokens_per_second": 8192.0, "peak_bytes": 1 << 30}]
+    (tmp_path / "run.json").write_text(json.dumps(run))
+    summary.take([tmp_path / "run.json"])
+    assert json.loads((tmp_path / "gpu-2030-01-01-h100.json").read_text()) == run
+    text = (tmp_path / "README.md").read_text()
+    assert text == f"before\n{summary.section([run])}\nafter\n"
+    assert "| `moments` | H100, 2030-01-01, 3 tests |" in text
+    assert "| torch | 8,192 | 2 s | 1,024 |" in text
+    assert "`moments.accumulate_by_id_kernel`" not in text
+    assert "`n_step.link_kernel`" in text
+
+
 def test_the_readme_is_what_its_runs_say() -> None:
     text = (summary.RESULTS / "README.md").read_text()
     assert summary.section(summary.kept()) in text, "renew it with python -m bench.gpu --readme"
