@@ -19,7 +19,7 @@ pytest.importorskip("triton")
 pytest.importorskip("pytest_benchmark")
 
 from bench import roofline
-from bench.gpu import events, launches, process, record, summary, watch
+from bench.gpu import events, launches, process, record, sessions, summary, watch
 from react_fast.kernels import tuned
 
 with pytest.MonkeyPatch.context() as _patch:
@@ -178,6 +178,37 @@ def test_a_failing_stage_is_told(tmp_path: Path) -> None:
         [sys.executable, "-c", "exit(3)"], 20, cwd=tmp_path, environment={}, log=tmp_path / "log"
     )
     assert state == "failed with code 3"
+
+
+CRASHING = """
+import os
+import pytest
+
+@pytest.fixture
+def backend():
+    return "triton"
+
+def test_before(backend): pass
+def test_crash(backend): os.abort()
+def test_lost(backend): raise RuntimeError("CUDA error: an illegal memory access was encountered")
+def test_behind(backend): pass
+def test_other(): assert False, "does not run the kernels"
+"""
+
+
+def test_a_crash_costs_one_test(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A process that is killed, and one whose GPU context is lost, are followed by one that goes on behind it."""
+    file = tmp_path / "test_crashing.py"
+    file.write_text(CRASHING)
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setenv(events.FILE, str(tmp_path / "events.jsonl"))
+    monkeypatch.setenv(events.OUT, str(tmp_path))
+    monkeypatch.setenv("PYTEST_DISABLE_PLUGIN_AUTOLOAD", "1")  # quicker
+    sessions.run("tests", [str(file)])
+    found = record.tests(events.told(tmp_path / "events.jsonl"))
+    assert (found["passed"], found["failed"]) == (2, 1)
+    assert [name.partition("::")[2] for name in found["not_ended"]] == ["test_crash"]
+    assert "illegal memory access" in found["failures"][0]["why"]
 
 
 def test_a_line_that_a_kill_cut_off_is_left_out(tmp_path: Path) -> None:
