@@ -6,7 +6,6 @@ import signal
 import subprocess
 import sys
 import time
-from ast import get_docstring, parse
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -18,7 +17,6 @@ import react_fast as rf
 pytest.importorskip("triton")
 pytest.importorskip("pytest_benchmark")
 
-from bench import roofline
 from bench.gpu import events, launches, process, record, sessions, summary, watch
 from react_fast.kernels import tuned
 
@@ -222,18 +220,6 @@ def test_a_line_that_a_kill_cut_off_is_left_out(tmp_path: Path) -> None:
 def test_items_come_from_every_file_in_turn() -> None:
     items = [SimpleNamespace(nodeid=name) for name in ("a::1", "a::2", "a::3", "b::1", "c::1", "c::2")]
     assert [item.nodeid for item in watch.in_turn(items)] == ["a::1", "b::1", "c::1", "a::2", "c::2", "a::3"]
-
-
-@pytest.mark.parametrize("path", roofline.NOTES)
-def test_notes_agree_with_what_the_suite_computes(path: str) -> None:
-    note = " ".join((get_docstring(parse((ROOT / "kernels" / f"{path}.py").read_text())) or "").split())
-    for said in roofline.NOTES[path]:
-        assert said in note, f"kernels/{path}.py's roofline does not say {said!r}"
-
-
-def test_every_kernel_file_has_a_counted_note() -> None:
-    """But the one that is another's few-row form, whose note refers to it."""
-    assert launches.kernels().keys() - roofline.NOTES.keys() == {"linear_logprob_few"}
 
 
 def _run(case: dict, tests: dict[str, dict[str, int]]) -> dict:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from .. import LIMIT, OURS, RESULTS
+from ..roofline import Work
 from . import launches
 from .events import replace
 
@@ -30,7 +31,7 @@ def share(case: Case, ceilings: dict[str, float]) -> float | None:
         return None
     if case.get("bytes_moved") and len(ceilings) == 2:
         rates = ceilings["copy_bytes_per_second"], ceilings["gemm_flops_per_second"]
-        return max(case["bytes_moved"] / rates[0], (case.get("flops") or 0) / rates[1]) / ours
+        return Work(case["path"], case["bytes_moved"], 0, case.get("flops") or 0).seconds(*rates) / ours
     limit = case["median_seconds"].get(LIMIT)
     return limit / ours if limit else None
 
