@@ -204,7 +204,8 @@ def good(out: Path) -> bool:
     """Nothing failed; what the time did not suffice for is no failure."""
     record = json.loads((out / "run.json").read_text())
     states = [stage["state"] for stage in record["stages"].values()]
-    return not (
+    built = record["stages"].get("build", {"state": "done"})["state"] == "done"
+    return built and not (
         record["tests"]["failed"]
         or record["tests"]["not_collected"]
         or any(check["outcome"] == "failed" for check in record["sanitizer"])
