@@ -48,7 +48,9 @@ def _long_rows() -> None:
     """Few long rows, which a device cuts into chunks."""
     n = 9001 if DEVICE == "cuda" else 70
     rewards, values = torch.randn(2, 2, n, device=DEVICE).unbind()
-    rf.gae(rewards, values, gamma=0.99, lam=0.95, mask=torch.rand(2, n, device=DEVICE) < 0.8, whiten=True)
+    mask = torch.rand(2, n, device=DEVICE) < 0.8
+    for whiten in (False, True):
+        rf.gae(rewards, values, gamma=0.99, lam=0.95, mask=mask, whiten=whiten)
 
 
 def _objectives() -> None:
@@ -85,7 +87,9 @@ def _steps() -> None:
     rf.n_step_returns(rewards, values, gamma=0.9, n=5).sum().backward()
     A, G = rf.gae(rewards, values, gamma=0.9, lam=0.9)
     (A + G).sum().backward()
-    rf.kl_rewards(rewards[:, 0], *torch.randn(2, 2, 19, device=DEVICE).unbind(), kl_coef=0.1)
+    mask = torch.ones(2, 19, dtype=torch.bool, device=DEVICE)
+    logp, ref = torch.randn(2, 2, 19, device=DEVICE).unbind()
+    rf.kl_rewards(torch.randn(2, device=DEVICE), logp, ref, mask, kl_coef=0.1)
 
 
 CASES: dict[str, Callable[[], None]] = {
