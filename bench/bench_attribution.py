@@ -5,10 +5,14 @@ import torch
 
 import react_fast as rf
 
-from .common import on_reference, race, stream
+from . import roofline
+from .common import DEVICE, QUICK, on_reference, race, stream
 
 # Below the thread threshold; the issue's shape; a model's hidden states.
-SHAPES = [(64, 256), (8192, 1024), (4096, 4096)]
+SHAPES = [(4, 32)] if QUICK else [(64, 256), (8192, 1024), (4096, 4096)]
+
+# (tokens, segments): a rollout batch into words; millions of tokens into turns.
+SCORES = [(64, 16)] if QUICK else [(16384, 4096), (4194304, 65536)]
 
 
 def _torch(grad: torch.Tensor, activation: torch.Tensor) -> torch.Tensor:
@@ -18,7 +22,10 @@ def _torch(grad: torch.Tensor, activation: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_scores_forward(benchmark, shape, dtype):
-    grad, activation = torch.randn(shape).to(dtype), torch.randn(shape).to(dtype)
+    grad, activation = (
+        torch.randn(shape, device=DEVICE).to(dtype),
+        torch.randn(shape, device=DEVICE).to(dtype),
+    )
     compiled = torch.compile(_torch)
     contestants = {
         "react_fast": lambda: rf.attribution_scores(grad, activation),
@@ -33,18 +40,20 @@ def test_scores_forward(benchmark, shape, dtype):
         contestants,
         case=f"attribution_scores {list(shape)} {str(dtype).removeprefix('torch.')}",
         limit="stream read of both inputs",
-        bytes_moved=2 * grad.numel() * grad.element_size(),
+        work=roofline.attribution_scores(shape, grad.element_size()),
     )
 
 
-@pytest.mark.parametrize(("tokens", "segments"), [(16384, 4096), (4194304, 65536)], ids=str)
+@pytest.mark.parametrize(("tokens", "segments"), SCORES, ids=str)
 def test_segment_sum(benchmark, tokens, segments):
-    """A rollout batch's tokens into words; millions of tokens into turns."""
-    scores, edges = torch.randn(tokens), torch.arange(0, tokens + 1, tokens // segments)
-    ids = torch.arange(tokens) // (tokens // segments)
+    scores, edges = (
+        torch.randn(tokens, device=DEVICE),
+        torch.arange(0, tokens + 1, tokens // segments, device=DEVICE),
+    )
+    ids = torch.arange(tokens, device=DEVICE) // (tokens // segments)
 
     def scatter() -> torch.Tensor:
-        return torch.zeros(segments).index_add_(0, ids, scores)
+        return torch.zeros(segments, device=DEVICE).index_add_(0, ids, scores)
 
     compiled = torch.compile(scatter)
     contestants = {
@@ -52,7 +61,7 @@ def test_segment_sum(benchmark, tokens, segments):
         "torch": lambda: torch.segment_reduce(scores, "sum", offsets=edges),
         "index_add": scatter,
         "torch.compile": compiled,
-        "limit": stream([scores, edges], [torch.empty(segments)]),
+        "limit": stream([scores, edges], [torch.empty(segments, device=DEVICE)]),
     }
     if tokens <= 16384:
         contestants["reference"] = on_reference(contestants["react_fast"])
@@ -61,7 +70,7 @@ def test_segment_sum(benchmark, tokens, segments):
         contestants,
         case=f"segment_sum [{tokens}] to [{segments}] float32",
         limit="stream of scores, bounds and sums",
-        bytes_moved=4 * tokens + 12 * segments,
+        work=roofline.segment_sum(tokens, segments),
     )
 
 
@@ -78,10 +87,10 @@ def _moments(
 
 def test_running_moments(benchmark):
     """A rollout batch of 16k tokens into a vocabulary of 152k."""
-    tokens, size = 16384, 151936
-    scores = torch.randn(tokens)
-    ids = (torch.rand(tokens) ** 4 * size).long()  # few common tokens, many rare ones
-    moments, slow = rf.RunningMoments(size), rf.RunningMoments(size)
+    tokens, size = (64, 40) if QUICK else (16384, 151936)
+    scores = torch.randn(tokens, device=DEVICE)
+    ids = (torch.rand(tokens, device=DEVICE) ** 4 * size).long()  # few common tokens, many rare ones
+    moments, slow = rf.RunningMoments(size, DEVICE), rf.RunningMoments(size, DEVICE)
     compiled = torch.compile(_moments)
     race(
         benchmark,
@@ -94,5 +103,5 @@ def test_running_moments(benchmark):
         },
         case=f"RunningMoments.update [{tokens}] into [{size}]",
         limit="stream read of scores and ids",
-        bytes_moved=12 * tokens,
+        work=roofline.accumulate_by_id(tokens),
     )

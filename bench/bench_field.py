@@ -12,6 +12,7 @@ import torch
 
 import react_fast as rf
 
+from . import roofline
 from .bench_advantage import SHAPES, _mask
 from .common import LIMIT, OURS, built, race, stream
 from .frameworks import GAE, GAMMA, LAM, SURROGATE, verl_gae_whiten
@@ -51,7 +52,7 @@ def test_gae(benchmark, shape):
     }
     race(
         benchmark, {**ours, **contestants}, case=f"gae {list(shape)} float32", absent=absent, rounds=9,
-        limit="stream of reward, value, advantage, return", bytes_moved=16 * rewards.numel(),
+        limit="stream of reward, value, advantage, return", work=roofline.gae(rewards.numel()),
         check=_equal(rf.gae(rewards, values, gamma=GAMMA, lam=LAM)[0]),
     )  # fmt: skip
 
@@ -67,7 +68,7 @@ def test_gae_whiten(benchmark, shape):
     race(
         benchmark, {OURS: whitened, LIMIT: traffic, **peers}, absent=absent, rounds=9,
         case=f"gae with mask, whiten {list(shape)} float32",
-        limit="stream: gae's, and the advantages once more", bytes_moved=26 * rewards.numel(),
+        limit="stream: gae's, and the advantages once more", work=roofline.gae_whitened(rewards.numel()),
         check=_equal(whitened()[0], mask),
     )  # fmt: skip
 
@@ -88,7 +89,7 @@ def test_group_advantages(benchmark):
     race(
         benchmark, {OURS: ours, LIMIT: stream([rewards, ids], [torch.empty(100_000)]), **peers},
         case="group_advantages [100000], random ids", limit="stream of reward, id, advantage", absent=absent,
-        rounds=9, bytes_moved=16 * 100_000, check=_equal(ours()),
+        rounds=9, work=roofline.group_advantages(100_000), check=_equal(ours()),
     )  # fmt: skip
 
 
@@ -105,6 +106,7 @@ def test_policy_loss(benchmark, shape):
     race(
         benchmark, {OURS: ours, LIMIT: traffic, **peers}, absent=absent, rounds=9,
         case=f"policy_loss, PPO clip {list(shape)} float32 forward + backward",
-        limit="stream read of logprobs, old and mask, write of the gradient", bytes_moved=13 * logp.numel(),
+        limit="stream read of logprobs, old and mask, write of the gradient",
+        work=roofline.policy_loss(logp.numel(), streams=2),
         check=_equal(ours(), tied=1e-5),
     )  # fmt: skip

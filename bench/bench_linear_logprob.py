@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from . import oracle
+from . import oracle, roofline
 from .common import DEVICE, LIMIT, OURS, Check, Contestant, built, name_of, race, surroundings
 from .heads import HEADS, QWEN, Head, Inputs, gemm, gradients, sized
 from .memory import CASES as MEMORY_CASES
@@ -25,6 +25,7 @@ MODES = {
     "trained head": (True, True, 4),
 }
 POLICY_GEMMS = 3
+FEW = 16
 ROUNDS = 5
 
 
@@ -39,6 +40,10 @@ def problem(request: pytest.FixtureRequest) -> tuple[Inputs, oracle.Truth]:
     head, dtype = request.param
     inputs = Inputs(sized(head), dtype)
     return inputs, oracle.truth(inputs)
+
+
+def _sizes(inputs: Inputs) -> tuple[int, int, int, int]:
+    return len(inputs.ids), inputs.head.dim, inputs.head.vocab, inputs.weight.element_size()
 
 
 def title(what: str, inputs: Inputs, detail: str) -> str:
@@ -73,9 +78,28 @@ def test_linear(benchmark, problem, mode):
         {**contestants, LIMIT: gemm(inputs)},
         case=title("linear_token_logprobs", inputs, mode),
         limit=f"one GEMM ({gemms} needed)",
+        work=roofline.linear_token_logprobs(*_sizes(inputs), gemms),
         unit="GEMM",
         rounds=ROUNDS,
         check=oracle.linear_check(truth, len(leaves)),
+        absent=absent,
+    )
+
+
+def test_few_rows(benchmark):
+    """A step of generation: the head is read for a few rows, without gradients."""
+    torch.manual_seed(0)
+    inputs = Inputs(sized(QWEN), BF16, FEW)
+    ops, absent = built(LINEAR, inputs.head)
+    race(
+        benchmark,
+        {**{name: _step(op, inputs, []) for name, op in ops.items()}, LIMIT: gemm(inputs)},
+        case=title("linear_token_logprobs", inputs, "no gradient"),
+        limit="one GEMM (1 needed)",
+        unit="GEMM",
+        rounds=ROUNDS,
+        work=roofline.linear_token_logprobs_of_few(*_sizes(inputs)),
+        check=oracle.linear_check(oracle.truth(inputs), 0),
         absent=absent,
     )
 
@@ -131,6 +155,7 @@ def test_policy_loss(benchmark, problem):
         {**{name: step(op) for name, op in ops.items()}, LIMIT: gemm(inputs)},
         case=title("linear_policy_loss", inputs, "all gradients"),
         limit=f"one GEMM ({POLICY_GEMMS} needed)",
+        work=roofline.linear_policy_loss(*_sizes(inputs)),
         unit="GEMM",
         rounds=ROUNDS,
         check=_policy_check(inputs, truth, old),

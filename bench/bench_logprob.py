@@ -7,7 +7,7 @@ import torch
 
 import react_fast
 
-from . import oracle
+from . import oracle, roofline
 from .common import DEVICE, LIMIT, OURS, QUICK, Check, Contestant, built, name_of, on_reference, race, stream
 from .peers.contestants import LOGITS, LogitsOp, eager_from_logits, ours_from_logits
 
@@ -82,7 +82,7 @@ def test_forward(benchmark, shape, dtype, entropy):
         {**contestants, LIMIT: stream([logits])},
         case=_title(shape, dtype, entropy),
         limit="stream read of the logits",
-        bytes_moved=logits.numel() * logits.element_size(),
+        work=roofline.token_logprobs(shape[0], shape[1], logits.element_size()),
         rounds=ROUNDS,
         check=_check(logits, ids, torch.ones(len(ids), device=DEVICE), ENTROPY[entropy]),
         absent=absent,
@@ -112,7 +112,7 @@ def test_forward_and_backward(benchmark, shape, dtype, entropy):
         {**contestants, LIMIT: stream([plain, plain], [torch.empty_like(plain)], logits.numel())},
         case=_title(shape, dtype, f" forward+backward{entropy}"),
         limit="stream: two reads and a write of the logits",
-        bytes_moved=3 * logits.numel() * logits.element_size(),
+        work=roofline.token_logprobs_both(shape[0], shape[1], logits.element_size()),
         rounds=ROUNDS,
         check=_check(logits, ids, upstream, ENTROPY[entropy]),
         absent=absent,
@@ -142,7 +142,7 @@ def test_backward_alone(benchmark, dtype):
         },
         case=_title(shape, dtype, " backward into fresh memory"),
         limit="stream copy of the logits, into memory that is there",
-        bytes_moved=2 * logits.numel() * logits.element_size(),
+        work=roofline.token_logprobs_backward(shape[0], shape[1], logits.element_size()),
     )
 
 
@@ -178,6 +178,6 @@ def test_in_place(benchmark, dtype):
         {OURS: ours, LIMIT: stream([logits, logits], [torch.empty_like(logits)], logits.numel())},
         case=_title(shape, dtype, " forward+backward in place"),
         limit="stream: two reads and a write of the logits",
-        bytes_moved=3 * logits.numel() * logits.element_size(),
+        work=roofline.token_logprobs_both(shape[0], shape[1], logits.element_size()),
         rounds=ROUNDS,
     )

@@ -9,11 +9,21 @@ import torch
 
 import react_fast as rf
 
-from .common import on_reference, race, stream
+from . import roofline
+from .common import DEVICE, QUICK, on_reference, race, stream
 
 # A micro-batch; a batch of long answers; many of them.
-SHAPES = [(64, 1024), (256, 4096), (1024, 8192)]
+SHAPES = [(4, 48)] if QUICK else [(64, 1024), (256, 4096), (1024, 8192)]
+# With a pass over the rows, or over the batch, before the one over the tokens.
 OBJECTIVES = (rf.SAPO(), rf.GSPO(), rf.GMPO(), rf.VESPO(), rf.KLCov(), rf.ClipCov())
+
+
+def _work(objective: object, tokens: int) -> roofline.Work:
+    if isinstance(objective, (rf.KLCov, rf.ClipCov)):
+        return roofline.selection(tokens) + roofline.policy_loss(tokens)
+    if isinstance(objective, rf.SAPO):
+        return roofline.policy_loss(tokens)
+    return roofline.row_states(tokens, streams=2) + roofline.policy_loss(tokens)
 
 
 def _trl(logp, old, advantages, mask, ref):
@@ -39,14 +49,14 @@ def _ours(logp, old, advantages, mask, ref, objective=rf.PPOClip()):  # noqa: B0
 
 
 def _given(shape):
-    logp = (-3 * torch.rand(shape)).requires_grad_()
-    old, ref = (logp.detach() + 0.2 * torch.randn(shape) for _ in range(2))
-    return logp, old, torch.randn(shape[0]), torch.rand(shape) < 0.9, ref
+    logp = (-3 * torch.rand(shape, device=DEVICE)).requires_grad_()
+    old, ref = (logp.detach() + 0.2 * torch.randn(shape, device=DEVICE) for _ in range(2))
+    return logp, old, torch.randn(shape[0], device=DEVICE), torch.rand(shape, device=DEVICE) < 0.9, ref
 
 
 def _limit(given):
     logp, old, _, mask, ref = given
-    return stream([logp.detach(), old, ref, mask], [torch.empty(logp.shape)])
+    return stream([logp.detach(), old, ref, mask], [torch.empty(logp.shape, device=DEVICE)])
 
 
 LIMIT = "stream read of logprobs, old, ref and mask, write of the gradient"
@@ -75,21 +85,22 @@ def test_policy_loss_forward_backward(benchmark, shape):
         contestants,
         case=f"policy_loss {list(shape)} float32 forward + backward",
         limit=LIMIT,
-        bytes_moved=logp.numel() * (4 * logp.element_size() + 1),
+        work=roofline.policy_loss(logp.numel()),
     )
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES, ids=lambda o: type(o).__name__)
 def test_objectives(benchmark, objective):
-    given = logp, old, A, mask, ref = _given((256, 4096))
+    given = logp, old, A, mask, ref = _given(SHAPES[len(SHAPES) // 2])
     race(
         benchmark,
         {
             "react_fast": lambda: torch.autograd.grad(_ours(logp, old, A, mask, ref, objective).loss, logp),
             "limit": _limit(given),
         },
-        case=f"policy_loss {type(objective).__name__} [256, 4096] float32 forward + backward",
+        case=f"policy_loss {type(objective).__name__} {list(logp.shape)} float32 forward + backward",
         limit=LIMIT,
+        work=_work(objective, logp.numel()),
     )
 
 

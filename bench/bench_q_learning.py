@@ -12,8 +12,9 @@ from torch.nn import functional as F
 
 import react_fast as rf
 
+from . import roofline
 from .bench_field import _equal
-from .common import DEVICE, LIMIT, OURS, QUICK, built, name_of, race, stream
+from .common import DEVICE, LIMIT, OURS, QUICK, AbsentError, built, name_of, race, stream
 from .frameworks import GAMMA
 
 STEPS = [(4, 16)] if QUICK else [(64, 1024), (256, 4096)]
@@ -28,6 +29,9 @@ def _rlax(name: str, *tensors: torch.Tensor, **constants: Any) -> Op:
     """A function of one row, mapped over the rows, compiled by XLA."""
     import jax
     import rlax
+
+    if DEVICE == "cuda":
+        raise AbsentError("rlax would get its arrays through the host")
 
     arrays = [jax.numpy.asarray(x.numpy()) for x in tensors]
     op = jax.jit(jax.vmap(lambda *rows: getattr(rlax, name)(*rows, **constants)))
@@ -64,7 +68,7 @@ def test_n_step_returns(benchmark, shape):
     race(
         benchmark, {OURS: ours, LIMIT: stream([rewards, values], [torch.empty_like(rewards)]), **peers},
         case=f"n_step_returns, n {N} {list(shape)} float32", limit="stream of reward, value, return",
-        absent=absent, bytes_moved=12 * rewards.numel(), check=_equal(ours()), rounds=9,
+        absent=absent, work=roofline.n_step_returns(rewards.numel()), check=_equal(ours()), rounds=9,
     )  # fmt: skip
 
 
@@ -99,7 +103,8 @@ def test_regression(benchmark, shape, kind):
             LIMIT: stream([values.detach(), targets, mask], [torch.empty_like(targets)]),
         },
         case=f"{name} {list(shape)} float32 forward + backward",
-        limit="stream read of values, targets and mask, write of the gradient", bytes_moved=13 * values.numel(),
+        limit="stream read of values, targets and mask, write of the gradient",
+        work=roofline.q_loss(values.numel()),
         check=_equal(grad(op())), rounds=9,
     )  # fmt: skip
 
@@ -145,7 +150,7 @@ def test_values(benchmark, kind, dtype):
     race(
         benchmark, {OURS: ours, LIMIT: stream(read, elements=q.numel()), **peers}, absent=absent, rounds=9,
         case=f"{kind}_values [{ROWS}, {VOCAB}] {name_of(dtype)}", limit="stream read of what is scanned",
-        bytes_moved=sum(x.numel() * x.element_size() for x in read), check=_equal(ours()),
+        work=roofline.values(ROWS, VOCAB, q.element_size(), len(read)), check=_equal(ours()),
     )  # fmt: skip
 
 
@@ -169,7 +174,8 @@ def test_cql_loss(benchmark, dtype):
             LIMIT: stream([q.detach(), q.detach()], [torch.empty_like(q)], elements=q.numel()),
         },
         case=f"cql_loss [{ROWS}, {VOCAB}] {name_of(dtype)} forward + backward",
-        limit="stream read of q twice, write of the gradient", bytes_moved=3 * q.numel() * q.element_size(),
+        limit="stream read of q twice, write of the gradient",
+        work=roofline.token_logprobs_both(ROWS, VOCAB, q.element_size()),
         check=_equal(grad(rf.cql_loss(q, tokens, mask)), most=8e-3), rounds=9,
     )  # fmt: skip
 
@@ -194,5 +200,5 @@ def test_polyak_update(benchmark):
             **peers,
         },
         case=f"polyak_update 50 x {list(shape)} float32", limit="stream read of one, write of the other",
-        absent=absent, bytes_moved=12 * 50 * online[0].numel(), rounds=9,
+        absent=absent, work=roofline.polyak_update(50 * online[0].numel()), rounds=9,
     )  # fmt: skip

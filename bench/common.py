@@ -16,11 +16,13 @@ import torch
 import react_fast
 from react_fast import _core
 
+from . import LIMIT, OURS
+from .roofline import Work
+
 Contestant = Callable[[], object]
 # Looks at a contestant's first result; raises AssertionError if it is not what the case computes.
 Check = Callable[[str, object], None]
 
-OURS, LIMIT = "react_fast", "limit"
 DEVICE = os.environ.get("REACT_FAST_BENCH_DEVICE") or ("cuda" if torch.cuda.is_available() else "cpu")
 # A smoke test: tiny shapes, every contestant once; the numbers mean nothing.
 QUICK = os.environ.get("REACT_FAST_BENCH_QUICK", "0") != "0"
@@ -31,7 +33,7 @@ now = time.process_time if CLOCK == "cpu" else time.perf_counter
 
 ROUNDS = 25
 # A contestant stops taking part once it has used this many seconds; slow ones then have fewer samples.
-SECONDS = 4.0
+SECONDS = float(os.environ.get("REACT_FAST_BENCH_SECONDS", 4.0))
 # At least this many samples; of others than us and the limit two where a sample takes SLOW seconds and one where
 # it takes CRAWLING ones, so that the log-prob part stays near 20 minutes of two cores. The warm-up is no sample.
 FEWEST, SLOW, CRAWLING = 3, 1.0, 5.0
@@ -128,7 +130,7 @@ def race(
     *,
     case: str,
     limit: str | None = None,
-    bytes_moved: int | None = None,
+    work: Work | None = None,
     rounds: int = ROUNDS,
     check: Check | None = None,
     absent: Mapping[str, str] | None = None,
@@ -142,7 +144,7 @@ def race(
         contestants: name -> call without arguments. "react_fast" is ours, "limit" the physical limit.
         case: what is measured, "gae [64, 1024] float32".
         limit: what the contestant "limit" does, for the table.
-        bytes_moved: bytes read plus written by the op, for GB/s.
+        work: bytes and FLOPs of the op (bench.roofline), for rates.
         rounds: rounds to run.
         check: called once with the name and the first result of every contestant but the limit.
         absent: contestants that are not here -> the reason, for the table.
@@ -172,7 +174,9 @@ def race(
         case=case,
         limit=limit,
         unit=unit,
-        bytes_moved=bytes_moved,
+        bytes_moved=work and work.bytes,
+        flops=work and work.flops,
+        path=work and work.path,
         median_seconds=medians,
         samples={name: len(lane.samples) for name, lane in lanes.items()} | dict.fromkeys(told, 1),
         quartiles_seconds={name: lane.quartiles() for name, lane in lanes.items()}
@@ -220,7 +224,7 @@ def stream(
 
 
 def _copy(size: int) -> Contestant:
-    source = torch.zeros(max(1, size // 2), dtype=torch.uint8, device=DEVICE)
+    source = torch.empty(max(1, size // 2), dtype=torch.uint8, device=DEVICE).random_()
     target = torch.empty_like(source)
     return lambda: target.copy_(source)
 
@@ -229,6 +233,8 @@ def on_reference(run: Contestant) -> Contestant:
     """The same call on the reference backend."""
 
     def reference() -> object:
+        if DEVICE == "cuda":
+            raise AbsentError("plain loops: not timed on a GPU")
         with react_fast.use_backend("reference"):
             return run()
 

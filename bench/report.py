@@ -15,11 +15,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from .common import LIMIT, OURS
+from . import LIMIT, OURS, RESULTS
 
 HERE = Path(__file__).parent
 OUT = HERE / "out"
-RESULTS = HERE / "results"
 FILES = {"cpu": "Measured on CPU", "cuda": "Measured on CUDA"}
 
 

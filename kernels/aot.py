@@ -1,8 +1,8 @@
 """Ahead-of-time build of every kernel variant, without a GPU: `python -m react_fast.kernels.aot`.
 
 Compiles for sm_80, sm_90 and sm_100, prints registers, shared memory, spills, global loads of 16 bytes and an
-occupancy estimate, and exits with 1 if a kernel spills. Needs triton alone: the kernels are loaded as source,
-never launched.
+occupancy estimate, of every variant and at last of every kernel's worst one, and exits with 1 if a kernel spills.
+Needs triton alone: the kernels are loaded as source, never launched.
 
 `resources.json` holds what the compiler made of every variant, by a hash of all it reads: source, types,
 constants, options, target and triton's version. A variant whose hash is there is not compiled again, but for the
@@ -211,6 +211,35 @@ def _print(table: Iterable[Iterable[Resources]]) -> Iterator[Resources]:
             yield r
 
 
+def worst(table: Iterable[Resources]) -> Iterator[str]:
+    """A line a kernel: the most registers, shared and spilled bytes, and the lowest occupancy, of its variants.
+
+    Args:
+        table: of any variants and targets.
+    Returns: lines of a table, the head first.
+    """
+    kernels: dict[str, dict[str, list[Resources]]] = {}
+    for r in table:
+        name = f"{r.path}.{r.variant.partition('[')[0]}"
+        kernels.setdefault(name, {}).setdefault(r.target, []).append(r)
+    targets = [f"sm_{capability}" for capability in TARGETS]
+    cell = "{:>4} {:>6} {:>6} {:>9}"
+    yield "{:<46} {:>8}".format("", "") + "".join(f" | {target:^28}" for target in targets)
+    head = cell.format("regs", "shared", "spills", "occupancy")
+    yield "{:<46} {:>8}".format("worst of a kernel", "variants") + f" | {head}" * len(targets)
+    for name, own in sorted(kernels.items()):
+        cells = ""
+        for target in targets:
+            found = own.get(target, [])
+            most = [
+                max((getattr(r, key) for r in found), default="")
+                for key in ("registers", "shared", "spilled")
+            ]
+            lowest = f"{min(r.occupancy for r in found):.0%}" if found else ""
+            cells += " | " + cell.format(*most, lowest)
+        yield f"{name:<46} {max(map(len, own.values())):>8}" + cells
+
+
 def _known() -> dict[str, Resources]:
     rows = json.loads(TABLE.read_text()) if TABLE.is_file() else []
     return {row["key"]: Resources(**row) for row in rows}
@@ -243,6 +272,7 @@ def main() -> int:
     other = [r for r in table if known.get(r.key, r) != r]
     for r in () if arguments.write else other:
         print(f"{r.variant} on {r.target} is not what {TABLE.name} says: renew it with --all --write")
+    print("", *worst(table), "", sep="\n")
     compiled = sum(len(variants_of(path)[number].targets) - len(old) for path, number, old in jobs)
     print(f"{len(table)} kernels, {compiled} of them compiled now, {len(spilling)} spill")
     return 1 if spilling or (other and not arguments.write) else 0

@@ -2,7 +2,7 @@
 
     c_i = r_i - b_i      A_i = c_i / (max(std, min_std) + eps), or c_i
 
-Roofline: 16 bytes read and 4 written a reward, for some thousand rewards: the launch and the two sorts before it
+Roofline: 12 bytes read and 4 written a reward, 8 of the sorts' order, for some thousands: the launch and the sorts
 are the cost. A group's members are adjacent after the sorts and read from its first member on, three times
 (sum, squares, result), so a group's numbers depend on its members alone. Nothing waits for the device: every
 sorted position gets a program, and those that begin no group stop at once.

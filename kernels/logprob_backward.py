@@ -1,6 +1,6 @@
 """Backward of the log-prob kernels: the chosen tokens first, then one pass over the logits, in place or not.
 
-Roofline, per row of V logits of e bytes: V e read and V e written, one exponential an element.
+Roofline, per row of V logits of e bytes: V e read, V e written (131072 bf16: 175 ns of 3 TB/s), one exp each.
 """
 
 import torch

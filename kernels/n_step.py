@@ -9,7 +9,7 @@ The last step of the window is added with the value behind it. Nothing is subtra
 in the windows that hold it, and masks, cuts and packing are links alone. The backward is the same sum along the
 links reversed.
 
-Roofline, per step in float32: the links 22 bytes, each doubling 24 read (8 of them gathered) and 12 to 24 written,
+Roofline, per step in float32, at least 12 bytes: links 22, each doubling 24 read (8 gathered), 12 to 24 written,
 the end 29: some 50 + 40 log2(n) bytes, so a five-step return costs as much as ten passes over its rewards; n = 1
 takes the two passes without doubling. All launches but the links are one element a thread.
 """
@@ -230,6 +230,8 @@ def _links(
     x: Tensor, flags: list[Tensor], options: dict, shared: dict, rows: int, back: bool
 ) -> list[Tensor]:
     links = [torch.empty(x.shape, dtype=torch.int64, device=x.device) for _ in range(1 + back)]
+    if shared["PACKED"]:  # bounds on a GPU are not looked at: what lies in no row must lead nowhere
+        links = [link.fill_(-1) for link in links]
     link_kernel[(rows,)](*flags, link=links[0], back=links[-1], BACK=back, **options, **shared)
     return links
 

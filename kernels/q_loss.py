@@ -4,7 +4,7 @@
     squared: e^2 / 2      huber: e^2 / 2 up to |e| = k, k (|e| - k / 2) beyond
     expectile: tau e^2 where e <= 0, (1 - tau) e^2 where e > 0
 
-Roofline, per token in float32: prediction, target 8 bytes read, mask 1, gradient 4 written, 8 more for a second
+Roofline, per token in float32, 13 bytes: prediction, target 8, mask 1, gradient 4 written, 8 more for a second
 head, for some 20 flops a head: bandwidth-bound. The mask is read once more to count.
 
 A program adds the sums of its blocks in order, and one program adds the programs' sums in order: the partition

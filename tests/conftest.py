@@ -1,8 +1,12 @@
-"""Shared by all tests: Triton kernels run in the interpreter, torch runs on one thread."""
+"""Shared by all tests: Triton kernels run in the interpreter, torch runs on one thread.
+
+With REACT_FAST_TEST_DEVICE=cuda tensors are made on the GPU and the kernels run there: `python -m bench.gpu` does
+so with the tests of the ops.
+"""
 
 import os
 
-os.environ.setdefault("TRITON_INTERPRET", "1")
+os.environ.setdefault("TRITON_INTERPRET", str(int(os.environ.get("REACT_FAST_TEST_DEVICE") != "cuda")))
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
@@ -15,11 +19,15 @@ import react_fast
 from react_fast import _core
 
 from . import interpreter
+from .contract import DEVICE
 from .ranks import Ranks
 
 THREADS = 1  # tests of threads set their own
 
-interpreter.quicken()
+if DEVICE == "cpu":
+    interpreter.quicken()
+else:
+    torch.set_default_device(DEVICE)
 
 
 @pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups
@@ -45,7 +53,7 @@ def one_thread(_fixed_threads: None) -> None:
     torch.set_num_threads(1)
 
 
-@pytest.fixture(params=["cpu", "triton"])
+@pytest.fixture(params=["cpu", "triton"] if DEVICE == "cpu" else ["triton"])
 def backend(request: pytest.FixtureRequest) -> Iterator[str]:
     """Every compiled backend in turn."""
     with react_fast.use_backend(request.param):

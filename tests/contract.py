@@ -3,6 +3,7 @@
 Each function states one property; the tests of a hot path call it with that path's functions and inputs.
 """
 
+import os
 from collections.abc import Callable
 
 import torch
@@ -12,6 +13,9 @@ import react_fast
 # One rounding of the result's dtype, and what a float32 accumulation of n terms may lose on top of it when it
 # runs in a few parallel sums.
 EPS = {torch.float32: 2.0**-23, torch.float64: 2.0**-52, torch.bfloat16: 2.0**-7, torch.float16: 2.0**-10}
+
+# Where tests make their tensors: "cpu", whose kernels the interpreter runs, or "cuda".
+DEVICE = os.environ.get("REACT_FAST_TEST_DEVICE", "cpu")
 
 Op = Callable[..., torch.Tensor]
 

@@ -8,6 +8,8 @@ import pytest
 
 pytest.importorskip("triton")
 
+from react_fast.kernels import aot
+
 # In a process of its own: here the kernels are interpreted.
 TABLE = """
 from react_fast.kernels import aot
@@ -44,3 +46,15 @@ def test_every_variant_is_in_the_table_and_none_spills():
 
 def test_what_the_compiler_reads_is_in_the_hash():
     assert _printed(HASH) == ["5"]
+
+
+def test_the_worst_of_every_kernel():
+    """The most of each resource over a kernel's variants, by target; a target that a kernel is not built for is
+    blank."""
+    rows = [
+        aot.Resources("k", "a", f"x_kernel[{i}]", "sm_90", registers, shared, 0, 1, 2, occupancy)
+        for i, (registers, shared, occupancy) in enumerate([(32, 512, 0.5), (64, 0, 0.25)])
+    ]
+    *_, line = aot.worst([*rows, aot.Resources("k", "a", "x_kernel[]", "sm_80", 40, 16, 8, 1, 2, 1.0)])
+    cells = [cell.split() for cell in line.split("|")]
+    assert cells == [["a.x_kernel", "2"], ["40", "16", "8", "100%"], ["64", "512", "0", "25%"], []]

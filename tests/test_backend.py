@@ -1,14 +1,16 @@
 """Which implementation runs, and that an explicit choice is never replaced silently."""
 
+import ast
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 
 import react_fast as rf
-from react_fast import _core
+from react_fast import _core, kernels
 from react_fast.ops import backend
 
 
@@ -119,3 +121,36 @@ def test_batched_gradients(op):
     rows = torch.autograd.functional.jacobian(function, VECTOR)
     batched = torch.autograd.functional.jacobian(function, VECTOR, vectorize=True)
     torch.testing.assert_close(batched, rows, rtol=0, atol=0)
+
+
+FACTORIES = {
+    "arange",
+    "as_tensor",
+    "empty",
+    "eye",
+    "full",
+    "linspace",
+    "ones",
+    "rand",
+    "randn",
+    "tensor",
+    "zeros",
+}
+
+
+def _without_device(file: Path) -> list[str]:
+    """Calls of torch's factories that follow torch.set_default_device instead of the op's tensors."""
+    return [
+        f"{file.name}:{node.lineno}"
+        for node in ast.walk(ast.parse(file.read_text()))
+        if isinstance(node, ast.Call)
+        and isinstance(node.func, ast.Attribute)
+        and isinstance(node.func.value, ast.Name)
+        and (node.func.value.id, node.func.attr) in {("torch", name) for name in FACTORIES}
+        and not any(keyword.arg == "device" for keyword in node.keywords)
+    ]
+
+
+def test_what_ops_make_names_its_device():
+    files = [*Path(rf.ops.__file__).parent.glob("*.py"), *Path(kernels.__file__).parent.glob("*.py")]
+    assert [place for file in files for place in _without_device(file)] == []

@@ -21,7 +21,7 @@ def _stream(count=500):
 
 def _assert_equal(moments, scores, ids):
     for i in range(SIZE):
-        values = scores[ids == i].numpy()
+        values = scores[ids == i].cpu().numpy()
         assert int(moments.count[i]) == len(values)
         if len(values) > 1:
             np.testing.assert_allclose(float(moments.mean[i]), values.mean(), rtol=1e-13)
@@ -82,7 +82,7 @@ def _numpy_aged(scores, ids, when, last):
     """(mean, effective count, standard error) from the weights themselves, every id in turn."""
     found = []
     for i in range(SIZE):
-        x, w = scores[ids == i].numpy(), DECAY ** (last - when[ids == i].numpy().astype(float))
+        x, w = scores[ids == i].cpu().numpy(), DECAY ** (last - when[ids == i].cpu().numpy().astype(float))
         if len(x) < 2:
             found.append((x.sum(), float(len(x)), np.nan))
             continue
@@ -100,7 +100,7 @@ def test_decay_equals_the_weighted_sums(backend):
     for moments in (_aged(scores, ids, when), _aged(scores, ids, when, reference.RunningMoments)):
         found = [moments.mean, moments.effective_count, moments.standard_error]
         # Forty merges of float64 numbers of size 3.
-        np.testing.assert_allclose(torch.stack(found).numpy(), expected, rtol=1e-12)
+        np.testing.assert_allclose(torch.stack(found).cpu().numpy(), expected, rtol=1e-12)
 
 
 def test_decayed_intervals_cover_the_mean():

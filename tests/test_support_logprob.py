@@ -17,7 +17,7 @@ def blocks(request, monkeypatch):
     if request.param == "cut":
         for module in (_ragged, support_ops):
             monkeypatch.setattr(module, "ENTRY", 1 << 21)
-        monkeypatch.setattr(_ragged, "BLOCK", {"cpu": 100})
+        monkeypatch.setattr(_ragged, "BLOCK", dict.fromkeys(("cpu", "cuda"), 100))
 
 
 @pytest.mark.parametrize("name", OPTIONS)

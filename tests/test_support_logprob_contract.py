@@ -15,7 +15,8 @@ from .support_cases import SIZES, alone, call, make_case, make_support, results
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
 def test_batch_invariant(backend, monkeypatch, dtype):
     """A row alone, in any order, in any batch, on any threads and budget: the same bits, hidden's gradient too."""
-    monkeypatch.setattr(_ragged, "BLOCK", {"cpu": 1 << 11})  # rows of W longer than a block are in the batch
+    # Rows of W longer than a block are in the batch.
+    monkeypatch.setattr(_ragged, "BLOCK", dict.fromkeys(("cpu", "cuda"), 1 << 11))
     sizes = [0, 1, 40, 7, 3, 50, 12, 0, 25, 2]
     leaves, ids, options = make_case("everything", dtype, sizes=sizes, dim=37)
     del options["mask"]

@@ -198,7 +198,7 @@ gae_moments = register(
 def _gae_out_cpu(advantages: Tensor, returns: Tensor, *args: Any) -> Tensor:
     *given, want_moments = args
     found = _gae_into(advantages, returns, want_moments, *given)
-    return torch.tensor(found if want_moments else [], dtype=torch.float64)
+    return torch.tensor(found if want_moments else [], dtype=torch.float64, device="cpu")
 
 
 def _gae_out_triton(advantages: Tensor, returns: Tensor, *args: Any) -> Tensor:
@@ -276,7 +276,8 @@ td_lambda_returns = register(
 
 
 def _scan_cpu(a: Tensor, b: Tensor, init: Maybe, cu_seqlens: Maybe) -> Tensor:
-    return _scan_into(torch.empty(a.shape, dtype=accumulation_dtype(a.dtype)), a, b, init, cu_seqlens)
+    out = torch.empty(a.shape, dtype=accumulation_dtype(a.dtype), device="cpu")
+    return _scan_into(out, a, b, init, cu_seqlens)
 
 
 def _scan_into(out: Tensor, a: Tensor, b: Tensor, init: Maybe, cu_seqlens: Maybe) -> Tensor:

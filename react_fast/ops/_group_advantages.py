@@ -23,7 +23,7 @@ def _group_cpu(
     rewards: Tensor, group_ids: Tensor, valid: Maybe, upstream: Maybe, aside: Maybe, baseline: int, scale: int,
     raw: bool, eps: float, ddof: int, min_std: float,
 ) -> Tensor:  # fmt: skip
-    out = torch.empty(rewards.shape, dtype=torch.float64)
+    out = torch.empty(rewards.shape, dtype=torch.float64, device="cpu")
     x, ids = rewards.double().contiguous(), group_ids.long().contiguous()
     keep, g, beside = None if valid is None else valid.contiguous(), _wide(upstream), _wide(aside)
     _core.group_advantages(

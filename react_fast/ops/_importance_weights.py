@@ -75,7 +75,7 @@ importance_weights_op = register(
 
 def _high_entropy_mask_cpu(entropy: torch.Tensor, mask: torch.Tensor, fraction: float) -> torch.Tensor:
     values, counts = entropy.contiguous(), mask.contiguous()
-    out = torch.empty(entropy.shape, dtype=torch.bool)
+    out = torch.empty(entropy.shape, dtype=torch.bool, device="cpu")
     _core.high_entropy_mask(
         values.data_ptr(), counts.data_ptr(), values.numel(), DTYPE[values.dtype], fraction, out.data_ptr(),
         torch.get_num_threads(),

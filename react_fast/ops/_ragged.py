@@ -80,7 +80,9 @@ class Rows:
     def groups(self) -> Iterator[tuple[int, int]]:
         """Rows [a, b) whose kept ids, hidden states, embeddings and gradients fit the budget; one row at least."""
         row = 4 * 8 * self.hidden.shape[1]
-        return packs(self.edges * ENTRY + torch.arange(len(self) + 1) * row, budget(self.hidden.device))
+        return packs(
+            self.edges * ENTRY + torch.arange(len(self) + 1, device="cpu") * row, budget(self.hidden.device)
+        )
 
     def entries(self, a: int, b: int) -> tuple[Tensor, Tensor, Tensor]:
         """(row - a [E], place in the list of kept ids [E], edges [b - a + 1]) of the kept ids of rows [a, b)."""

@@ -245,7 +245,7 @@ def _scatter(rows: Rows, ids: Tensor, row: Tensor, c: Tensor, d_weight: Tensor, 
     present = counts.nonzero()[:, 0]
     edges = F.pad(counts[present].cumsum(0), (1, 0))
     hidden = rows.hidden
-    size = edges * ENTRY + torch.arange(len(edges)) * 2 * 8 * hidden.shape[1]
+    size = edges * ENTRY + torch.arange(len(edges), device="cpu") * 2 * 8 * hidden.shape[1]
     for a, b in packs(size, budget(rows.hidden.device)):
         mine = torch.arange(len(ids), device=ids.device)
         if b - a < len(present):

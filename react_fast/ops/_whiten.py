@@ -20,7 +20,7 @@ def _moments_cpu(x: Tensor, mask: Maybe) -> Tensor:
     found = _core.moments(
         kept.data_ptr(), address(counts), DTYPE[x.dtype], x.numel(), torch.get_num_threads()
     )
-    return torch.tensor(found, dtype=torch.float64)
+    return torch.tensor(found, dtype=torch.float64, device="cpu")
 
 
 def _moments_triton(x: Tensor, mask: Maybe) -> Tensor:
@@ -82,7 +82,7 @@ def _whiten_cpu(
     fixed: bool,
     out: Maybe = None,
 ) -> Tensor:
-    out = torch.empty(x.shape, dtype=accumulation_dtype(x.dtype)) if out is None else out
+    out = torch.empty(x.shape, dtype=accumulation_dtype(x.dtype), device="cpu") if out is None else out
     kept, counts = x.contiguous(), _flat(mask)
     given = stats.tolist()
     scale, _ = _scale(given, eps, ddof)
@@ -125,7 +125,7 @@ def _whiten_backward_cpu(
     ddof: int,
     fixed: bool,
 ) -> Tensor:
-    out = torch.empty(x.shape, dtype=accumulation_dtype(x.dtype))
+    out = torch.empty(x.shape, dtype=accumulation_dtype(x.dtype), device="cpu")
     kept, counts, g = x.contiguous(), _flat(mask), upstream.contiguous()
     common = (kept.data_ptr(), address(counts), g.data_ptr(), DTYPE[x.dtype], x.numel())
     count, mean, _ = given = stats.tolist()

@@ -53,7 +53,7 @@ def _rows(x: torch.Tensor) -> torch.Tensor:
 
 def _scores_cpu(grad: torch.Tensor, activation: torch.Tensor, reduction: int) -> torch.Tensor:
     g, a = _rows(grad), _rows(activation)
-    out = torch.empty(grad.shape[:-1], dtype=accumulation_dtype(grad.dtype))
+    out = torch.empty(grad.shape[:-1], dtype=accumulation_dtype(grad.dtype), device="cpu")
     _core.attribution_scores(
         g.data_ptr(), a.data_ptr(), DTYPE[grad.dtype], reduction, g.shape[0], g.shape[1],
         g.stride(0), a.stride(0), out.data_ptr(), torch.get_num_threads(),
