@@ -1,5 +1,7 @@
 """The README's examples run as they are written, with a small model in the places they name."""
 
+import ast
+import importlib
 import re
 from pathlib import Path
 from typing import Any
@@ -21,6 +23,23 @@ def _example(heading: str) -> str:
     (code,) = re.findall(r"```python\n(.*?)```", section, re.DOTALL)
     assert 8 <= len(code.splitlines()) <= 30
     return code
+
+
+@pytest.mark.parametrize(
+    "page", sorted((Path(__file__).parent.parent / "docs").glob("*.md")), ids=lambda p: p.stem
+)
+def test_pages_name_what_there_is(page):
+    """Python blocks parse, what they import of ours exists, and so do `rf.` names and linked files."""
+    text = page.read_text(encoding="utf-8")
+    for link in re.findall(r"\]\(([^)#]+)\)", text):
+        assert (page.parent / link).exists(), link
+    for name in re.findall(r"\brf\.([a-zA-Z_]+)", text):
+        assert hasattr(rf, name), name
+    for code in re.findall(r"```python\n(.*?)```", text, re.DOTALL):
+        for found in ast.walk(ast.parse(code)):
+            if isinstance(found, ast.ImportFrom) and str(found.module).startswith("react_fast"):
+                module = importlib.import_module(str(found.module))
+                assert all(hasattr(module, one.name) for one in found.names), code
 
 
 @pytest.fixture
