@@ -115,3 +115,21 @@ def test_sparse_and_shared_memory_are_refused():
             rf.linear_token_logprobs(hidden, weight, ids, main_grad=main_grad)
     with pytest.raises(ValueError, match="main_grad must be None for a weight that requires no gradient"):
         rf.linear_token_logprobs(hidden, weight.detach(), ids, main_grad=torch.zeros(5, 3))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_without_half_precision_gemms_nothing_but_inputs_and_results_is_rounded(monkeypatch, dtype):
+    """Tiles are float32 then, logits and their gradients too, under autocast as well."""
+    monkeypatch.setattr(rf.ops._tiles, "_half_gemms", lambda kind: False)
+    hidden, weight, bias = (torch.randn(shape).to(dtype) for shape in ((64, 16), (500, 16), (500,)))
+    ids, upstream = torch.randint(500, (64,)), torch.rand(64)
+    leaves = [x.requires_grad_() for x in (hidden, weight, bias)]
+    wide = [x.detach().double().requires_grad_() for x in leaves]
+    with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+        logp, entropy = rf.linear_token_logprobs(*leaves[:2], ids, bias=leaves[2], return_entropy=True)
+        found = _slopes((logp * upstream + entropy).sum(), *leaves)
+    expected, uncertainty = rf.linear_token_logprobs(*wide[:2], ids, bias=wide[2], return_entropy=True)
+    for x, y in zip((logp, entropy), (expected, uncertainty), strict=True):
+        torch.testing.assert_close(x.double(), y, rtol=2e-6, atol=2e-6)
+    for x, y in zip(found, _slopes((expected * upstream + uncertainty).sum(), *wide), strict=True):
+        assert (x.double() - y).norm() <= contract.EPS[dtype] * y.norm()

@@ -199,8 +199,8 @@ def _sums(a: Tensor, b: Tensor) -> Tensor:
     if a.is_cuda and a.element_size() == 2 and hasattr(torch.ops.aten.mm, "dtype_out"):
         return torch.mm(a, b, out_dtype=torch.float32)
     if a.dtype == torch.float16 and not a.is_cuda:
-        return torch.mm(a.float(), b.float())
-    return torch.mm(a, b)
+        a, b = a.float(), b.float()
+    return torch.mm(a, b, out=a.new_empty(len(a), b.shape[1]))  # with `out` autocast leaves the dtype alone
 
 
 def accumulate(target: Tensor, a: Tensor, b: Tensor, unit: Maybe = None) -> None:
