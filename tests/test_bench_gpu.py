@@ -281,7 +281,9 @@ def test_a_run_is_taken_into_the_results(tmp_path: Path, monkeypatch: pytest.Mon
     run = _run({"case": "x"}, {"moments.accumulate_by_id_kernel": {"passed": 3, "failed": 0}})
     run["training"] = [{"name": "torch", "seconds": 2.0, "tokens_per_second": 8192.0, "peak_bytes": 1 << 30}]
     (tmp_path / "run.json").write_text(json.dumps(run))
-    summary.take([tmp_path / "run.json"])
+    for _ in range(2):
+        summary.take([tmp_path / "run.json"])
+    assert summary.kept() == [run]
     assert json.loads((tmp_path / "gpu-2030-01-01-h100.json").read_text()) == run
     text = (tmp_path / "README.md").read_text()
     assert text == f"before\n{summary.section([run])}\nafter\n"
@@ -289,6 +291,10 @@ def test_a_run_is_taken_into_the_results(tmp_path: Path, monkeypatch: pytest.Mon
     assert "| torch | 8,192 | 2 s | 1,024 |" in text
     assert "`moments.accumulate_by_id_kernel`" not in text
     assert "`n_step.link_kernel`" in text
+    second = {**run, "minutes": 3.0}
+    (tmp_path / "run.json").write_text(json.dumps(second))
+    summary.take([tmp_path / "run.json"])
+    assert summary.kept() == [second, run]
 
 
 def test_the_readme_is_what_its_runs_say() -> None:
