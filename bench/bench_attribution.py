@@ -79,9 +79,9 @@ def _moments(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Count, mean and M2 of a batch by id, by index_add."""
     values = scores.double()
-    count = torch.zeros(size, dtype=torch.int64).index_add_(0, ids, torch.ones_like(ids))
-    mean = torch.zeros(size, dtype=torch.float64).index_add_(0, ids, values) / count.clamp_min(1)
-    m2 = torch.zeros(size, dtype=torch.float64).index_add_(0, ids, (values - mean[ids]) ** 2)
+    count = values.new_zeros(size, dtype=torch.int64).index_add_(0, ids, torch.ones_like(ids))
+    mean = values.new_zeros(size).index_add_(0, ids, values) / count.clamp_min(1)
+    m2 = values.new_zeros(size).index_add_(0, ids, (values - mean[ids]) ** 2)
     return count, mean, m2
 
 

@@ -96,6 +96,18 @@ def test_a_peer_that_fails_is_absent_and_ours_is_an_error(benchmark, monkeypatch
         common.race(benchmark, {"react_fast": broken, "peer": lambda: 1}, case="broken")
 
 
+def test_a_peer_that_computes_something_else_is_absent(benchmark, monkeypatch) -> None:
+    monkeypatch.delenv("REACT_FAST_BENCH_CONTESTANTS")
+
+    def check(name: str, result: object) -> None:
+        assert result == 1, f"{name} computes another number"
+
+    with pytest.raises(AssertionError, match="react_fast computes another number"):
+        common.race(benchmark, {"react_fast": lambda: 2, "peer": lambda: 1}, case="wrong", check=check)
+    common.race(benchmark, {"react_fast": lambda: 1, "peer": lambda: 2}, case="wrong peer", check=check)
+    assert "peer computes another number" in benchmark.extra_info["absent"]["peer"]
+
+
 def test_memory_of_one_call(monkeypatch) -> None:
     """A tiny call takes less than the budget of one tile of logits, 64 MiB."""
     monkeypatch.setattr(heads, "QUICK", True)

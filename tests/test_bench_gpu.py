@@ -204,18 +204,22 @@ def test_other(): assert False, "does not run the kernels"
 
 
 def test_a_crash_costs_one_test(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A process that is killed, and one whose GPU context is lost, are followed by one that goes on behind it."""
+    """A process that is killed, and one whose GPU context is lost, are followed by one that goes on behind it; a
+    file that cannot be imported costs itself alone."""
     file = tmp_path / "test_crashing.py"
     file.write_text(CRASHING)
+    absent = tmp_path / "test_absent.py"
+    absent.write_text("import a_library_that_is_not_installed")
     monkeypatch.chdir(ROOT)
     monkeypatch.setenv(events.FILE, str(tmp_path / "events.jsonl"))
     monkeypatch.setenv(events.OUT, str(tmp_path))
     monkeypatch.setenv("PYTEST_DISABLE_PLUGIN_AUTOLOAD", "1")  # quicker
-    sessions.run("tests", [str(file)])
+    sessions.run("tests", [str(file), str(absent)])
     found = record.tests(events.told(tmp_path / "events.jsonl"))
     assert (found["passed"], found["failed"]) == (2, 1)
     assert [name.partition("::")[2] for name in found["not_ended"]] == ["test_crash"]
     assert "illegal memory access" in found["failures"][0]["why"]
+    assert "a_library_that_is_not_installed" in found["not_collected"][0]["why"]
 
 
 def test_a_line_that_a_kill_cut_off_is_left_out(tmp_path: Path) -> None:
@@ -277,7 +281,9 @@ def test_a_run_is_taken_into_the_results(tmp_path: Path, monkeypatch: pytest.Mon
     run = _run({"case": "x"}, {"moments.accumulate_by_id_kernel": {"passed": 3, "failed": 0}})
     run["training"] = [{"name": "torch", "seconds": 2.0, "tokens_per_second": 8192.0, "peak_bytes": 1 << 30}]
     (tmp_path / "run.json").write_text(json.dumps(run))
-    summary.take([tmp_path / "run.json"])
+    for _ in range(2):
+        summary.take([tmp_path / "run.json"])
+    assert summary.kept() == [run]
     assert json.loads((tmp_path / "gpu-2030-01-01-h100.json").read_text()) == run
     text = (tmp_path / "README.md").read_text()
     assert text == f"before\n{summary.section([run])}\nafter\n"
@@ -285,6 +291,10 @@ def test_a_run_is_taken_into_the_results(tmp_path: Path, monkeypatch: pytest.Mon
     assert "| torch | 8,192 | 2 s | 1,024 |" in text
     assert "`moments.accumulate_by_id_kernel`" not in text
     assert "`n_step.link_kernel`" in text
+    second = {**run, "minutes": 3.0}
+    (tmp_path / "run.json").write_text(json.dumps(second))
+    summary.take([tmp_path / "run.json"])
+    assert summary.kept() == [second, run]
 
 
 def test_the_readme_is_what_its_runs_say() -> None:

@@ -13,7 +13,7 @@ ONLY, OUT = "REACT_FAST_GPU_ONLY", "REACT_FAST_GPU_OUT"
 CRASHED = 75  # the code of a process that ends because its GPU context is lost
 
 
-def tell(stage: str, file: Path | None = None, **facts: Any) -> None:
+def tell(stage: str, file: Path | None = None, /, **facts: Any) -> None:
     """Append a fact of a stage to the run's file, or to `file`; nothing happens outside a run."""
     path = file or os.environ.get(FILE)
     if not path:

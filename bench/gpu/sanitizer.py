@@ -8,7 +8,8 @@ from pathlib import Path
 from . import process
 from .events import brief, left, rehearsing, tell
 
-PLAIN, TOOLS = "none", ("memcheck", "racecheck")
+# A call of CUDA's that fails is torch's or Triton's to report; some are meant to.
+PLAIN, TOOLS = "none", {"memcheck": ("--report-api-errors", "no"), "racecheck": ()}
 CODE = 86  # what the checker ends with if it found something
 CUDA = "/usr/local/cuda/bin"  # where it is beside a toolkit that is not on the path
 
@@ -37,7 +38,7 @@ def main() -> None:
     sanitizer = None if rehearsing() else found
     tools = (PLAIN, *TOOLS) if sanitizer else (PLAIN,)
     for number, tool in enumerate(tools):
-        words = [str(sanitizer), "--tool", tool, "--error-exitcode", str(CODE)]
+        words = [str(sanitizer), "--tool", tool, "--error-exitcode", str(CODE), *TOOLS.get(tool, ())]
         words = words if tool != PLAIN else []
         outcome, why = _run(tool, words, (left() - 1) / (len(tools) - number))
         tell("sanitizer", kind="tool", tool=tool, outcome=outcome, why=why)

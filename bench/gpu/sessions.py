@@ -9,6 +9,7 @@ from . import process
 from .events import CRASHED, left, log
 
 OPTIONS = ["-p", "bench.gpu.watch", "-p", "no:cacheprovider", "-q", "--no-header", "--tb=line"]
+OPTIONS += ["--continue-on-collection-errors"]  # a file whose import fails costs its own tests alone
 MOST = 10  # processes; what crashes more often is better looked at
 
 

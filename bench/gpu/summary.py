@@ -216,11 +216,19 @@ def good(out: Path) -> bool:
 
 def kept() -> list[Record]:
     """The runs of bench/results, the newest first."""
-    return sorted(
-        (json.loads(file.read_text()) for file in RESULTS.glob("gpu-*.json")),
-        key=lambda run: run["date"],
-        reverse=True,
-    )
+    files = sorted(RESULTS.glob("gpu-*.json"), key=lambda file: (len(file.name), file.name), reverse=True)
+    return sorted((json.loads(file.read_text()) for file in files), key=lambda r: r["date"], reverse=True)
+
+
+def _place(run: Record) -> Path:
+    """The file of a run in bench/results: its own if it is there already, and never another's."""
+    name = re.sub(r"[^a-z0-9]+", "-", run["device"]["name"].lower()).strip("-")
+    stem, number = f"gpu-{run['date']}-{name}", 1
+    file = RESULTS / f"{stem}.json"
+    while file.exists() and json.loads(file.read_text()) != run:
+        number += 1
+        file = RESULTS / f"{stem}-{number}.json"
+    return file
 
 
 def section(runs: Sequence[Record]) -> str:
@@ -249,8 +257,7 @@ def take(files: Sequence[Path]) -> None:
         run = json.loads(file.read_text())
         if run["rehearsed"] or not run["device"]:
             sys.exit(f"bench.gpu: {file} is a rehearsal, which measures nothing")
-        name = re.sub(r"[^a-z0-9]+", "-", run["device"]["name"].lower()).strip("-")
-        replace(RESULTS / f"gpu-{run['date']}-{name}.json", json.dumps(run, indent=1) + "\n")
+        replace(_place(run), json.dumps(run, indent=1) + "\n")
     readme = RESULTS / "README.md"
     before, rest = readme.read_text().split(BEGIN)
     replace(readme, before + section(kept()) + rest.split(END, 1)[1])

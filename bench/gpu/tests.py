@@ -20,7 +20,7 @@ def files() -> list[str]:
         file
         for file in sorted(FOLDER.glob("test_*.py"))
         if re.search(r"def \w+\([^)]*\bbackend\b", file.read_text())
-        and not re.search("integrations|trainer", file.name)
+        and not re.search("integrations|trainer|bench", file.name)
     ]
     names = only()
     return [str(file) for file in found if not names or any(file.stem == f"test_{name}" for name in names)]
