@@ -144,7 +144,7 @@ def test_discounts_with_a_gradient_or_another_dtype_go_to_the_original(torchrl, 
     for gamma in (torch.tensor(0.9, requires_grad=True), torch.tensor([0.9], dtype=torch.float64)):
         ours, theirs = (f[name](gamma, 0.8, **given) for f in (torchrl.ours, torchrl.theirs))
         for got, wanted in zip(ours, theirs, strict=True):
-            assert got.dtype == wanted.dtype and got.requires_grad == wanted.requires_grad
+            assert (got.dtype, got.requires_grad) == (wanted.dtype, wanted.requires_grad)
             assert torch.equal(got, wanted)
 
 

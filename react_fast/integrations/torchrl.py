@@ -2,9 +2,9 @@
 
 Replaced under every name that a module bound: `generalized_advantage_estimate`, `td_lambda_return_estimate`, their
 `vec_` twins and `vtrace_advantage_estimate`, which the estimators GAE, TDLambdaEstimator and VTrace call. The
-originals are called for gamma or lambda of more than one number or with a gradient, `rolling_gamma`, flags that are
-not bool, tensors that are empty or of different shapes or dtypes, and under torch.compile. Log-probabilities of its TransformersWrapper:
-`torchrl_logprobs`.
+originals are called for gamma or lambda of more than one number or with a gradient, `rolling_gamma`, flags that
+are not bool, tensors that are empty, of different shapes or dtypes, and under torch.compile. Log-probabilities of
+its TransformersWrapper: `torchrl_logprobs`.
 """
 
 import functools
