@@ -1,5 +1,7 @@
 """gae(whiten=True) and gae(out=...): `whiten(gae(...))` in fewer passes, and the caller's memory."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -131,7 +133,7 @@ def test_threads_agree_on_time_major_memory():
 
 
 def test_numpy_buffers_of_steps_by_environments():
-    """Rewards, values and ends [T, N] as CleanRL keeps them, written out."""
+    """Rewards, values and ends [T, N], written out."""
     numbers = np.random.default_rng(0)
     rewards, values = numbers.normal(size=(2, 12, 5)).astype(np.float32)
     ends, last = numbers.random((12, 5)) < 0.2, numbers.normal(size=5).astype(np.float32)
@@ -145,6 +147,24 @@ def test_numpy_buffers_of_steps_by_environments():
     rf.gae(rewards.T, values.T, **options, out=(advantages.T, returns.T))
     for found in (fresh.T, advantages, rf.gae(rewards[::-1].T[:, ::-1], values.T, **options)[0].T):
         np.testing.assert_allclose(found, wanted, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(returns, wanted + values, rtol=1e-5, atol=1e-5)
+
+
+def test_the_page_for_cleanrl_has_its_advantages():
+    """CleanRL's loop, in whose buffers `dones` holds where episodes begin, beside the page's lines."""
+    numbers = np.random.default_rng(0)
+    rewards, values = numbers.normal(size=(2, 12, 5)).astype(np.float32)
+    dones = (numbers.random((13, 5)) < 0.3).astype(np.float32)
+    next_value = numbers.normal(size=(1, 5)).astype(np.float32)
+    dones, next_done = dones[:-1], dones[-1]
+    wanted, carry = np.zeros_like(rewards), 0
+    for t in reversed(range(12)):
+        live, behind = (1 - dones[t + 1], values[t + 1]) if t < 11 else (1 - next_done, next_value[0])
+        wanted[t] = carry = rewards[t] + 0.99 * behind * live - values[t] + 0.99 * 0.95 * live * carry
+    advantages, returns = np.empty_like(rewards), np.empty_like(rewards)
+    page = (Path(__file__).parent.parent / "docs" / "numpy.md").read_text(encoding="utf-8")
+    exec(page.split("```python\n")[1].split("```")[0], dict(locals()))
+    np.testing.assert_allclose(advantages, wanted, rtol=1e-5, atol=1e-5)
     np.testing.assert_allclose(returns, wanted + values, rtol=1e-5, atol=1e-5)
 
 

@@ -138,6 +138,22 @@ def test_what_ours_does_not_cover_goes_to_the_original(torchrl):
         torchrl.ours[name](0.9, 0.8, **given)
 
 
+@pytest.mark.parametrize("name", NAMES[:2])
+def test_discounts_with_a_gradient_or_another_dtype_go_to_the_original(torchrl, name):
+    given = {key: x.detach() for key, x in _given(name).items()}
+    for gamma in (torch.tensor(0.9, requires_grad=True), torch.tensor([0.9], dtype=torch.float64)):
+        ours, theirs = (f[name](gamma, 0.8, **given) for f in (torchrl.ours, torchrl.theirs))
+        for got, wanted in zip(ours, theirs, strict=True):
+            assert (got.dtype, got.requires_grad) == (wanted.dtype, wanted.requires_grad)
+            assert torch.equal(got, wanted)
+
+
+def test_no_steps_go_to_the_original(torchrl):
+    for f in (torchrl.ours, torchrl.theirs):
+        given = {key: x.detach() for key, x in _given(NAMES[0], (2, 0, 1)).items()}
+        assert all(x.shape == (2, 0, 1) for x in f[NAMES[0]](0.9, 0.8, **given))
+
+
 def test_torchrl_s_gae_module_is_live(torchrl, monkeypatch):
     from tensordict import TensorDict
     from tensordict.nn import TensorDictModule

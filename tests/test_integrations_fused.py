@@ -1,6 +1,7 @@
 """Log-probabilities of transformers' models without logits, beside those of the logits; PEFT's adapters, too."""
 
 import contextlib
+import re
 
 import pytest
 import torch
@@ -163,6 +164,14 @@ def test_labels_are_given_once():
             fused(model, **batch, **given)
     with pytest.raises(ValueError, match=r"^adapter_names must be left out: "):
         fused(model, **batch, labels=labels, adapter_names=["default"] * 3)
+    sizes = list(labels.shape)
+    for name in ("labels", "shift_labels"):
+        with pytest.raises(
+            ValueError, match=rf"^{name} must be {re.escape(str(sizes))} like the inputs, got "
+        ):
+            fused(model, **batch, **{name: labels[:, 1:]})
+        with pytest.raises(ValueError, match=rf"^temperature must be .* like {name}, got \[\]$"):
+            fused(model, **batch, **{name: labels}, temperature=torch.tensor(0.5))
 
 
 ADAPTERS = {

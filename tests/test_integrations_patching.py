@@ -286,6 +286,19 @@ def test_the_table_tells_the_state(package, monkeypatch):
     assert table_lines(["peer"])[3].split() == ["peer", "-", "Buffer.fill", "ours", "package", "missing"]
 
 
+def test_a_context_leaves_the_patch_of_a_later_call(package):
+    first = rf.patch("peer")
+    rf.unpatch("peer")
+    rf.patch("peer")
+    with first:
+        pass
+    assert is_patched("peer")
+
+
 def test_unknown_names_are_refused_with_the_nearest():
+    with pytest.raises(ValueError, match=r"got 'TRL'; trl\?$"):
+        rf.patch("TRL")
+    with pytest.raises(ValueError, match=r"got None$"):
+        rf.patch(None)
     with pytest.raises(ValueError, match=r"^name must be one of .*, got 'tlr'; trl\?$"):
         rf.patch("tlr")

@@ -159,6 +159,21 @@ def test_what_ours_does_not_give_comes_from_the_original(replacements, originals
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
+def test_a_temperature_that_is_a_tensor_stays_trl_s(replacements, originals):
+    logits, ids = torch.randn(2, ROWS, VOCAB), torch.randint(0, VOCAB, (2, ROWS))
+    given, targets = _inputs()
+    for temperature in (torch.tensor(0.7), torch.tensor(1.5)):
+        found, wanted = (
+            (
+                f.selective_log_softmax(logits, ids, temperature=temperature),
+                *f.selective_log_softmax_and_entropy(logits, ids, temperature=temperature),
+                *_head(f.head, given, targets, temperature).values(),
+            )
+            for f in (replacements, originals)
+        )
+        assert all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))
+
+
 def test_a_target_outside_the_vocabulary_is_refused(replacements):
     given, ids = _inputs()
     ids[2] = VOCAB

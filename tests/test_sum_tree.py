@@ -172,6 +172,6 @@ def test_other_refusals():
         tree.update([1], np.array([1.0]))
     with pytest.raises(ValueError, match="uniforms must be on cpu like the tree, got meta"):
         tree.sample(torch.zeros(3, device="meta"))
-    for wrong, error in ((0, ValueError), (True, TypeError), (2.0, TypeError)):
+    for wrong, error in ((0, ValueError), (2**63, ValueError), (True, TypeError), (2.0, TypeError)):
         with pytest.raises(error, match="capacity"):
             rf.SumTree(wrong)

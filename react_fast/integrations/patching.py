@@ -35,8 +35,8 @@ _told: set[str] = set()
 class Patch:
     """What `patch` returns; leaving it as a context takes back what that call replaced."""
 
-    def __init__(self, name: str, own: bool) -> None:
-        self.name, self._own = name, own
+    def __init__(self, name: str, swaps: list[_Swap] | None = None) -> None:
+        self.name, self._swaps = name, swaps
 
     def __enter__(self) -> "Patch":
         return self
@@ -44,8 +44,9 @@ class Patch:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._own:
-            unpatch(self.name)
+        with _lock:
+            if self._swaps is not None and _active.get(self.name) is self._swaps:
+                unpatch(self.name)
 
 
 def patch(name: str) -> Patch:
@@ -68,15 +69,15 @@ def patch(name: str) -> Patch:
             if name not in _told:
                 _told.add(name)
                 _log.warning("%s is left as it is: REACT_FAST_DISABLE", name)
-            return Patch(name, own=False)
+            return Patch(name)
         if name in _active:
-            return Patch(name, own=False)
+            return Patch(name)
         swaps = _planned(integration)
         _put(swaps)
         _active[name] = swaps
         for swap in swaps:
             _log.info("%s is replaced by react_fast", swap.place)
-        return Patch(name, own=True)
+        return Patch(name, swaps)
 
 
 def unpatch(name: str) -> None:
@@ -106,7 +107,7 @@ def disabled(name: str) -> bool:
 def find(name: str) -> Integration:
     """The integration of that name. Raises: ValueError that names those there are."""
     if name not in NAMES:
-        near = difflib.get_close_matches(name, NAMES, 1)
+        near = difflib.get_close_matches(str(name).lower(), NAMES, 1)
         raise ValueError(
             f"name must be one of {', '.join(NAMES)}, got {name!r}{f'; {near[0]}?' if near else ''}"
         )

@@ -2,9 +2,9 @@
 
 Replaced under every name that a module bound: `generalized_advantage_estimate`, `td_lambda_return_estimate`, their
 `vec_` twins and `vtrace_advantage_estimate`, which the estimators GAE, TDLambdaEstimator and VTrace call. The
-originals are called for gamma or lambda of more than one number, `rolling_gamma`, flags that are not bool, tensors
-of different shapes or dtypes, and under torch.compile. Log-probabilities of its TransformersWrapper:
-`torchrl_logprobs`.
+originals are called for gamma or lambda of more than one number or with a gradient, `rolling_gamma`, flags that
+are not bool, tensors that are empty, of different shapes or dtypes, and under torch.compile. Log-probabilities of
+its TransformersWrapper: `torchrl_logprobs`.
 """
 
 import functools
@@ -36,7 +36,8 @@ def _covered(
     if torch.compiler.is_compiling() or not isinstance(first, Tensor) or first.dim() < 2:
         return False
     return (
-        all(not isinstance(x, Tensor) or (x.numel() == 1 and x.device == first.device) for x in scalars)
+        first.numel() > 0
+        and all(_is_number(x, first) for x in scalars)
         and first.dtype in (torch.float32, torch.float64)
         and first.device.type in ("cpu", "cuda")
         and all(isinstance(x, Tensor) and x.shape == first.shape for x in (*floats, *flags))
@@ -44,6 +45,14 @@ def _covered(
         and all(x.dtype == torch.bool for x in flags)
         and -first.dim() <= time_dim < first.dim()
     )
+
+
+def _is_number(x: Any, like: Tensor) -> bool:
+    """Whether a discount is one number that leaves the results' dtype alone and wants no gradient."""
+    if not isinstance(x, Tensor):
+        return True
+    same = x.device == like.device and (x.dim() == 0 or x.dtype == like.dtype)
+    return x.numel() == 1 and same and not x.requires_grad
 
 
 def _gae_in_place(

@@ -47,22 +47,26 @@ def fused(
         temperature: number or [B, T] like the labels, above 0.
         return_entropy: also return the entropy of the distribution that each label is scored by.
         inputs: what the model below the head takes (attention_mask, position_ids, pixel_values, ...).
-    Returns: logp or (logp, entropy), [B, T] float32 like the labels, 0 where these are -100, and for `labels` in
-        column 0; differentiable.
-    Raises: ValueError in one line for another head, for both or none of the labels, and for PEFT's adapter_names.
+    Returns: logp or (logp, entropy), [B, T] like the labels, float32, of float64 models float64; 0 where these are
+        -100, and for `labels` in column 0; differentiable.
+    Raises: ValueError in one line for another head, for both or none of the labels, for labels of another shape
+        than the inputs or a temperature of another than theirs, and for PEFT's adapter_names.
     """
     if "adapter_names" in inputs:  # which the model below the head would take and not look at
         raise ValueError("adapter_names must be left out: all rows have the active adapters")
     if labels is not None and shift_labels is None:
-        targets, first = labels[:, 1:], 1
+        name, whole, first = "labels", labels, 1
     elif shift_labels is not None and labels is None:
-        targets, first = shift_labels, 0
+        name, whole, first = "shift_labels", shift_labels, 0
     else:
         raise ValueError(f"labels or shift_labels must be given, got {'none' if labels is None else 'both'}")
     layer = _layer_of(model)
     if isinstance(temperature, torch.Tensor):
+        _check_shape("temperature", temperature, name, whole)
         temperature = temperature[:, first:]
     hidden = layer.hidden(input_ids=input_ids, **inputs)
+    _check_shape(name, whole, "the inputs", hidden[..., 0])
+    targets = whole[:, first:]
     given = layer.projection(hidden[:, : hidden.shape[1] - first])
     options: dict[str, Any] = {
         "bias": given.bias, "logit_scale": layer.logit_scale, "softcap": layer.softcap, "temperature": temperature,
@@ -74,6 +78,11 @@ def fused(
         return pad(found, (first, 0))
     logp, entropy = (pad(x, (first, 0)) for x in found)
     return logp, entropy
+
+
+def _check_shape(name: str, x: Any, other: str, like: Any) -> None:
+    if x.shape != like.shape:
+        raise ValueError(f"{name} must be {list(like.shape)} like {other}, got {list(x.shape)}")
 
 
 class FusedHead(torch.nn.Module):

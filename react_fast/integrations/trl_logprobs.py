@@ -43,7 +43,8 @@ def fused_head(original: Any) -> Any:
                 outputs: those of the last four that are computed.
             Raises: IndexError for a target outside [0, V) on a CPU.
             """
-            if not _covered(hidden, weight, logit_scale, final_logit_softcapping, outputs):
+            covered = _covered(hidden, weight, logit_scale, final_logit_softcapping, outputs)
+            if not (covered and _is_number(temperature)):
                 return original.apply(
                     hidden, weight, bias, targets, temperature, chunk_size, final_logit_softcapping, logit_scale,
                     outputs,
@@ -117,7 +118,7 @@ def selective_log_softmax(original: Callable[..., Tensor]) -> Callable[..., Tens
     def replacement(
         logits: Tensor, index: Tensor, temperature: float = 1.0, row_mask: Maybe = None
     ) -> Tensor:
-        if not _supported(logits, index, row_mask):
+        if not (_supported(logits, index, row_mask) and _is_number(temperature)):
             return original(logits, index, temperature, row_mask)
         found = token_logprobs(logits, index, temperature=temperature, mask=row_mask)
         return found.to(_result_dtype(logits, index))
@@ -134,7 +135,8 @@ def selective_with_entropy(original: Callable[..., Any]) -> Callable[..., Any]:
         temperature: float = 1.0,
         row_mask: Maybe = None,
     ) -> tuple[Tensor, Tensor]:
-        if index.shape != logits.shape[:-1] or not _supported(logits, index, row_mask):
+        covered = _supported(logits, index, row_mask) and _is_number(temperature)
+        if not covered or index.shape != logits.shape[:-1]:
             return original(logits, index, entropy_requires_grad, temperature, row_mask)
         found = token_logprobs(logits, index, temperature=temperature, mask=row_mask, return_entropy=True)
         logp, entropy = (x.to(_result_dtype(logits, index)) for x in found)
@@ -152,6 +154,11 @@ def entropy_from_logits(original: Callable[..., Tensor]) -> Callable[..., Tensor
         return token_logprobs(logits, index, return_entropy=True)[1].to(_result_dtype(logits, index))
 
     return replacement
+
+
+def _is_number(temperature: Any) -> bool:
+    """Whether it is what TRL declares, and not a tensor."""
+    return isinstance(temperature, (int, float))
 
 
 def _supported(logits: Tensor, index: Tensor, row_mask: Maybe) -> bool:

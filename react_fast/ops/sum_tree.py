@@ -10,6 +10,7 @@ from . import _check
 from ._arrays import as_tensor
 
 Array = torch.Tensor | np.ndarray
+_MOST = 1 << 48  # leaves whose bytes still have addresses
 
 
 class SumTree:
@@ -21,7 +22,7 @@ class SumTree:
     arrays or tensors in, the same out. Pickled by its priorities.
 
     Args:
-        capacity: number of entries, at least 1.
+        capacity: number of entries, in [1, 2^48].
     Raises: TypeError for a wrong type or dtype, ValueError for a wrong shape, device or value; nothing changes.
     Source: Schaul et al. 2016 (arXiv:1511.05952), appendix B.2.1.
     """
@@ -29,8 +30,8 @@ class SumTree:
     def __init__(self, capacity: int) -> None:
         if isinstance(capacity, bool) or not isinstance(capacity, int):
             raise TypeError(f"capacity must be an int, got {type(capacity).__name__}")
-        if capacity < 1:
-            raise ValueError(f"capacity must be >= 1, got {capacity}")
+        if not 1 <= capacity <= _MOST:
+            raise ValueError(f"capacity must be in [1, {_MOST}], got {capacity}")
         self.capacity = capacity
         self._nodes = torch.zeros(_core.sum_tree_size(capacity), dtype=torch.float64, device="cpu")
         self._address = self._nodes.data_ptr()
