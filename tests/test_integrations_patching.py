@@ -224,7 +224,7 @@ def test_what_another_replaced_since_is_left(package, caplog):
     assert "peer.square was replaced again" in caplog.text
 
 
-@pytest.mark.parametrize("value", ["1", "peer", "trl, peer"])
+@pytest.mark.parametrize("value", ["1", "True", "peer", "trl, peer"])
 def test_the_environment_disables(package, monkeypatch, caplog, value):
     monkeypatch.setenv("REACT_FAST_DISABLE", value)
     with rf.patch("peer"), rf.patch("peer"):

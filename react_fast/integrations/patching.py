@@ -100,8 +100,8 @@ def is_patched(name: str) -> bool:
 
 
 def disabled(name: str) -> bool:
-    words = [word.strip() for word in os.environ.get("REACT_FAST_DISABLE", "").split(",")]
-    return name in words or "1" in words
+    words = {word.strip().lower() for word in os.environ.get("REACT_FAST_DISABLE", "").split(",")}
+    return not words.isdisjoint({name, "1", "true", "yes", "all"})
 
 
 def find(name: str) -> Integration:
