@@ -29,8 +29,8 @@
 RF_TABLES(baseline)
 #if defined(__x86_64__)
 RF_TABLES(avx2)
+#if defined(RF_AVX512)
 RF_TABLES(avx512)
-#if defined(RF_AVX512_BF16)
 RF_TABLES(avx512_bf16)
 #endif
 #endif
@@ -46,13 +46,15 @@ struct Candidate {
 const std::vector<Candidate>& candidates() {
 #if defined(__x86_64__)
   static const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+#if defined(RF_AVX512)
   static const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                              __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+#endif
   static const std::vector<Candidate> all = {
       {RF_ENTRY(baseline), true},
       {RF_ENTRY(avx2), avx2},
+#if defined(RF_AVX512)
       {RF_ENTRY(avx512), avx512},
-#if defined(RF_AVX512_BF16)
       {RF_ENTRY(avx512_bf16), avx512 && __builtin_cpu_supports("avx512bf16")},
 #endif
   };
