@@ -7,8 +7,6 @@ VENV   ?= .venv
 
 BIN := $(VENV)/bin
 RUN := $(VENV)/installed-$(TORCH)
-# Byte code is made where it is first imported: of 20,000 files few are.
-INSTALL := $(BIN)/python -m pip install --quiet --no-compile
 DEMO_DIR ?= runs/translation
 
 .PHONY: demo applications test parity bench lint clean
@@ -36,22 +34,22 @@ lint: $(RUN)
 
 $(VENV)/tools:
 	$(PYTHON) -m venv $(VENV)
-	$(INSTALL) --upgrade pip
-	$(INSTALL) cmake ninja numpy pybind11
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet cmake ninja numpy pybind11
 	@touch $@
 
 # torch comes first and pinned: a range would fetch gigabytes of CUDA libraries.
 $(RUN): $(VENV)/tools pyproject.toml CMakeLists.txt $(wildcard csrc/*) $(wildcard kernels/*.py)
-	$(INSTALL) "torch==$(TORCH)"
-	$(INSTALL) -e ".[train,tasks,triton,bench,dev]"
+	$(BIN)/python -m pip install --quiet "torch==$(TORCH)"
+	$(BIN)/python -m pip install --quiet -e ".[train,tasks,triton,bench,dev]"
 	@touch $@
 
 # What else the benchmarks and `parity` compare with; torch stays pinned. The dependencies of verl and OpenRLHF want a
 # GPU: in their place what the modules that are used import.
 $(VENV)/peers-$(TORCH): $(RUN)
-	$(INSTALL) "torch==$(TORCH)" -e ".[peers]"
-	$(INSTALL) "torch==$(TORCH)" codetiming omegaconf ray tensordict
-	$(INSTALL) --no-deps verl openrlhf
+	$(BIN)/python -m pip install --quiet "torch==$(TORCH)" -e ".[peers]"
+	$(BIN)/python -m pip install --quiet "torch==$(TORCH)" codetiming omegaconf ray tensordict
+	$(BIN)/python -m pip install --quiet --no-deps verl openrlhf
 	@touch $@
 
 clean:
