@@ -311,7 +311,6 @@ def _wrapped(rank, world, kind):
 
 
 @pytest.mark.parametrize("kind", ["DDP", "fully_shard"])
+@pytest.mark.parametrize("ranks", [2], indirect=True, scope="session")
 def test_what_wraps_modules_wraps_a_fused_head(ranks, kind):
-    if ranks.world != 2:
-        pytest.skip("two tell as much")
     ranks.run(_wrapped, kind)

@@ -134,11 +134,19 @@ PLACEMENTS = {
 }
 
 
-@pytest.mark.parametrize(("shape", "placements"), PLACEMENTS.values(), ids=PLACEMENTS)
-def test_gradient_is_placed_as_the_parameter(ranks, shape, placements):
-    if shape == "grid" and ranks.world != 4:
-        pytest.skip("a grid has four ranks")
-    ranks.run(_placed, shape, placements)
+@pytest.mark.parametrize(
+    ("ranks", "name"),
+    [
+        (world, name)
+        for name, (shape, _) in PLACEMENTS.items()
+        for world in (2, 4)
+        if (shape, world) != ("grid", 2)
+    ],
+    indirect=["ranks"],
+    scope="session",
+)
+def test_gradient_is_placed_as_the_parameter(ranks, name):
+    ranks.run(_placed, *PLACEMENTS[name])
 
 
 def _one_rank(rank, world):

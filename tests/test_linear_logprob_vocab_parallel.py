@@ -70,9 +70,8 @@ def _in_subgroup(rank, world):
     _shards(rank // 2, 2, (30, 11), "everything", groups[rank % 2])
 
 
+@pytest.mark.parametrize("ranks", [4], indirect=True, scope="session")
 def test_vocabulary_over_a_part_of_the_processes(ranks):
-    if ranks.world != 4:
-        pytest.skip("two groups of two")
     ranks.run(_in_subgroup)
 
 
