@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from react_fast.envs import Record, TextEnv
-from react_fast.envs.slots import ground_truth
+from react_fast.envs.slots import NoisyEnv, ground_truth
 from react_fast.trainer.batch import Batch
 from react_fast.trainer.rollout import Sample, SamplingParams, uniforms
 from react_fast.trainer.rollout.truncation import choose
@@ -121,13 +121,16 @@ def slots(seed: int) -> Task:
 
 
 def text(seed: int) -> Task:
-    """16 letters of 20; the reward is 1 if the prompt's word of two letters is among them, else 0."""
+    """32 letters of 20; the reward is 1 if the prompt's word of two letters is among them, else 0, and the
+    episode's judge adds noise of deviation 1.
+    """
+    characters, length = LETTERS + "".join(WORDS), 32
 
-    def reward(state: str, action: str, record: Record) -> float:
-        return float(WORDS[record.prompt] in action)
+    def quality(text: str, record: Record) -> float:
+        return float(WORDS[record.prompt] in text)
 
     def effects(batch: Batch, probabilities: torch.Tensor) -> torch.Tensor:
-        """Probability of another letter, for the letters of the word where it stands once or more."""
+        """Probability of another letter, for the letters of the word where it first stands."""
         found = torch.zeros(batch.mask.shape, dtype=torch.float64)
         for row, ids in enumerate(batch.input_ids.tolist()):
             written = "".join(characters[i] for i in ids)
@@ -136,18 +139,12 @@ def text(seed: int) -> Task:
                 found[row, place - 1 : place + 1] = 1.0
         return found * (1 - probabilities.double().gather(2, batch.targets[..., None])[..., 0])
 
-    characters = LETTERS + "".join(WORDS)
-    env = TextEnv([Record(prompt) for prompt in WORDS], reward=reward)
-    return Task(
-        env,
-        characters,
-        16,
-        100,
-        10,
-        "token_at_position",
-        lambda t, record: reward("", t, record),
-        effects,
+    env = NoisyEnv(
+        [Record(prompt) for prompt in WORDS],
+        reward=lambda state, action, record: quality(action, record),
+        deviation=1.0,
     )
+    return Task(env, characters, length, 100, 10, "token_at_position", quality, effects)
 
 
 TASKS = {"slots": slots, "text": text}

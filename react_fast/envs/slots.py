@@ -120,7 +120,7 @@ class GroundTruth:
         """
         records = [Record(self.prompt(hidden), metadata={"hidden": hidden}) for hidden in (0, 1)]
         if noisy:
-            return _NoisyEnv(records, reward=self._text_reward, deviation=self.noise)
+            return NoisyEnv(records, reward=self._text_reward, deviation=self.noise)
         return TextEnv(records, reward=self._text_reward)
 
     # ---- closed forms --------------------------------------------------------------------------------------
@@ -195,7 +195,7 @@ class GroundTruth:
         return float(on if value else 1 - on)
 
 
-class _NoisyEnv(TextEnv):
+class NoisyEnv(TextEnv):
     """Every episode's reward has an error of its own."""
 
     def __init__(self, records: Sequence[Record], *, reward: Reward, deviation: float) -> None:
