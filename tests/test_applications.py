@@ -99,7 +99,10 @@ def test_going_on_does_only_what_is_missing(made, monkeypatch):
 def test_another_configuration_is_not_taken_for_finished(made, capsys):
     words, _ = made
     assert cli.main([word for word in words if word != "--quick"]) == 2
-    assert "was finished with another configuration; choose another --out" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert "was finished with another configuration (env." in error
+    assert " -> " in error
+    assert "; choose another --out" in error
 
 
 def test_names_must_differ(capsys, tmp_path):

@@ -61,12 +61,12 @@ def applications(
 
 
 def _run(config: str | Path, folder: Path, credit: str, quick: bool, console: Console) -> dict[str, Any]:
-    changes = ["--run_dir", str(folder), "--trainer.credit", credit, *(_QUICK if quick else ())]
-    resolved = read_config(str(config), changes)
+    overrides = ["--run_dir", str(folder), "--trainer.credit", credit, *(_QUICK if quick else ())]
+    resolved = read_config(str(config), overrides)
     if (folder / RESULTS).is_file():
-        if RunFolder(folder).config() != resolved:
+        if changes := RunFolder(folder).changes(resolved):
             raise UserError(
-                f"run folder {folder} was finished with another configuration; choose another --out"
+                f"run folder {folder} was finished with another configuration ({changes[0]}); choose another --out"
             )
         console.print(f"finished: {folder}", markup=False, highlight=False)
         return json.loads((folder / RESULTS).read_text(encoding="utf-8"))

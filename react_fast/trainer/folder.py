@@ -128,6 +128,20 @@ class RunFolder:
             raise UserError(f"run {self.path} has no {CONFIG}: it is not a run folder")
         return RunConfig.from_yaml(self.path / CONFIG)
 
+    def changes(self, config: RunConfig) -> list[str]:
+        """What another configuration changes of that of the run that is here, folder apart: "key old -> new".
+
+        Raises: UserError if there is no run here.
+        """
+        after = config.model_dump()
+        return [
+            f"{section}.{key} {old!r} -> {new!r}"
+            for section, keys in self.config().model_dump().items()
+            if isinstance(keys, dict)
+            for key, old in keys.items()
+            if (new := after[section][key]) != old
+        ]
+
     def write_json(self, name: str, content: Any) -> None:
         """Replace a JSON file by one rename."""
         if not self.writes:

@@ -136,7 +136,7 @@ class _Run:
         if resume not in ("none", "auto"):
             self._take_back(Path(resume))
         if (self.folder.path / CONFIG).exists():
-            for change in _changes(self.folder.config(), self.config):
+            for change in self.folder.changes(self.config):
                 line(f"changed since the run began: {change}")
         if self.ranks.first:
             self.config.to_yaml(self.folder.path / CONFIG)
@@ -285,16 +285,6 @@ class _Run:
 
 def _answers_file(phase: str, mode: str) -> str:
     return f"answers/{phase}.{mode}.json"
-
-
-def _changes(before: RunConfig, after: RunConfig) -> list[str]:
-    return [
-        f"{section}.{key} {old!r} -> {new!r}"
-        for section, keys in before.model_dump().items()
-        if isinstance(keys, dict)
-        for key, old in keys.items()
-        if (new := after.model_dump()[section][key]) != old
-    ]
 
 
 def evaluate(path: str | Path, overrides: Sequence[str] = (), *, best: bool = False) -> dict[str, Any]:
