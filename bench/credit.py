@@ -258,7 +258,7 @@ share of the best reward in the rollouts, mean of {WINDOW} training steps of 32.
 optimiser are the same for all, and everyone has its own best learning rate of
 {", ".join(map(str, RATES))}, chosen on {len(TUNING_SEEDS)} other seeds.
 credit_floor is {FLOOR}; interventions a step and what effects are kept by stand with each task. These and the
-tasks were chosen by trying, slots on seeds 0 to 2, which are among those below, text on 1, 1000 and 1001: that
+tasks were chosen by trying, slots on seeds 0 to 2, which are among those below, text on 1 and 1000 to 1005: that
 favours causal. The environment's own noise is the same in a trajectory and in the interventions on it (reset with
 its seed). Oracle: the true effects, free; placebo: causal's credit shuffled among a trajectory's actions.
 """

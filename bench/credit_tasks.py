@@ -144,7 +144,7 @@ def text(seed: int) -> Task:
         reward=lambda state, action, record: quality(action, record),
         deviation=1.0,
     )
-    return Task(env, characters, length, 100, 10, "token_at_position", quality, effects)
+    return Task(env, characters, length, 100, 20, "token_at_position", quality, effects)
 
 
 TASKS = {"slots": slots, "text": text}
