@@ -283,7 +283,7 @@ def test_changed_in_place_is_noticed():
     hidden = leaves["hidden"] * 1.0
     logp = _call({**leaves, "hidden": hidden}, ids, options, entropy=False)
     (slope,) = torch.autograd.grad(logp.sum(), leaves["weight"], create_graph=True)
-    with pytest.raises(RuntimeError, match=r"does not require grad|once_differentiable"):
+    with pytest.raises(RuntimeError, match="can be differentiated once; compute"):
         torch.autograd.grad(slope.sum(), leaves["hidden"])
     logp = _call({**leaves, "hidden": hidden}, ids, options, entropy=False)
     with torch.no_grad():

@@ -9,6 +9,7 @@ An explicit backend that cannot run raises; `auto` never falls back silently. Th
 process (set it before starting threads), so that torch.compile can guard on it.
 """
 
+import functools
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -30,6 +31,10 @@ DTYPE = {
 
 Implementation = Callable[..., Any]
 
+_TWICE = (
+    "a fused head of react_fast can be differentiated once; compute what is differentiated twice within "
+    'react_fast.use_backend("reference")'
+)
 _SCALARS = frozenset((type(None), bool, int, float, str, list))
 _TENSORS = frozenset((torch.Tensor, torch.nn.Parameter))
 
@@ -131,6 +136,23 @@ def is_eager(x: torch.Tensor) -> bool:
 
 def _needs_grad(args: tuple) -> bool:
     return any(type(x) in _TENSORS and x.requires_grad for x in args)
+
+
+def once_differentiable(backward: Implementation) -> Implementation:
+    """torch's decorator with a line that says what to do, and also where the upstream gradient is a constant:
+    there torch's lets a penalty on the gradient vanish without a word.
+    """
+
+    @functools.wraps(backward)
+    def run(ctx: Any, *upstream: Any) -> Any:
+        with torch.no_grad():
+            found = backward(ctx, *upstream)
+        if not torch.is_grad_enabled():  # no create_graph=True
+            return found
+        refuse = torch._C._functions.DelayedError(_TWICE.encode(), len(found))
+        return refuse(*(None if x is None else x.detach().requires_grad_() for x in found))
+
+    return run
 
 
 def register(
