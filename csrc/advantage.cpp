@@ -169,7 +169,12 @@ void carry_over(const uint8_t* mask, const T* values, Real* advantages, Real* re
       carry = advantages[t];
     } else if (whole && all<0>(mask + t - kLanes)) {
       t -= kLanes;
-      for (int64_t i = t; i < t + kLanes; ++i) fill(i);
+      if constexpr (std::is_same_v<Real, float>) {
+        store(advantages + t, splat(carry));
+        store(returns + t, splat(carry) + load(values + t));
+      } else {
+        for (int64_t i = t; i < t + kLanes; ++i) fill(i);
+      }
     } else if (mask[--t]) {
       carry = advantages[t];
     } else {
@@ -286,14 +291,21 @@ void scan_backward_of(const ScanBackwardArgs& args) {
 
 // ---- masks -------------------------------------------------------------------------------------------------
 
+// The bytes are right where all are zeros and ones, and of no use elsewhere.
 template <class T>
 bool flags_of(const T* mask, int64_t count, uint8_t* flags) {
-  bool other = false;
-  for (int64_t i = 0; i < count; ++i) {
-    flags[i] = mask[i] != T(0);
-    other |= mask[i] != T(0) && mask[i] != T(1);
+  if constexpr (std::is_integral_v<T>) {
+    T bits = 0;
+    for (int64_t i = 0; i < count; ++i) bits |= mask[i], flags[i] = static_cast<uint8_t>(mask[i]);
+    return (bits & ~T(1)) == 0;
+  } else {
+    bool other = false;
+    for (int64_t i = 0; i < count; ++i) {
+      flags[i] = mask[i] != T(0);
+      other |= mask[i] != T(0) && mask[i] != T(1);
+    }
+    return !other;
   }
-  return !other;
 }
 
 bool zeros_and_ones(const void* mask, DType dtype, int64_t count, uint8_t* flags) {

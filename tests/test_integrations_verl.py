@@ -144,9 +144,7 @@ def test_a_mask_of_other_numbers_weighs_as_in_verl(verl, name, dtype, other):
     rewards, values, mask, ids = _batch()
     mask[::2, 3] = other
     more = {"gae": (0.9, 0.8), "reinforce_plus_plus": (CONFIG,)}.get(name, (ids,))
-    given = rewards, *([values] if name == "gae" else []), mask.to(dtype), *more
-    found, wanted = (held[name](*given) for held in (verl.ours, verl.theirs))
-    assert all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))
+    _same(verl, name, rewards, *([values] if name == "gae" else []), mask.to(dtype), *more)
 
 
 def test_the_registry_leads_to_ours_while_patched(verl):

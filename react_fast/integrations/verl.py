@@ -10,8 +10,9 @@
 
 Numbers and gradients are verl's to rounding, at masked places too, except that a group of equal rewards gets 0,
 where GRPO's loop divides the rounding of its mean by epsilon, and that a NaN reward is left out of its group.
-The original is called for masks of other numbers than 0 and 1, gamma or lam that are not numbers in [0, 1], fewer
-than two counting tokens, ids that are no numpy array, tensors of other dtypes or devices, and under torch.compile.
+The original is called for masks of other numbers than 0 and 1 (GRPO multiplies by them as in verl), gamma or lam
+that are not numbers in [0, 1], fewer than two counting tokens, ids that are no numpy array, tensors of other dtypes
+or devices, and under torch.compile.
 
 Where flash-attn is installed, verl calls `logprobs_from_logits_flash_attn` instead of `..._v2`; it stays, since a
 CPU cannot run it to compare; VERL_DISABLE_FLASH_ATTN_CE=1, verl's own switch, leads to `..._v2`. So do
@@ -92,6 +93,7 @@ def _whitened_in_core(
     return (advantages, returns) if done else None
 
 
+@torch.no_grad()
 def _whitened(
     rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float
 ) -> tuple[Tensor, Tensor] | None:
@@ -110,7 +112,6 @@ def gae_advantage_return(original: Callable[..., Any]) -> Callable[..., Any]:
     """Whitened advantages and returns; a masked token has those of the next counting one, as in verl."""
 
     @functools.wraps(original)
-    @torch.no_grad()
     def replacement(
         token_level_rewards: Tensor, values: Tensor, response_mask: Tensor, gamma: Any, lam: Any
     ) -> tuple[Tensor, Tensor]:
@@ -138,7 +139,7 @@ def grpo(original: Callable[..., Any]) -> Callable[..., Any]:
         token_level_rewards: Tensor, response_mask: Tensor, index: Any, epsilon: float = 1e-6,
         norm_adv_by_std_in_grpo: bool = True, config: Any = None,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
-        if _counting(token_level_rewards, response_mask, index) is None or not epsilon > 0:
+        if not (_covered(token_level_rewards, response_mask, index) and epsilon > 0):
             return original(
                 token_level_rewards, response_mask, index, epsilon, norm_adv_by_std_in_grpo, config
             )
@@ -166,7 +167,7 @@ def _of_groups(baseline: str) -> Callable[[Callable[..., Any]], Callable[..., An
             config: Any = None, **kwargs: Any,
         ) -> tuple[Tensor, Tensor]:  # fmt: skip
             counts = _counting(token_level_rewards, response_mask, index)
-            if counts is None or (baseline == "mean" and counts.sum() < 2):
+            if counts is None or (baseline == "mean" and response_mask.sum() < 2):
                 return original(token_level_rewards, response_mask, index, epsilon, config, **kwargs)
             ids = torch.from_numpy(group_numbers(index)).to(token_level_rewards.device)
             lengths = counts.sum(-1) if baseline == "length_weighted" else None
@@ -195,7 +196,7 @@ def reinforce_plus_plus(original: Callable[..., Any]) -> Callable[..., Any]:
     ) -> tuple[Tensor, Tensor]:
         gamma = getattr(config, "gamma", None)
         counts = _counting(token_level_rewards, response_mask) if _fraction(gamma) else None
-        if counts is not None and counts.sum() >= 2:
+        if counts is not None and response_mask.sum() >= 2:
             returns = discounted_returns(token_level_rewards, gamma=gamma, mask=counts)
             return whiten(returns, mask=counts), returns
         return original(token_level_rewards, response_mask, config, **kwargs)
