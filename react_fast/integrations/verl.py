@@ -11,8 +11,8 @@
 Numbers and gradients are verl's to rounding, at masked places too, except that a group of equal rewards gets 0,
 where GRPO's loop divides the rounding of its mean by epsilon, and that a NaN reward is left out of its group.
 The original is called for masks of other numbers than 0 and 1 (GRPO multiplies by them as in verl), gamma or lam
-that are not numbers in [0, 1], fewer than two counting tokens, ids that are no numpy array, tensors of other dtypes
-or devices, and under torch.compile.
+that are not numbers in [0, 1], fewer than two counting tokens, ids that are no numpy array, other dtypes or
+devices, and under torch.compile.
 
 Where flash-attn is installed, verl calls `logprobs_from_logits_flash_attn` instead of `..._v2`; it stays, since a
 CPU cannot run it to compare; VERL_DISABLE_FLASH_ATTN_CE=1, verl's own switch, leads to `..._v2`. So do

@@ -31,10 +31,6 @@ DTYPE = {
 
 Implementation = Callable[..., Any]
 
-_TWICE = (
-    "a fused head of react_fast can be differentiated once; compute what is differentiated twice within "
-    'react_fast.use_backend("reference")'
-)
 _SCALARS = frozenset((type(None), bool, int, float, str, list))
 _TENSORS = frozenset((torch.Tensor, torch.nn.Parameter))
 
@@ -138,6 +134,21 @@ def _needs_grad(args: tuple) -> bool:
     return any(type(x) in _TENSORS and x.requires_grad for x in args)
 
 
+class _Once(torch.autograd.Function):
+    """Gradients as they are, which depend on `tensors[count:]` by a derivative that nobody has."""
+
+    @staticmethod
+    def forward(ctx: Any, count: int, *tensors: torch.Tensor) -> Any:
+        return tuple(x.view_as(x) for x in tensors[:count])
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: Any) -> Any:
+        raise RuntimeError(
+            "a fused head of react_fast can be differentiated once; for second derivatives take log_softmax of "
+            'the logits, or react_fast.use_backend("reference")'
+        )
+
+
 def once_differentiable(backward: Implementation) -> Implementation:
     """torch's decorator with a line that says what to do, and also where the upstream gradient is a constant:
     there torch's lets a penalty on the gradient vanish without a word.
@@ -149,8 +160,10 @@ def once_differentiable(backward: Implementation) -> Implementation:
             found = backward(ctx, *upstream)
         if not torch.is_grad_enabled():  # no create_graph=True
             return found
-        refuse = torch._C._functions.DelayedError(_TWICE.encode(), len(found))
-        return refuse(*(None if x is None else x.detach().requires_grad_() for x in found))
+        gradients = [x.detach().requires_grad_() for x in found if x is not None]
+        sources = [x for x in (*upstream, *ctx.saved_tensors) if x is not None and x.requires_grad]
+        marked = iter(_Once.apply(len(gradients), *gradients, *sources))
+        return tuple(None if x is None else next(marked) for x in found)
 
     return run
 
