@@ -258,12 +258,17 @@ def test_rollout_buffer(isa, envs, steps, lam):
         np.testing.assert_array_equal(got, wanted)
 
 
-def test_buffers_of_other_dtypes_go_to_the_original():
-    found = []
+def test_buffers_that_the_core_cannot_read_go_to_the_original():
+    found, last, dones = [], torch.ones(3, 1), np.ones(3, dtype=bool)
     for buffer in _buffers(3, 9, 0.9):
+        with pytest.raises(ValueError, match=r"reshape|broadcast"):
+            buffer.compute_returns_and_advantage(last[:2], dones)
         buffer.values = buffer.values.astype(np.float64)
-        buffer.compute_returns_and_advantage(torch.ones(3, 1), np.ones(3, dtype=bool))
+        buffer.compute_returns_and_advantage(last, dones)
         found.append((buffer.advantages, buffer.returns))
+        buffer.advantages = buffer.advantages[:, :2]
+        with pytest.raises(ValueError, match="broadcast"):
+            buffer.compute_returns_and_advantage(last, dones)
     for theirs, ours in zip(*found, strict=True):
         assert theirs.dtype == ours.dtype
         np.testing.assert_array_equal(theirs, ours)

@@ -1,7 +1,8 @@
 """Stable-Baselines3: advantages and returns of PPO's and A2C's rollout buffers.
 
 `patch("stable_baselines3")` replaces the method for every buffer; `PPO(..., rollout_buffer_class=RolloutBuffer)`
-with the class from here does it for one. The same numbers, bit for bit. Of a PPO step it is under one percent.
+with the class from here does it for one. The same numbers, bit for bit where gamma and lambda are Python floats. Of a
+PPO step it is under one percent.
 
 `PrioritizedReplayBuffer` is a `replay_buffer_class` for DQN, with `alpha`, `beta`, `eps`, `n_steps` and `gamma` in
 `replay_buffer_kwargs`; `PrioritizedDictReplayBuffer` the same for dictionaries of observations. The `DQN` from
@@ -31,6 +32,7 @@ def advantages_into(buffer: Any, last_values: Tensor, dones: np.ndarray) -> None
         buffer: with rewards, values and episode_starts [n_steps, n_envs], gamma and gae_lambda. episode_starts[t]
             says that step t is an episode's first, so that step t - 1 was the end of one.
         last_values: [n_envs] or [n_envs, 1], value behind the last step. dones: [n_envs], whether it was an end.
+    Raises: ValueError for another number of last values or ends than environments.
     """
     steps, envs = buffer.rewards.shape
     ends = np.empty((steps, envs), dtype=bool)
@@ -48,7 +50,15 @@ def advantages_into(buffer: Any, last_values: Tensor, dones: np.ndarray) -> None
 
 
 def _covered(buffer: Any) -> bool:
-    return all(x.dtype == np.float32 for x in (buffer.rewards, buffer.values, buffer.advantages))
+    """Whether the core may read and write the arrays: it looks at addresses alone."""
+    shape = buffer.rewards.shape
+    floats = buffer.rewards, buffer.values, buffer.advantages
+    return (
+        len(shape) == 2
+        and all(x.dtype == np.float32 and x.shape == shape for x in floats)
+        and buffer.episode_starts.shape == shape
+        and buffer.advantages.flags.writeable
+    )
 
 
 def method(original: Callable[..., None]) -> Callable[..., None]:
