@@ -1,8 +1,8 @@
 """Stable-Baselines3: advantages and returns of PPO's and A2C's rollout buffers.
 
 `patch("stable_baselines3")` replaces the method for every buffer; `PPO(..., rollout_buffer_class=RolloutBuffer)`
-with the class from here does it for one. The same numbers, bit for bit where gamma and lambda are Python floats. Of a
-PPO step it is under one percent.
+with the class from here does it for one. The same numbers, bit for bit where gamma and lambda are Python floats.
+Of a PPO step it is under one percent.
 
 `PrioritizedReplayBuffer` is a `replay_buffer_class` for DQN, with `alpha`, `beta`, `eps`, `n_steps` and `gamma` in
 `replay_buffer_kwargs`; `PrioritizedDictReplayBuffer` the same for dictionaries of observations. The `DQN` from
