@@ -157,39 +157,34 @@ void for_rows(const GaeInput& in, const Body& body) {
   });
 }
 
-// One step of all rows at a time, for arrays in which neighbours are of one step.
+// Masked steps of a row take over the next counting one's advantage.
 template <class T, class Real>
-void gae_by_time(const GaeArgs& args) {
-  constexpr int64_t kBlock = 256;
-  const GaeInput& in = args.in;
-  const int64_t rows = in.sequences.rows, length = in.sequences.length;
-  const Real gamma = static_cast<Real>(in.gamma), decay = static_cast<Real>(in.gamma * in.lam);
-  const T* last = static_cast<const T*>(in.last_values);
-  parallel_for((rows + kBlock - 1) / kBlock, in.sequences.elements(), in.threads, [&](int64_t block) {
-    const int64_t first = block * kBlock, n = rows - first < kBlock ? rows - first : kBlock;
-    Real next[kBlock], carry[kBlock];
-    for (int64_t i = 0; i < n; ++i) next[i] = last != nullptr ? real(last[first + i]) : Real(0), carry[i] = 0;
-    for (int64_t t = length - 1; t >= 0; --t) {
-      const int64_t begin = t * rows + first;
-      const T* r = typed<T>(args.rewards, begin);
-      const T* v = typed<T>(in.values, begin);
-      const uint8_t* ends = from(in.terminated, begin);
-      Real* advantages = typed<Real>(args.advantages, begin);
-      Real* returns = typed<Real>(args.returns, begin);
-      for (int64_t i = 0; i < n; ++i) {
-        const Real behind = gamma * next[i] + decay * carry[i];
-        next[i] = real(v[i]);
-        carry[i] = real(r[i]) - next[i] + (ends != nullptr && ends[i] != 0 ? Real(0) : behind);
-        advantages[i] = carry[i];
-        returns[i] = carry[i] + next[i];
+void carry_over(const uint8_t* mask, const T* values, Real* advantages, Real* returns, int64_t n) {
+  Real carry = 0;
+  const auto fill = [&](int64_t t) { advantages[t] = carry, returns[t] = carry + real(values[t]); };
+  for (int64_t t = n; t > 0;) {
+    const bool whole = t >= kLanes;
+    if (whole && all<1>(mask + t - kLanes)) {
+      t -= kLanes;
+      carry = advantages[t];
+    } else if (whole && all<0>(mask + t - kLanes)) {
+      t -= kLanes;
+      if constexpr (std::is_same_v<Real, float>) {
+        store(advantages + t, splat(carry));
+        store(returns + t, splat(carry) + load(values + t));
+      } else {
+        for (int64_t i = t; i < t + kLanes; ++i) fill(i);
       }
+    } else if (mask[--t]) {
+      carry = advantages[t];
+    } else {
+      fill(t);
     }
-  });
+  }
 }
 
 template <class T, class Real>
 void gae_of(const GaeArgs& args) {
-  if (args.time_major) return gae_by_time<T, Real>(args);
   const GaeInput& in = args.in;
   const T* last = static_cast<const T*>(in.last_values);
   const Row shared(in.gamma, in.lam);
@@ -212,8 +207,8 @@ void gae_of(const GaeArgs& args) {
         for_steps(s, n, rule, watch);
       }
     };
-    if (in.lams == nullptr) return walk(shared);
-    walk(Row(in.gamma, lam));
+    walk(in.lams == nullptr ? shared : Row(in.gamma, lam));
+    if (args.carried && s.mask != nullptr) carry_over(s.mask, s.values, s.advantages, s.targets, n);
   });
 }
 
@@ -245,16 +240,10 @@ void gae_backward_of(const GaeBackwardArgs& args) {
 
 // ---- y_t = b_t + a_t y_{t+1} -------------------------------------------------------------------------------
 
-template <class T, class Real>
-Real scan_steps(const T* a, const T* b, Real* y, int64_t begin, int64_t end, Real carry) {
-  for (int64_t t = end; t-- > begin;) y[t] = carry = real(b[t]) + real(a[t]) * carry;
-  return carry;
-}
-
 template <class T>
 void scan_row(const T* a, const T* b, float* y, int64_t n, float carry) {
   const int64_t blocks = n / kLanes * kLanes;
-  carry = scan_steps(a, b, y, blocks, n, carry);
+  for (int64_t t = n; t-- > blocks;) y[t] = carry = mul_add(to_float(a[t]), carry, to_float(b[t]));
   for (int64_t t = blocks; (t -= kLanes) >= 0;) {
     const f32v found = compose(load(a + t), load(b + t), splat(carry));
     store(y + t, found);
@@ -262,7 +251,7 @@ void scan_row(const T* a, const T* b, float* y, int64_t n, float carry) {
   }
 }
 void scan_row(const double* a, const double* b, double* y, int64_t n, double carry) {
-  scan_steps(a, b, y, 0, n, carry);
+  for (int64_t t = n; t-- > 0;) y[t] = carry = b[t] + a[t] * carry;
 }
 
 template <class T, class Real>
@@ -300,6 +289,34 @@ void scan_backward_of(const ScanBackwardArgs& args) {
   });
 }
 
+// ---- masks -------------------------------------------------------------------------------------------------
+
+// The bytes are right where all are zeros and ones, and of no use elsewhere.
+template <class T>
+bool flags_of(const T* mask, int64_t count, uint8_t* flags) {
+  if constexpr (std::is_integral_v<T>) {
+    T bits = 0;
+    for (int64_t i = 0; i < count; ++i) bits |= mask[i], flags[i] = static_cast<uint8_t>(mask[i]);
+    return (bits & ~T(1)) == 0;
+  } else {
+    bool other = false;
+    for (int64_t i = 0; i < count; ++i) {
+      flags[i] = mask[i] != T(0);
+      other |= mask[i] != T(0) && mask[i] != T(1);
+    }
+    return !other;
+  }
+}
+
+bool zeros_and_ones(const void* mask, DType dtype, int64_t count, uint8_t* flags) {
+  switch (dtype) {
+    case DType::int64: return flags_of(static_cast<const int64_t*>(mask), count, flags);
+    case DType::int32: return flags_of(static_cast<const int32_t*>(mask), count, flags);
+    case DType::float64: return flags_of(static_cast<const double*>(mask), count, flags);
+    default: return flags_of(static_cast<const float*>(mask), count, flags);
+  }
+}
+
 void gae(const GaeArgs& args) { RF_BY_DTYPE(gae_of, args.in.dtype) }
 void gae_backward(const GaeBackwardArgs& args) { RF_BY_DTYPE(gae_backward_of, args.in.dtype) }
 void scan(const ScanArgs& args) { RF_BY_DTYPE(scan_of, args.dtype) }
@@ -308,7 +325,7 @@ void scan_backward(const ScanBackwardArgs& args) { RF_BY_DTYPE(scan_backward_of,
 }  // namespace
 
 extern const Advantage advantage_table;
-const Advantage advantage_table = {gae, gae_backward, scan, scan_backward};
+const Advantage advantage_table = {zeros_and_ones, gae, gae_backward, scan, scan_backward};
 
 }  // namespace RF_ISA
 }  // namespace rf

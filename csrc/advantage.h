@@ -44,7 +44,7 @@ struct GaeArgs {
   void* advantages;  // Real; null when not wanted
   void* returns;     // Real
   Moments* row_moments;  // [rows], of the advantages; null when not wanted
-  bool time_major;       // padded arrays are [length, rows] in memory; without mask, truncated, lams and moments
+  bool carried;          // masked steps get the advantage of the next counting one (0 behind the last), A + V returned
 };
 
 struct GaeBackwardArgs {
@@ -82,6 +82,8 @@ struct ScanBackwardArgs {
 };
 
 struct Advantage {
+  // Whether a mask of int32, int64, float32 or float64 holds zeros and ones alone; `flags` is it in bytes.
+  bool (*zeros_and_ones)(const void* mask, DType dtype, int64_t count, uint8_t* flags);
   void (*gae)(const GaeArgs&);
   void (*gae_backward)(const GaeBackwardArgs&);
   void (*scan)(const ScanArgs&);

@@ -1,7 +1,6 @@
 // react_fast._core: the hot paths on raw memory. Pointers are integers (torch.Tensor.data_ptr(), or
 // ndarray.ctypes.data), 0 for an absent array; strides count elements; dtypes are the tags of dtype.h. Nothing
 // is checked here: react_fast.ops refuses bad input before it calls. Every call releases the GIL.
-#include <array>
 #include <vector>
 
 #include "bind.h"
@@ -9,6 +8,7 @@
 #include "isa.h"
 #include "moments.h"
 
+void bind_advantage(py::module_& m);     // bind_advantage.cpp
 void bind_policy_loss(py::module_& m);  // bind_policy_loss.cpp
 void bind_q_learning(py::module_& m);   // bind_q_learning.cpp
 void bind_sum_tree(py::module_& m);     // bind_sum_tree.cpp
@@ -100,133 +100,6 @@ void bind_linear_logprob(py::module_& m) {
 
 bool bounds_rise(Address bounds, int64_t count, int64_t total) {
   return rf::bounds_rise(at<int64_t>(bounds), count, total);
-}
-
-// ---- advantage ---------------------------------------------------------------------------------------------
-
-rf::GaeInput gae_input(Address values, Address last_values, Address bootstrap_values, Address terminated,
-                       Address truncated, Address mask, Address lams, Address offsets, int64_t rows, int64_t length,
-                       int dtype, double gamma, double lam, int threads) {
-  return {at(values), at(last_values), at(bootstrap_values), at<uint8_t>(terminated), at<uint8_t>(truncated),
-          at<uint8_t>(mask), at<double>(lams), {at<int64_t>(offsets), rows, length}, rf::DType(dtype), gamma, lam,
-          threads};
-}
-
-// Returns the advantages' (count, mean, M2) if they are wanted, else zeros.
-std::array<double, 3> gae(Address rewards, Address values, Address last_values, Address bootstrap_values,
-                          Address terminated, Address truncated, Address mask, Address lams, Address offsets,
-                          int64_t rows, int64_t length, int dtype, double gamma, double lam, Address advantages,
-                          Address returns, bool want_moments, bool time_major, int threads) {
-  py::gil_scoped_release release;
-  std::vector<rf::Moments> of_rows(want_moments ? static_cast<std::size_t>(rows) : 0);
-  const auto in = gae_input(values, last_values, bootstrap_values, terminated, truncated, mask, lams, offsets, rows,
-                            length, dtype, gamma, lam, threads);
-  rf::kernels().advantage->gae(
-      {in, at(rewards), at(advantages), at(returns), want_moments ? of_rows.data() : nullptr, time_major});
-  rf::Moments total{0, 0, 0};
-  for (const rf::Moments& row : of_rows) total = rf::merge(total, row);
-  return {total.count, total.mean, total.m2};
-}
-
-void gae_backward(Address d_advantages, Address d_returns, Address terminated, Address truncated, Address mask,
-                  Address lams, Address offsets, int64_t rows, int64_t length, int dtype, double gamma, double lam,
-                  Address d_rewards, Address d_values, Address d_last_values, Address d_bootstrap_values,
-                  int threads) {
-  py::gil_scoped_release release;
-  const auto in = gae_input(0, 0, 0, terminated, truncated, mask, lams, offsets, rows, length, dtype, gamma, lam,
-                            threads);
-  rf::kernels().advantage->gae_backward({in, at(d_advantages), at(d_returns), at(d_rewards), at(d_values),
-                                         at(d_last_values), at(d_bootstrap_values)});
-}
-
-void reverse_linear_scan(Address a, Address b, Address init, Address offsets, int64_t rows, int64_t length, int dtype,
-                         Address out, int threads) {
-  py::gil_scoped_release release;
-  rf::kernels().advantage->scan(
-      {at(a), at(b), at(init), {at<int64_t>(offsets), rows, length}, rf::DType(dtype), at(out), threads});
-}
-
-void reverse_linear_scan_backward(Address a, Address y, Address init, Address upstream, Address offsets, int64_t rows,
-                                  int64_t length, int dtype, Address d_a, Address d_b, Address d_init, int threads) {
-  py::gil_scoped_release release;
-  rf::kernels().advantage->scan_backward({at(a), at(y), at(init), at(upstream), {at<int64_t>(offsets), rows, length},
-                                          rf::DType(dtype), at(d_a), at(d_b), at(d_init), threads});
-}
-
-void group_advantages(Address rewards, Address groups, Address valid, Address upstream, Address aside, int64_t count,
-                      int baseline, int scale, bool raw_singleton, double eps, double ddof, double min_std,
-                      Address out) {
-  py::gil_scoped_release release;
-  rf::group_advantages({at<double>(rewards), at<int64_t>(groups), at<uint8_t>(valid), at<double>(upstream),
-                        at<double>(aside), count, baseline, scale, raw_singleton, eps, ddof, min_std,
-                        at<double>(out)});
-}
-
-std::array<double, 3> moments(Address x, Address mask, int dtype, int64_t count, int threads) {
-  py::gil_scoped_release release;
-  const rf::Moments m =
-      rf::kernels().whiten->moments({at(x), at<uint8_t>(mask), rf::DType(dtype), count, threads});
-  return {m.count, m.mean, m.m2};
-}
-
-std::array<double, 3> merge_moments(std::array<double, 3> a, std::array<double, 3> b) {
-  const rf::Moments m = rf::merge({a[0], a[1], a[2]}, {b[0], b[1], b[2]});
-  return {m.count, m.mean, m.m2};
-}
-
-void whiten(Address x, Address mask, int dtype, int64_t count, double shift, double scale, double offset,
-            Address out, int threads) {
-  py::gil_scoped_release release;
-  rf::kernels().whiten->whiten(
-      {at(x), at<uint8_t>(mask), rf::DType(dtype), count, shift, scale, offset, at(out), threads});
-}
-
-// Returns (sum g, sum g (x - mean)) over counting elements.
-std::array<double, 2> whiten_sums(Address x, Address mask, Address upstream, int dtype, int64_t count, double mean,
-                                  int threads) {
-  py::gil_scoped_release release;
-  std::array<double, 2> sums;
-  rf::kernels().whiten->whiten_sums({at(x), at<uint8_t>(mask), at(upstream), rf::DType(dtype), count, mean, 0, 0,
-                                        0, nullptr, threads}, sums.data());
-  return sums;
-}
-
-void whiten_backward(Address x, Address mask, Address upstream, int dtype, int64_t count, double mean, double slope,
-                     double constant, double linear, Address d_x, int threads) {
-  py::gil_scoped_release release;
-  rf::kernels().whiten->whiten_backward({at(x), at<uint8_t>(mask), at(upstream), rf::DType(dtype), count, mean,
-                                            slope, constant, linear, at(d_x), threads});
-}
-
-void carry_whitened(Address values, Address mask, Address advantages, Address returns, int dtype, int64_t rows,
-                    int64_t length, double shift, double scale, int threads) {
-  py::gil_scoped_release release;
-  rf::kernels().whiten->carry_whitened({at(values), at<uint8_t>(mask), at(advantages), at(returns), rf::DType(dtype),
-                                        rows, length, shift, scale, threads});
-}
-
-void bind_advantage(py::module_& m) {
-  m.def("gae", &gae, "rewards"_a, "values"_a, "last_values"_a, "bootstrap_values"_a, "terminated"_a, "truncated"_a,
-        "mask"_a, "lams"_a, "offsets"_a, "rows"_a, "length"_a, "dtype"_a, "gamma"_a, "lam"_a, "advantages"_a,
-        "returns"_a, "want_moments"_a, "time_major"_a, "threads"_a);
-  m.def("gae_backward", &gae_backward, "d_advantages"_a, "d_returns"_a, "terminated"_a, "truncated"_a, "mask"_a,
-        "lams"_a, "offsets"_a, "rows"_a, "length"_a, "dtype"_a, "gamma"_a, "lam"_a, "d_rewards"_a, "d_values"_a,
-        "d_last_values"_a, "d_bootstrap_values"_a, "threads"_a);
-  m.def("reverse_linear_scan", &reverse_linear_scan, "a"_a, "b"_a, "init"_a, "offsets"_a, "rows"_a, "length"_a,
-        "dtype"_a, "out"_a, "threads"_a);
-  m.def("reverse_linear_scan_backward", &reverse_linear_scan_backward, "a"_a, "y"_a, "init"_a, "upstream"_a,
-        "offsets"_a, "rows"_a, "length"_a, "dtype"_a, "d_a"_a, "d_b"_a, "d_init"_a, "threads"_a);
-  m.def("group_advantages", &group_advantages, "rewards"_a, "groups"_a, "valid"_a, "upstream"_a, "aside"_a, "count"_a,
-        "baseline"_a, "scale"_a, "raw_singleton"_a, "eps"_a, "ddof"_a, "min_std"_a, "out"_a);
-  m.def("moments", &moments, "x"_a, "mask"_a, "dtype"_a, "count"_a, "threads"_a);
-  m.def("merge_moments", &merge_moments, "a"_a, "b"_a);
-  m.def("whiten", &whiten, "x"_a, "mask"_a, "dtype"_a, "count"_a, "shift"_a, "scale"_a, "offset"_a, "out"_a,
-        "threads"_a);
-  m.def("whiten_sums", &whiten_sums, "x"_a, "mask"_a, "upstream"_a, "dtype"_a, "count"_a, "mean"_a, "threads"_a);
-  m.def("whiten_backward", &whiten_backward, "x"_a, "mask"_a, "upstream"_a, "dtype"_a, "count"_a, "mean"_a,
-        "slope"_a, "constant"_a, "linear"_a, "d_x"_a, "threads"_a);
-  m.def("carry_whitened", &carry_whitened, "values"_a, "mask"_a, "advantages"_a, "returns"_a, "dtype"_a, "rows"_a,
-        "length"_a, "shift"_a, "scale"_a, "threads"_a);
 }
 
 // ---- off_policy --------------------------------------------------------------------------------------------

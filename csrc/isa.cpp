@@ -9,6 +9,7 @@
   extern const Logprob logprob_table;         \
   extern const LinearLogprob linear_logprob_table; \
   extern const Advantage advantage_table;     \
+  extern const PlainAdvantage plain_advantage_table; \
   extern const OffPolicy off_policy_table;    \
   extern const PolicyLoss policy_loss_table;  \
   extern const Attribution attribution_table; \
@@ -22,8 +23,8 @@
 #define RF_ENTRY(isa)                                                          \
   {                                                                            \
     #isa, &isa::logprob_table, &isa::linear_logprob_table, &isa::advantage_table, \
-        &isa::off_policy_table, &isa::policy_loss_table, &isa::attribution_table, &isa::q_learning_table, \
-        &isa::q_loss_table, &isa::stream_table, &isa::whiten_table                                        \
+        &isa::plain_advantage_table, &isa::off_policy_table, &isa::policy_loss_table, &isa::attribution_table, \
+        &isa::q_learning_table, &isa::q_loss_table, &isa::stream_table, &isa::whiten_table                     \
   }
 
 RF_TABLES(baseline)

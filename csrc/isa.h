@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "advantage.h"
+#include "advantage_plain.h"
 #include "attribution.h"
 #include "linear_logprob.h"
 #include "logprob.h"
@@ -28,6 +29,7 @@ struct Kernels {
   const Logprob* logprob;
   const LinearLogprob* linear_logprob;
   const Advantage* advantage;
+  const PlainAdvantage* plain_advantage;
   const OffPolicy* off_policy;
   const PolicyLoss* policy_loss;
   const Attribution* attribution;

@@ -5,7 +5,7 @@
 #include <cmath>
 
 #include "logprob.h"
-#include "simd.h"
+#include "exp.h"
 
 namespace rf {
 namespace RF_ISA {

@@ -15,6 +15,7 @@
 
 #include <cmath>
 
+#include "exp.h"
 #include "memory.h"
 #include "parallel.h"
 #include "steps.h"

@@ -9,7 +9,7 @@
 #include "lane_flags.h"
 #include "parallel.h"
 #include "policy_loss.h"
-#include "simd.h"
+#include "exp.h"
 
 // The compiler finds the functions of a long loop too large to inline; each call would spill the running sums.
 #define RF_INLINE __attribute__((always_inline)) inline

@@ -10,7 +10,7 @@
 
 #include "n_step.h"
 #include "parallel.h"
-#include "simd.h"
+#include "exp.h"
 
 namespace rf {
 namespace RF_ISA {

@@ -208,48 +208,6 @@ void whiten_backward_of(const WhitenBackwardArgs& args) {
   });
 }
 
-// ---- masked steps that take over the next counting one's advantage ------------------------------------------------
-
-template <class Real>
-void carry_row(const uint8_t* mask, Real* x, int64_t n) {
-  Real carry = 0;
-  for (int64_t t = n; t > 0;) {
-    const bool whole = t >= kLanes;
-    if (whole && all<1>(mask + t - kLanes)) {
-      t -= kLanes;
-      carry = x[t];
-    } else if (whole && all<0>(mask + t - kLanes)) {
-      t -= kLanes;
-      for (int64_t i = 0; i < kLanes; ++i) x[t + i] = carry;
-    } else {
-      --t;
-      carry = mask[t] ? x[t] : carry;
-      x[t] = carry;
-    }
-  }
-}
-
-template <class Real>
-void carry_whitened_of(const CarryWhitenedArgs& args) {
-  const Real shift = static_cast<Real>(args.shift), scale = static_cast<Real>(args.scale);
-  parallel_for(args.rows, args.rows * args.length, args.threads, [&](int64_t row) {
-    const int64_t begin = row * args.length;
-    const Real* values = typed<Real>(args.values, begin);
-    Real* advantages = typed<Real>(args.advantages, begin);
-    Real* returns = typed<Real>(args.returns, begin);
-    carry_row(args.mask + begin, advantages, args.length);
-    for (int64_t t = 0; t < args.length; ++t) {
-      returns[t] = advantages[t] + values[t];
-      advantages[t] = (advantages[t] - shift) * scale;
-    }
-  });
-}
-
-void carry_whitened(const CarryWhitenedArgs& args) {
-  if (args.dtype == DType::float64) return carry_whitened_of<double>(args);
-  carry_whitened_of<float>(args);
-}
-
 void whiten(const WhitenArgs& args) { RF_BY_DTYPE(whiten_of, args.dtype) }
 Moments moments(const MomentsArgs& args) { RF_BY_DTYPE(moments_of, args.dtype) }
 void whiten_backward(const WhitenBackwardArgs& args) { RF_BY_DTYPE(whiten_backward_of, args.dtype) }
@@ -263,7 +221,7 @@ void whiten_sums(const WhitenBackwardArgs& args, double out[2]) {
 }  // namespace
 
 extern const Whiten whiten_table;
-const Whiten whiten_table = {moments, whiten, whiten_sums, whiten_backward, carry_whitened};
+const Whiten whiten_table = {moments, whiten, whiten_sums, whiten_backward};
 
 }  // namespace RF_ISA
 }  // namespace rf

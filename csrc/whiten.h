@@ -35,25 +35,12 @@ struct MomentsArgs {
   int threads;
 };
 
-// Advantages of which masked steps take over the next counting one's, then whitened; returns are A + V before that.
-struct CarryWhitenedArgs {
-  const void* values;   // dtype, float32 or float64, as the next two
-  const uint8_t* mask;
-  void* advantages;     // in place
-  void* returns;
-  DType dtype;
-  int64_t rows, length;
-  double shift, scale;  // A <- (A - shift) * scale
-  int threads;
-};
-
 struct Whiten {
   Moments (*moments)(const MomentsArgs&);
   void (*whiten)(const WhitenArgs&);  // out may be x
   // sum g and sum g (x - mean) over counting elements.
   void (*whiten_sums)(const WhitenBackwardArgs&, double out[2]);
   void (*whiten_backward)(const WhitenBackwardArgs&);
-  void (*carry_whitened)(const CarryWhitenedArgs&);
 };
 
 }  // namespace rf

@@ -78,7 +78,6 @@ def gae(
     advantages: int,
     returns: int,
     want_moments: int,
-    time_major: int,
     threads: int,
 ) -> list[float]: ...
 def gae_backward(
@@ -161,16 +160,48 @@ def whiten_backward(
     d_x: int,
     threads: int,
 ) -> None: ...
-def carry_whitened(
+def zeros_and_ones(mask: int, dtype: int, count: int, flags: int) -> bool: ...
+def gae_carried_whitened(
+    rewards: int,
     values: int,
     mask: int,
-    advantages: int,
-    returns: int,
-    dtype: int,
+    mask_dtype: int,
     rows: int,
     length: int,
-    shift: float,
-    scale: float,
+    dtype: int,
+    gamma: float,
+    lam: float,
+    eps: float,
+    advantages: int,
+    returns: int,
+    threads: int,
+) -> bool: ...
+def gae_by_time(
+    rewards: int,
+    values: int,
+    last_values: int,
+    terminated: int,
+    rows: int,
+    length: int,
+    dtype: int,
+    gamma: float,
+    decay: float,
+    advantages: int,
+    returns: int,
+    threads: int,
+) -> None: ...
+def gae_ahead(
+    rewards: int,
+    values: int,
+    next_values: int,
+    terminated: int,
+    done: int,
+    rows: int,
+    length: int,
+    gamma: float,
+    decay: float,
+    advantages: int,
+    returns: int,
     threads: int,
 ) -> None: ...
 

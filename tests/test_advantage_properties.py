@@ -184,3 +184,19 @@ def test_long_off_policy_rows_keep_their_digits():
         )
         for x, y in zip(found, exact, strict=True):
             assert float((x - y).abs().max() / y.abs().max()) < bound
+
+
+@pytest.mark.parametrize("lam", [0.0, 0.9, 0.95, 1.0])
+@pytest.mark.parametrize("rows", [1, 3])
+def test_where_rewards_and_values_cancel_units_in_the_values_last_place_stay(isa, rows, lam):
+    """m and G round in three operations each; sums of delta, as over transposes, round nothing here."""
+    value = 0.7
+    values, ends = torch.full((rows, 192), value), torch.zeros(rows, 192, dtype=torch.bool)
+    ends[:, 63::64] = True
+    rewards = torch.where(ends, value, 0.0)
+    options = {"gamma": 1.0, "lam": lam, "terminated": ends}
+    unit = torch.finfo(torch.float32).eps / 2  # of numbers in [0.5, 1)
+    assert float(rf.gae(rewards, values, **options)[0].abs().max()) <= 4 * unit
+    out = tuple(torch.empty(192, rows).t() for _ in range(2))
+    if rows > 1:  # of one row the transpose is the row
+        assert not rf.gae(rewards, values, out=out, **options)[0].any()

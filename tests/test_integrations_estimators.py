@@ -109,6 +109,23 @@ def test_without_gradient_the_numbers_are_bitwise_those_with_one(torchrl, shape,
     assert all(torch.equal(x, kept[key]) for key, x in given.items())
 
 
+@pytest.mark.parametrize("steps", [3, 64, 67])  # less than a vector, whole ones, a rest
+@pytest.mark.parametrize("ends", [(), (1,), (2, 40)], ids=len)  # vectors without an end, too
+def test_in_the_core_the_bits_are_those_of_the_scan(torchrl, isa, steps, ends):
+    given = _given(NAMES[0], (5, steps, 1))
+    for name, shift in (("done", 0), ("terminated", 1)):
+        given[name] = torch.zeros(5, steps, 1, dtype=torch.bool)
+        for i in ends[shift:]:
+            given[name][i % 5, min(i, steps - 1)] = True
+    given["next_state_value"].detach()[given["terminated"]] = float("nan")  # nothing is read behind an end
+    wanted = torchrl.ours[NAMES[0]](0.97, 0.9, **given)
+    with torch.no_grad():
+        found = torchrl.ours[NAMES[0]](0.97, 0.9, **given)
+    for got, expected in zip(found, wanted, strict=True):
+        assert torch.equal(got, expected.detach())
+        assert bool(got.isfinite().all())
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_without_termination_done_ends_the_value_too(torchrl, name):
     given = _given(name)
@@ -177,8 +194,8 @@ def test_torchrl_s_gae_module_is_live(torchrl, monkeypatch):
     )
     module = torchrl.advantages.GAE(gamma=0.99, lmbda=0.95, value_network=critic)
     wanted = module(data.clone())["advantage"]
-    calls, scan = [], ours.reverse_linear_scan
-    monkeypatch.setattr(ours, "reverse_linear_scan", lambda *x, **k: calls.append(1) or scan(*x, **k))
+    calls, core = [], ours._core.gae_ahead
+    monkeypatch.setattr(ours._core, "gae_ahead", lambda *x: calls.append(1) or core(*x))
     with rf.patch("torchrl"):
         calls.clear()
         got = module(data.clone())["advantage"]
@@ -192,8 +209,8 @@ def test_ppo_of_torchrl_trains_the_same(torchrl, monkeypatch):
 
     small = {"batches": 1, "frames": 64, "epochs": 3, "size": 32}
     wanted = torchrl_ppo(**small)()
-    calls, scan = [], ours.reverse_linear_scan
-    monkeypatch.setattr(ours, "reverse_linear_scan", lambda *x, **k: calls.append(1) or scan(*x, **k))
+    calls, core = [], ours._core.gae_ahead
+    monkeypatch.setattr(ours._core, "gae_ahead", lambda *x: calls.append(1) or core(*x))
     with rf.patch("torchrl"):
         calls.clear()
         got = torchrl_ppo(**small)()
@@ -227,9 +244,9 @@ def _buffers(envs, steps, lam):
         yield buffer
 
 
-@pytest.mark.parametrize(("envs", "steps"), [(1, 1), (1, 9), (5, 33)])
+@pytest.mark.parametrize(("envs", "steps"), [(1, 1), (1, 9), (5, 33), (64, 9), (300, 7)])  # 256 at a time
 @pytest.mark.parametrize("lam", [0.0, 0.95, 1.0])
-def test_rollout_buffer(envs, steps, lam):
+def test_rollout_buffer(isa, envs, steps, lam):
     last, dones = torch.randn(envs, 1), np.arange(envs) % 2 == 1
     theirs, ours = _buffers(envs, steps, lam)
     for buffer in (theirs, ours):
@@ -238,7 +255,23 @@ def test_rollout_buffer(envs, steps, lam):
         got, wanted = getattr(ours, name), getattr(theirs, name)
         assert got.dtype == wanted.dtype == np.float32
         assert got.flags.c_contiguous
-        np.testing.assert_allclose(got, wanted, rtol=0, atol=2e-5)
+        np.testing.assert_array_equal(got, wanted)
+
+
+def test_buffers_that_the_core_cannot_read_go_to_the_original():
+    found, last, dones = [], torch.ones(3, 1), np.ones(3, dtype=bool)
+    for buffer in _buffers(3, 9, 0.9):
+        with pytest.raises(ValueError, match=r"reshape|broadcast"):
+            buffer.compute_returns_and_advantage(last[:2], dones)
+        buffer.values = buffer.values.astype(np.float64)
+        buffer.compute_returns_and_advantage(last, dones)
+        found.append((buffer.advantages, buffer.returns))
+        buffer.advantages = buffer.advantages[:, :2]
+        with pytest.raises(ValueError, match="broadcast"):
+            buffer.compute_returns_and_advantage(last, dones)
+    for theirs, ours in zip(*found, strict=True):
+        assert theirs.dtype == ours.dtype
+        np.testing.assert_array_equal(theirs, ours)
 
 
 @pytest.mark.parametrize("algorithm", ["PPO", "A2C"])

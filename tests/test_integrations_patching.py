@@ -138,6 +138,33 @@ def test_contexts_nest_and_the_outermost_takes_back(package):
     rf.unpatch("peer")  # of what is not patched: nothing
 
 
+def test_a_context_that_is_entered_again_patches_again(package):
+    context = rf.patch("peer")
+    for _ in range(2):
+        with context:
+            assert package.peer.double is not Theirs.double
+            with context:
+                assert is_patched("peer")
+            assert is_patched("peer")  # left by the outer of the two
+        assert package.peer.double is Theirs.double is package.user.twice
+    with context:
+        rf.unpatch("peer")
+        with context:
+            assert package.peer.double is not Theirs.double
+    assert package.peer.double is Theirs.double
+
+
+def test_a_context_entered_again_within_another_s_patch_leaves_it(package):
+    context = rf.patch("peer")
+    with context:
+        pass
+    with rf.patch("peer"):
+        with context:
+            pass
+        assert is_patched("peer")
+    assert package.peer.double is Theirs.double
+
+
 def _another_signature(package):
     package.peer.square = lambda x, more=1: x * x * more
 

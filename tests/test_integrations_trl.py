@@ -133,6 +133,14 @@ def test_head_without_rows_keeps_the_graph(replacements, originals):
     _assert_same(ours, theirs, 0)
 
 
+def test_a_penalty_on_the_gradient_is_refused_in_one_line(replacements):
+    given, ids = _inputs()
+    logp = replacements.head.apply(*given.values(), ids, 1.0, 16, None, 1.0, ALL)[0]
+    (slope,) = torch.autograd.grad(logp.sum(), given["hidden"], create_graph=True)
+    with pytest.raises(RuntimeError, match=r"^a fused head of react_fast can be differentiated once; .*$"):
+        slope.square().sum().backward()
+
+
 def test_the_first_of_equal_logits_is_the_top(replacements, originals):
     given, _ = _inputs()
     weight = given["weight"].detach().clone()

@@ -137,6 +137,16 @@ def test_what_ours_does_not_cover_goes_to_the_original(verl):
     assert torch.equal(found, wanted)
 
 
+@pytest.mark.parametrize("name", ["gae", *ESTIMATORS])
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int32, torch.float32], ids=str)
+@pytest.mark.parametrize("other", [2, -1, 3])
+def test_a_mask_of_other_numbers_weighs_as_in_verl(verl, name, dtype, other):
+    rewards, values, mask, ids = _batch()
+    mask[::2, 3] = other
+    more = {"gae": (0.9, 0.8), "reinforce_plus_plus": (CONFIG,)}.get(name, (ids,))
+    _same(verl, name, rewards, *([values] if name == "gae" else []), mask.to(dtype), *more)
+
+
 def test_the_registry_leads_to_ours_while_patched(verl):
     before = verl.algos.get_adv_estimator_fn("rloo")
     with rf.patch("verl"):
@@ -307,3 +317,5 @@ def test_the_registered_loss_refuses_a_rank_that_knows_no_whole(verl, plugin):
     advantages, logp, mask, _ = _batch()
     with pytest.raises(ValueError, match="global_batch_info must hold"):
         verl.algos.get_policy_loss_fn("react_fast")(logp, logp, advantages, mask, "token-mean", config)
+    with pytest.raises(ValueError, match=r"response_mask must hold 0 and 1 alone.*vanilla$"):
+        verl.algos.get_policy_loss_fn("react_fast")(logp, logp, advantages, 2 * mask, "token-mean", config)

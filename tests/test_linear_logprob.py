@@ -283,13 +283,29 @@ def test_changed_in_place_is_noticed():
     hidden = leaves["hidden"] * 1.0
     logp = _call({**leaves, "hidden": hidden}, ids, options, entropy=False)
     (slope,) = torch.autograd.grad(logp.sum(), leaves["weight"], create_graph=True)
-    with pytest.raises(RuntimeError, match=r"does not require grad|once_differentiable"):
+    with pytest.raises(RuntimeError, match="can be differentiated once; for second"):
         torch.autograd.grad(slope.sum(), leaves["hidden"])
     logp = _call({**leaves, "hidden": hidden}, ids, options, entropy=False)
     with torch.no_grad():
         hidden.mul_(2)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         logp.sum().backward()
+
+
+@pytest.mark.parametrize("of", ["hidden", "weight"])
+def test_a_penalty_on_the_gradient_is_refused_and_not_forgotten(of):
+    """Its upstream is a constant: torch's once_differentiable would hand over a gradient without history."""
+    leaves, ids, options = _case((5, 4, 20), "plain")
+    slopes = []
+    for backend in ("auto", "reference"):
+        with rf.use_backend(backend):
+            logp = _call(leaves, ids, options, entropy=False)
+            slopes += torch.autograd.grad(logp.sum(), leaves[of], create_graph=True)
+    torch.testing.assert_close(*slopes)
+    with pytest.raises(RuntimeError, match="can be differentiated once; for second"):
+        slopes[0].square().sum().backward()
+    slopes[1].square().sum().backward()
+    assert leaves["hidden"].grad.abs().sum() > 0
 
 
 def test_autocast():

@@ -135,7 +135,7 @@ def test_changed_in_place_is_noticed_and_no_second_order():
     hidden = leaves["hidden"] * 1.0
     logp, _ = call({**leaves, "hidden": hidden}, ids, options)
     (slope,) = torch.autograd.grad(logp.sum(), leaves["weight"], create_graph=True)
-    with pytest.raises(RuntimeError, match=r"does not require grad|once_differentiable"):
+    with pytest.raises(RuntimeError, match="can be differentiated once; for second"):
         torch.autograd.grad(slope.sum(), leaves["hidden"])
     logp, _ = call({**leaves, "hidden": hidden}, ids, options)
     with torch.no_grad():

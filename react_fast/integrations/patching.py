@@ -33,19 +33,26 @@ _told: set[str] = set()
 
 
 class Patch:
-    """What `patch` returns; leaving it as a context takes back what that call replaced."""
+    """What `patch` returns. As a context it patches where nothing is patched, so that it can be entered again;
+    leaving it, or the outermost of several, takes back what it replaced, and nothing that another call did.
+    """
 
-    def __init__(self, name: str, swaps: list[_Swap] | None = None) -> None:
-        self.name, self._swaps = name, swaps
+    def __init__(self, name: str, swaps: list[_Swap] | None) -> None:
+        self.name, self._swaps, self._depth = name, swaps, 0
 
     def __enter__(self) -> "Patch":
+        with _lock:
+            self._swaps = _patched(self.name) or self._swaps
+            self._depth += 1
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         with _lock:
-            if self._swaps is not None and _active.get(self.name) is self._swaps:
+            self._depth -= 1
+            own = self._swaps is not None and _active.get(self.name) is self._swaps
+            if own and self._depth == 0:
                 unpatch(self.name)
 
 
@@ -57,27 +64,33 @@ def patch(name: str) -> Patch:
 
     Args:
         name: one of NAMES, "trl" for example; `react-fast info --integrations` lists what each replaces.
-    Returns: a context manager that need not be used. Patching what is patched changes nothing.
+    Returns: a context manager that need not be used, and can be used again: entering it patches anew what was
+        taken back. Patching what is patched changes nothing.
     Raises: PatchError (a RuntimeError) in one line, with everything left as it was: package missing, another
         version or signature, an attribute that is gone, other numbers. ValueError for a name without integration.
 
     Where the environment has REACT_FAST_DISABLE=1, or this name in it (a list with commas), nothing is replaced.
     """
     with _lock:
-        integration = find(name)
-        if disabled(name):
-            if name not in _told:
-                _told.add(name)
-                _log.warning("%s is left as it is: REACT_FAST_DISABLE", name)
-            return Patch(name)
-        if name in _active:
-            return Patch(name)
-        swaps = _planned(integration)
-        _put(swaps)
-        _active[name] = swaps
-        for swap in swaps:
-            _log.info("%s is replaced by react_fast", swap.place)
-        return Patch(name, swaps)
+        return Patch(name, _patched(name))
+
+
+def _patched(name: str) -> list[_Swap] | None:
+    """What is replaced now; None where that was before, or is not wanted."""
+    integration = find(name)
+    if disabled(name):
+        if name not in _told:
+            _told.add(name)
+            _log.warning("%s is left as it is: REACT_FAST_DISABLE", name)
+        return None
+    if name in _active:
+        return None
+    swaps = _planned(integration)
+    _put(swaps)
+    _active[name] = swaps
+    for swap in swaps:
+        _log.info("%s is replaced by react_fast", swap.place)
+    return swaps
 
 
 def unpatch(name: str) -> None:

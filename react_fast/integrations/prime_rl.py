@@ -27,16 +27,13 @@ from typing import Any
 
 import torch
 
-from ..ops._linear_logprob_op import Eager
 from ..ops._objectives import OBJECTIVES
-from ..ops.backend import use_reference
-from ..ops.linear_logprob import checked, is_eager
 from ..ops.policy_loss import policy_loss
 from .cases import numbers, pulled
+from .fused_head import can_run, head_logprobs, one_dtype
 from .points import Case, Integration, Point
 
 Tensor = torch.Tensor
-_DEVICES = ("cpu", "cuda")
 
 
 def fused_head(original: Any) -> Any:
@@ -55,22 +52,12 @@ def fused_head(original: Any) -> Any:
             Args:
                 hidden: [N, H]. weight: [V, H]. labels: [N] int64 in [0, V). inv_temperature: [N] float above 0.
             """
-            ours = (
-                hidden.device.type in _DEVICES
-                and hidden.dtype != torch.float64
-                and hidden.dtype == weight.dtype
-                and type(weight) in (Tensor, torch.nn.Parameter)
-                and labels.dtype in (torch.int32, torch.int64)
-                and is_eager(hidden)
-                and not use_reference()
-            )
-            if not ours:
+            ours = can_run(hidden, weight) and one_dtype(hidden, weight)
+            if not ours or labels.dtype not in (torch.int32, torch.int64):
                 return original.apply(hidden, weight, labels, inv_temperature, chunk_size, *softcap)
-            cap = softcap[0] if softcap else None
-            given = checked(hidden, weight, labels, None, 1.0, cap, inv_temperature.reciprocal(), None, False)
-            logp, entropy, _ = Eager.apply(
-                given.hidden, given.weight, None, labels, None, given.per_row, given.options, True, None, None,
-                torch.is_grad_enabled(), False,
+            logp, entropy, _ = head_logprobs(
+                hidden, weight, labels, softcap=softcap[0] if softcap else None,
+                temperature=inv_temperature.reciprocal(),
             )  # fmt: skip
             return logp, entropy.detach()
 

@@ -1,7 +1,8 @@
 """Stable-Baselines3: advantages and returns of PPO's and A2C's rollout buffers.
 
 `patch("stable_baselines3")` replaces the method for every buffer; `PPO(..., rollout_buffer_class=RolloutBuffer)`
-with the class from here does it for one. Equal to float32 rounding. Of a PPO step it is under one percent.
+with the class from here does it for one. The same numbers, bit for bit where gamma and lambda are Python floats.
+Of a PPO step it is under one percent.
 
 `PrioritizedReplayBuffer` is a `replay_buffer_class` for DQN, with `alpha`, `beta`, `eps`, `n_steps` and `gamma` in
 `replay_buffer_kwargs`; `PrioritizedDictReplayBuffer` the same for dictionaries of observations. The `DQN` from
@@ -16,7 +17,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..ops.advantage import gae, reverse_linear_scan
+from .. import _core
+from ..ops.backend import DTYPE
 from .points import Case, Integration, Point
 from .stable_baselines3_replay import PrioritizedDQN, PrioritizedReplay
 
@@ -30,44 +32,38 @@ def advantages_into(buffer: Any, last_values: Tensor, dones: np.ndarray) -> None
         buffer: with rewards, values and episode_starts [n_steps, n_envs], gamma and gae_lambda. episode_starts[t]
             says that step t is an episode's first, so that step t - 1 was the end of one.
         last_values: [n_envs] or [n_envs, 1], value behind the last step. dones: [n_envs], whether it was an end.
+    Raises: ValueError for another number of last values or ends than environments.
     """
-    starts = np.empty(buffer.episode_starts.shape, dtype=bool)
-    np.not_equal(buffer.episode_starts[1:], 0, out=starts[:-1])
-    starts[-1] = dones
-    advantages = np.ascontiguousarray(buffer.advantages)  # filled in place, as Stable-Baselines3 does
-    returns = np.empty_like(advantages)
-    rewards, values, ended, *out = (
-        torch.from_numpy(x).t() for x in (buffer.rewards, buffer.values, starts, advantages, returns)
+    steps, envs = buffer.rewards.shape
+    ends = np.empty((steps, envs), dtype=bool)
+    np.not_equal(buffer.episode_starts[1:], 0, out=ends[:-1])
+    ends[-1] = dones
+    last = last_values.detach().cpu().numpy().astype(np.float32).reshape(envs)
+    given = np.ascontiguousarray(buffer.rewards), np.ascontiguousarray(buffer.values), last, ends
+    buffer.advantages = np.ascontiguousarray(buffer.advantages)  # filled in place, as Stable-Baselines3 does
+    buffer.returns = np.empty_like(buffer.advantages)
+    _core.gae_by_time(  # type: ignore[call-arg]
+        *(x.ctypes.data for x in given), envs, steps, DTYPE[torch.float32], float(buffer.gamma),
+        float(buffer.gamma * buffer.gae_lambda), buffer.advantages.ctypes.data, buffer.returns.ctypes.data,
+        torch.get_num_threads(),
+    )  # fmt: skip
+
+
+def _covered(buffer: Any) -> bool:
+    """Whether the core may read and write the arrays: it looks at addresses alone."""
+    shape = buffer.rewards.shape
+    floats = buffer.rewards, buffer.values, buffer.advantages
+    return (
+        len(shape) == 2
+        and all(x.dtype == np.float32 and x.shape == shape for x in floats)
+        and buffer.episode_starts.shape == shape
+        and buffer.advantages.flags.writeable
     )
-    gamma, lam = float(buffer.gamma), float(buffer.gae_lambda)
-    last = last_values.detach().flatten().to("cpu", rewards.dtype)
-    if len(rewards) == 1:
-        _of_one(rewards, values, last, ended, gamma, lam, *out)
-    else:
-        gae(rewards, values, gamma=gamma, lam=lam, last_values=last, terminated=ended, out=tuple(out))
-    buffer.advantages, buffer.returns = advantages, returns
-
-
-def _of_one(
-    rewards: Tensor, values: Tensor, last: Tensor, ended: Tensor, gamma: float, lam: float, advantages: Tensor,
-    returns: Tensor,
-) -> None:  # fmt: skip
-    """One environment, [1, n_steps]: differences first, so that where rewards and values cancel advantages are 0.
-
-    `gae` scans one row in vectors, by returns, and would leave the rounding of a value.
-    """
-    on = ended.logical_not().to(rewards.dtype)
-    after = torch.cat([values[:, 1:], last[:, None]], 1)
-    delta = rewards + gamma * after * on - values
-    advantages.copy_(reverse_linear_scan(on * (gamma * lam), delta))
-    torch.add(advantages, values, out=returns)
 
 
 def method(original: Callable[..., None]) -> Callable[..., None]:
     def compute_returns_and_advantage(self: Any, last_values: Tensor, dones: np.ndarray) -> None:
-        if self.rewards.dtype != np.float32 or self.values.dtype != np.float32:
-            return original(self, last_values, dones)
-        return advantages_into(self, last_values, dones)
+        (advantages_into if _covered(self) else original)(self, last_values, dones)
 
     return compute_returns_and_advantage
 
@@ -111,10 +107,12 @@ INTEGRATION = Integration(
 
 
 class _Rollout:
-    """Advantages and returns from `react_fast.gae`."""
+    """Advantages and returns from `advantages_into`."""
 
     def compute_returns_and_advantage(self, last_values: Tensor, dones: np.ndarray) -> None:
-        advantages_into(self, last_values, dones)
+        if _covered(self):
+            return advantages_into(self, last_values, dones)
+        return super().compute_returns_and_advantage(last_values, dones)  # type: ignore[misc]
 
 
 # Name here: (module, name there, what is mixed in).

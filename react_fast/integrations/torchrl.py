@@ -13,7 +13,9 @@ from typing import Any
 
 import torch
 
+from .. import _core
 from ..ops.advantage import reverse_linear_scan
+from ..ops.backend import get_backend, is_eager
 from .points import Case, Integration, Point
 from .torchrl_logprobs import POINTS as LOGPROBS
 
@@ -55,7 +57,19 @@ def _is_number(x: Any, like: Tensor) -> bool:
     return x.numel() == 1 and same and not x.requires_grad
 
 
-def _gae_in_place(
+def _in_core(floats: tuple[Tensor, ...], flags: tuple[Tensor, ...]) -> bool:
+    """Whether the core may read the arrays as they are, rows of steps."""
+    first = floats[0]
+    return (
+        first.device.type == "cpu"
+        and first.dtype == torch.float32
+        and get_backend() in ("auto", "cpu")
+        and all(is_eager(x) and x.is_contiguous() for x in (*floats, *flags))
+        and not (torch.is_grad_enabled() and any(x.requires_grad for x in floats))
+    )
+
+
+def _gae_in_core(
     gamma: Scalar,
     decay: Scalar,
     floats: tuple[Tensor, Tensor, Tensor],
@@ -63,13 +77,14 @@ def _gae_in_place(
     ended: Tensor,
     steps: int,
 ) -> tuple[Tensor, Tensor]:
-    """The same numbers in no memory but the results': fresh pages cost more than the arithmetic."""
+    """The same numbers in one pass over the arrays."""
     value, after, reward = floats
-    advantage = torch.where(ended, 0.0, after).mul_(gamma).add_(reward).sub_(value)
-    target = torch.logical_not(done, out=torch.empty_like(reward)).mul_(decay)
-    rows = advantage.view(-1, steps)
-    reverse_linear_scan(target.view(-1, steps), rows, out=rows)
-    return advantage, torch.add(advantage, value, out=target)
+    advantage, target = torch.empty_like(reward), torch.empty_like(reward)
+    _core.gae_ahead(  # type: ignore[call-arg]
+        *(x.data_ptr() for x in (reward, value, after, ended, done)), reward.numel() // steps, steps,
+        float(gamma), float(decay), advantage.data_ptr(), target.data_ptr(), torch.get_num_threads(),
+    )  # fmt: skip
+    return advantage, target
 
 
 def _number(x: Scalar, like: Tensor) -> Scalar:
@@ -90,9 +105,8 @@ def gae(original: Callable[..., Any]) -> Callable[..., Any]:
             return original(gamma, lmbda, *floats, done, terminated, time_dim=time_dim)
         gamma, lmbda = _number(gamma, reward), _number(lmbda, reward)
         steps = reward.shape[time_dim]
-        in_rows = reward.shape[time_dim:].numel() == steps and all(x.is_contiguous() for x in floats)
-        if in_rows and not (torch.is_grad_enabled() and any(x.requires_grad for x in floats)):
-            return _gae_in_place(gamma, gamma * lmbda, floats, done, ended, steps)
+        if reward.shape[time_dim:].numel() == steps and _in_core(floats, (done, ended)):
+            return _gae_in_core(gamma, gamma * lmbda, floats, done, ended, steps)
         delta = reward + gamma * next_state_value.masked_fill(ended, 0) - state_value
         advantage = _scan((~done).to(delta.dtype) * (gamma * lmbda), delta, time_dim)
         return advantage, advantage + state_value

@@ -6,10 +6,8 @@ from typing import Any
 
 import torch
 
-from ..ops._linear_logprob_op import Eager
-from ..ops.backend import use_reference
-from ..ops.linear_logprob import checked, is_eager
 from ..ops.logprob import token_logprobs
+from .fused_head import can_run, head_logprobs
 
 Tensor = torch.Tensor
 Maybe = Tensor | None
@@ -52,13 +50,9 @@ def fused_head(original: Any) -> Any:
             if not torch.is_autocast_enabled(hidden.device.type):
                 weight = weight.to(hidden.dtype)
                 bias = None if bias is None else bias.to(hidden.dtype)
-            given = checked(
-                hidden, weight, targets, bias, logit_scale, final_logit_softcapping, temperature, None, False
-            )
-            # TRL asks for entropies to log them; their gradient is wanted with an entropy bonus only.
-            logp, entropy, state = Eager.apply(
-                given.hidden, given.weight, given.bias, targets, None, None, given.options, "entropy" in outputs,
-                None, None, torch.is_grad_enabled(), False,
+            logp, entropy, state = head_logprobs(
+                hidden, weight, targets, bias=bias, logit_scale=logit_scale, softcap=final_logit_softcapping,
+                temperature=temperature, entropy="entropy" in outputs,
             )  # fmt: skip
             with torch.no_grad():
                 mean = top = None
@@ -80,12 +74,9 @@ def _covered(
     return (
         set(outputs) <= _GIVEN
         and not ("mean_logits" in outputs and softcap is not None)
-        and hidden.device.type in _DEVICES
         and weight.is_floating_point()
-        and not hasattr(weight, "ds_id")  # ZeRO-3 takes the weight away again before the backward
         and logit_scale != 0
-        and is_eager(hidden)
-        and not use_reference()
+        and can_run(hidden, weight)
     )
 
 

@@ -10,8 +10,9 @@
 
 Numbers and gradients are verl's to rounding, at masked places too, except that a group of equal rewards gets 0,
 where GRPO's loop divides the rounding of its mean by epsilon, and that a NaN reward is left out of its group.
-The original is called for masks of other floats than 0 and 1, gamma or lam that are not numbers in [0, 1], fewer
-than two counting tokens, ids that are no numpy array, tensors of other dtypes or devices, and under torch.compile.
+The original is called for masks of other numbers than 0 and 1 (GRPO multiplies by them as in verl), gamma or lam
+that are not numbers in [0, 1], fewer than two counting tokens, ids that are no numpy array, other dtypes or
+devices, and under torch.compile.
 
 Where flash-attn is installed, verl calls `logprobs_from_logits_flash_attn` instead of `..._v2`; it stays, since a
 CPU cannot run it to compare; VERL_DISABLE_FLASH_ATTN_CE=1, verl's own switch, leads to `..._v2`. So do
@@ -28,20 +29,19 @@ import numpy as np
 import torch
 
 from .. import _core
-from ..ops._advantage import gae_moments
-from ..ops._linear_logprob_op import Eager
 from ..ops.advantage import discounted_returns, gae, reverse_linear_scan
-from ..ops.backend import DTYPE, get_backend, use_reference
+from ..ops.backend import DTYPE, get_backend
 from ..ops.group_advantages import group_advantages
-from ..ops.linear_logprob import checked, is_eager
 from ..ops.logprob import token_logprobs
 from ..ops.whiten import moments, whiten
+from .fused_head import can_run, head_logprobs, one_dtype
 from .points import Integration, Point
 from .verl_cases import ESTIMATORS, FUSED, GAE, LOGPROBS
 
 Tensor = torch.Tensor
 _DEVICES = ("cpu", "cuda")
 _WIDE = (torch.float32, torch.float64)
+_EPS = 1e-8  # verl's masked_whiten adds it to the variance
 
 
 def _covered(rewards: Tensor, mask: Tensor, index: Any = None) -> bool:
@@ -52,15 +52,22 @@ def _covered(rewards: Tensor, mask: Tensor, index: Any = None) -> bool:
         and rewards.device.type in _DEVICES
         and mask.shape == rewards.shape
         and mask.device == rewards.device
-        and (mask.dtype in (torch.int64, torch.int32) or _zeros_and_ones(mask, rewards.dtype))
+        and mask.dtype in (torch.int64, torch.int32, rewards.dtype)
         and (index is None or (isinstance(index, np.ndarray) and index.shape == rewards.shape[:1]))
         and not torch.compiler.is_compiling()
     )
 
 
-def _zeros_and_ones(mask: Tensor, dtype: torch.dtype) -> bool:
-    """Whether a mask of floats, such as verl's own tests have, says no more than one of integers."""
-    return mask.dtype == dtype and bool(((mask == 0) | (mask == 1)).all())
+def _counting(rewards: Tensor, mask: Tensor, index: Any = None) -> Tensor | None:
+    """The mask as bool where ours covers the call; verl multiplies by it, so other numbers than 0 and 1 weigh."""
+    if not _covered(rewards, mask, index):
+        return None
+    if mask.device.type == "cpu":
+        kept, counts = mask.contiguous(), torch.empty(mask.shape, dtype=torch.bool, device="cpu")
+        alone = _core.zeros_and_ones(kept.data_ptr(), DTYPE[mask.dtype], mask.numel(), counts.data_ptr())  # type: ignore[call-arg]
+        return counts if alone else None
+    counts = mask != 0
+    return counts if bool((counts == mask).all()) else None
 
 
 def _fraction(x: Any) -> bool:
@@ -74,43 +81,37 @@ def group_numbers(index: np.ndarray) -> np.ndarray:
 
 
 def _whitened_in_core(
-    rewards: Tensor, values: Tensor, counts: Tensor, gamma: float, lam: float
+    rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float
 ) -> tuple[Tensor, Tensor] | None:
-    """Two passes and no memory but the results': fresh pages cost more than the arithmetic."""
-    advantages, returns, stats = gae_moments(
-        rewards, values, None, None, None, None, counts, None, None, gamma, lam
-    )
-    count, mean, m2 = stats.tolist()
-    if count < 2:
-        return None
-    kept, mask = values.contiguous(), counts.contiguous()
-    _core.carry_whitened(  # type: ignore[call-arg]
-        kept.data_ptr(), mask.data_ptr(), advantages.data_ptr(), returns.data_ptr(), DTYPE[rewards.dtype],
-        *rewards.shape, mean, _scale(count, m2), torch.get_num_threads(),
+    """All in one call, in no memory but the results' and a byte a step: the rest would cost more than the scan."""
+    advantages, returns = (torch.empty(rewards.shape, dtype=rewards.dtype, device="cpu") for _ in range(2))
+    given = [x.contiguous() for x in (rewards, values, mask)]
+    done = _core.gae_carried_whitened(  # type: ignore[call-arg]
+        *(x.data_ptr() for x in given), DTYPE[mask.dtype], *rewards.shape, DTYPE[rewards.dtype], gamma, lam, _EPS,
+        advantages.data_ptr(), returns.data_ptr(), torch.get_num_threads(),
     )  # fmt: skip
-    return advantages, returns
+    return (advantages, returns) if done else None
 
 
+@torch.no_grad()
 def _whitened(
-    rewards: Tensor, values: Tensor, counts: Tensor, gamma: float, lam: float
+    rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float
 ) -> tuple[Tensor, Tensor] | None:
+    counts = _counting(rewards, mask)
+    if counts is None:
+        return None
     advantages, _ = gae(rewards, values, gamma=gamma, lam=lam, mask=counts)
     count, mean, m2 = torch.stack(moments(advantages, counts)).tolist()
     if count < 2:
         return None
     carried = reverse_linear_scan(counts.logical_not().to(rewards.dtype), advantages)
-    return (carried - mean) * _scale(count, m2), carried + values
-
-
-def _scale(count: float, m2: float) -> float:
-    return (m2 / (count - 1) + 1e-8) ** -0.5
+    return (carried - mean) * (m2 / (count - 1) + _EPS) ** -0.5, carried + values
 
 
 def gae_advantage_return(original: Callable[..., Any]) -> Callable[..., Any]:
     """Whitened advantages and returns; a masked token has those of the next counting one, as in verl."""
 
     @functools.wraps(original)
-    @torch.no_grad()
     def replacement(
         token_level_rewards: Tensor, values: Tensor, response_mask: Tensor, gamma: Any, lam: Any
     ) -> tuple[Tensor, Tensor]:
@@ -119,7 +120,7 @@ def gae_advantage_return(original: Callable[..., Any]) -> Callable[..., Any]:
         if same and _covered(rewards, response_mask) and _fraction(gamma) and _fraction(lam):
             in_core = rewards.device.type == "cpu" and get_backend() in ("auto", "cpu")
             whitened = _whitened_in_core if in_core else _whitened
-            found = whitened(rewards, values, response_mask != 0, float(gamma), float(lam))
+            found = whitened(rewards, values, response_mask, float(gamma), float(lam))
             if found is not None:
                 return found
         return original(rewards, values, response_mask, gamma, lam)
@@ -165,10 +166,10 @@ def _of_groups(baseline: str) -> Callable[[Callable[..., Any]], Callable[..., An
             token_level_rewards: Tensor, response_mask: Tensor, index: Any, epsilon: float = 1e-6,
             config: Any = None, **kwargs: Any,
         ) -> tuple[Tensor, Tensor]:  # fmt: skip
-            if not _covered(token_level_rewards, response_mask, index):
+            counts = _counting(token_level_rewards, response_mask, index)
+            if counts is None or (baseline == "mean" and response_mask.sum() < 2):
                 return original(token_level_rewards, response_mask, index, epsilon, config, **kwargs)
             ids = torch.from_numpy(group_numbers(index)).to(token_level_rewards.device)
-            counts = response_mask != 0
             lengths = counts.sum(-1) if baseline == "length_weighted" else None
             found = group_advantages(
                 token_level_rewards.sum(-1),
@@ -180,8 +181,6 @@ def _of_groups(baseline: str) -> Callable[[Callable[..., Any]], Callable[..., An
             )
             if baseline != "mean":
                 return _spread(found, response_mask)
-            if response_mask.sum() < 2:
-                return original(token_level_rewards, response_mask, index, epsilon, config, **kwargs)
             whitened = whiten(found[:, None].expand(response_mask.shape), mask=counts)
             return whitened, whitened
 
@@ -196,8 +195,8 @@ def reinforce_plus_plus(original: Callable[..., Any]) -> Callable[..., Any]:
         token_level_rewards: Tensor, response_mask: Tensor, config: Any = None, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
         gamma = getattr(config, "gamma", None)
-        if _covered(token_level_rewards, response_mask) and _fraction(gamma) and response_mask.sum() >= 2:
-            counts = response_mask != 0
+        counts = _counting(token_level_rewards, response_mask) if _fraction(gamma) else None
+        if counts is not None and response_mask.sum() >= 2:
             returns = discounted_returns(token_level_rewards, gamma=gamma, mask=counts)
             return whiten(returns, mask=counts), returns
         return original(token_level_rewards, response_mask, config, **kwargs)
@@ -241,26 +240,11 @@ def fused_linear(original: Any) -> Any:
             chunk_size: int = 512,
         ) -> tuple[Tensor, Tensor]:  # fmt: skip
             """(logp float32, entropy in hidden's dtype), [T] or [B, T]."""
-            ours = (
-                isinstance(temperature, (int, float))
-                and hidden_states.device.type in _DEVICES
-                and hidden_states.dtype != torch.float64
-                and hidden_states.dtype == vocab_weights.dtype
-                and input_ids.shape == hidden_states.shape[:-1]
-                and type(vocab_weights) in (Tensor, torch.nn.Parameter)
-                and not hasattr(vocab_weights, "ds_id")  # ZeRO-3 takes the weight away before the backward
-                and is_eager(hidden_states)
-                and not use_reference()
-            )
-            if not ours:
+            ours = can_run(hidden_states, vocab_weights) and one_dtype(hidden_states, vocab_weights)
+            number = isinstance(temperature, (int, float))
+            if not (ours and number and input_ids.shape == hidden_states.shape[:-1]):
                 return original.apply(hidden_states, vocab_weights, input_ids, temperature, chunk_size)
-            given = checked(
-                hidden_states, vocab_weights, input_ids, None, 1.0, None, temperature, None, False
-            )
-            logp, entropy, _ = Eager.apply(
-                given.hidden, given.weight, None, input_ids, None, None, given.options, True, None, None,
-                torch.is_grad_enabled(), False,
-            )  # fmt: skip
+            logp, entropy, _ = head_logprobs(hidden_states, vocab_weights, input_ids, temperature=temperature)
             return logp, entropy.to(hidden_states.dtype)
 
     return HeadLogProbs

@@ -52,7 +52,8 @@ def loss(
 
     Args: [B, T] tensors and loss_agg_mode as verl passes them; config: its ActorConfig.
     Returns: (0-d loss, verl's metrics as numbers).
-    Raises: ValueError for another loss_agg_mode, and for dp_size > 1 without the whole batch's size.
+    Raises: ValueError for another loss_agg_mode, a mask of other numbers than 0 and 1, and for dp_size > 1 without
+        the whole batch's size.
     """
     low, high = (
         config.clip_ratio if x is None else x for x in (config.clip_ratio_low, config.clip_ratio_high)
@@ -62,6 +63,8 @@ def loss(
         loss_agg_mode=loss_agg_mode, loss_scale_factor=1.0, global_batch_size=1,
     )  # fmt: skip
     mask = response_mask != 0
+    if not bool((mask == response_mask).all()):
+        raise ValueError("response_mask must hold 0 and 1 alone, got other numbers; use loss_mode vanilla")
     found, metrics = policy_loss(
         log_prob, old_log_prob.to(log_prob.dtype), advantages.to(log_prob.dtype), mask,
         importance=None if rollout_is_weights is None else rollout_is_weights.to(log_prob.dtype),

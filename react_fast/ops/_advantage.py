@@ -49,12 +49,20 @@ def _gae_into(
     Results whose transposes are contiguous ask for the core's time-major walk, which knows `terminated` alone.
     """
     offsets, rows, length = _sequences(rewards, cu_seqlens)
-    by_time = not returns.is_contiguous()
+    if not returns.is_contiguous():
+        by_time = [
+            None if x is None else x.t().contiguous() for x in (rewards, values, last_values, terminated)
+        ]
+        _core.gae_by_time(  # type: ignore[call-arg]
+            *map(address, by_time), rows, length, DTYPE[rewards.dtype], gamma, gamma * lam, address(advantages),
+            returns.data_ptr(), torch.get_num_threads(),
+        )  # fmt: skip
+        return []
     given = rewards, values, last_values, bootstrap_values, terminated, truncated, mask, lams
-    kept = [_flat(x.t() if by_time and x is not None else x) for x in given]
-    return _core.gae(  # type: ignore[call-arg, arg-type]
+    kept = [_flat(x) for x in given]
+    return _core.gae(  # type: ignore[call-arg]
         *map(address, kept), address(offsets), rows, length, DTYPE[rewards.dtype], gamma, lam,
-        address(advantages), returns.data_ptr(), want_moments, by_time, torch.get_num_threads(),
+        address(advantages), returns.data_ptr(), want_moments, torch.get_num_threads(),
     )  # fmt: skip
 
 

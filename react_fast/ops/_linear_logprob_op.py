@@ -11,7 +11,7 @@ from . import _vocab_parallel
 from ._linear_logprob import Head, Sums
 from ._second_pass import second_pass
 from ._tiles import Maybe, Options, Rows, Tensor
-from .backend import accumulation_dtype, register
+from .backend import accumulation_dtype, once_differentiable, register
 
 
 def _gradients(
@@ -97,7 +97,7 @@ class Eager(torch.autograd.Function):
         return *found, state
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @once_differentiable
     def backward(ctx: Any, *upstream: Maybe) -> Any:
         hidden, weight, bias, state, U, Q, *_ = ctx.saved_tensors
         rows: Rows = ctx.rows

@@ -8,7 +8,7 @@ from ._linear_logprob import Head
 from ._linear_policy_loss import Tokens, forward
 from ._policy_loss import METRICS, Terms
 from ._tiles import Maybe, Options, Rows, Tensor
-from .backend import accumulation_dtype, register
+from .backend import accumulation_dtype, once_differentiable, register
 
 # ---- autograd: the gradients are there, the backward scales them -----------------------------------------------
 
@@ -37,7 +37,7 @@ class Eager(torch.autograd.Function):
         return loss, stats
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @once_differentiable
     def backward(ctx: Any, upstream: Maybe, _: Maybe) -> Any:
         if upstream is None:
             return (None,) * 10

@@ -6,6 +6,7 @@ import torch
 import torch.distributed as dist
 
 from ._logprob import token_logprobs, token_logprobs_backward
+from .backend import once_differentiable
 from .logprob import token_logprobs as whole_logprobs
 
 Tensor = torch.Tensor
@@ -62,7 +63,7 @@ class _Shard(torch.autograd.Function):
         return logp, entropy
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @once_differentiable
     def backward(ctx: Any, *upstream: Tensor | None) -> Any:
         logits, local, owned, stats, entropy = ctx.saved_tensors
         d_logp, d_entropy = upstream[0], upstream[1] if ctx.want_entropy else None

@@ -21,7 +21,7 @@ from . import _check
 from ._ragged import ENTRY, Rows, dots, packs, weighted_rows
 from ._tiles import LEAST_GAP, budget
 from .attribution import _segment_sum
-from .backend import accumulation_dtype, register
+from .backend import accumulation_dtype, once_differentiable, register
 from .logprob import HIGH, LOW
 
 Tensor = torch.Tensor
@@ -280,7 +280,7 @@ def _setup(ctx: Any, inputs: tuple, output: tuple) -> None:
     ctx.save_for_backward(*tensors, *output[2:])
 
 
-@torch.autograd.function.once_differentiable
+@once_differentiable
 def _grad(ctx: Any, d_logp: Maybe, d_entropy: Maybe, *_: Any) -> tuple:
     d_entropy = d_entropy if ctx.want_entropy else None
     if d_logp is None and d_entropy is None:

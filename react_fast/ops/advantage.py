@@ -98,7 +98,8 @@ def gae(
             no other option than last_values and terminated, both may be transposes of contiguous [T, B]: the
             recurrence then walks all rows at once, and arguments that are such transposes, too, are not copied.
     Returns: (advantages, returns) like `rewards`, float32 (float64 for float64), 0 where masked. Differentiable in
-        rewards, values, last and bootstrap values.
+        rewards, values, last and bootstrap values. An advantage is G - V: where rewards and values cancel some
+        units in V's last place may stay, while the walk over transposes (`out`) sums delta and gives 0.
     Raises: see `discounted_returns`; ValueError for lam outside [0, 1] (a tensor is looked at on CPU only).
     Source: Schulman et al. 2016 (arXiv:1506.02438), eq. 16; time limits: Pardo et al. 2018 (arXiv:1712.00378).
     Elsewhere: verl steps over masked tokens as here, but always whitens the advantages; OpenRLHF keeps masked

@@ -9,6 +9,7 @@ An explicit backend that cannot run raises; `auto` never falls back silently. Th
 process (set it before starting threads), so that torch.compile can guard on it.
 """
 
+import functools
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -131,6 +132,40 @@ def is_eager(x: torch.Tensor) -> bool:
 
 def _needs_grad(args: tuple) -> bool:
     return any(type(x) in _TENSORS and x.requires_grad for x in args)
+
+
+class _Once(torch.autograd.Function):
+    """Gradients as they are, which depend on `tensors[count:]` by a derivative that nobody has."""
+
+    @staticmethod
+    def forward(ctx: Any, count: int, *tensors: torch.Tensor) -> Any:
+        return tuple(x.view_as(x) for x in tensors[:count])
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: Any) -> Any:
+        raise RuntimeError(
+            "a fused head of react_fast can be differentiated once; for second derivatives take log_softmax of "
+            'the logits, or react_fast.use_backend("reference")'
+        )
+
+
+def once_differentiable(backward: Implementation) -> Implementation:
+    """torch's decorator with a line that says what to do, and also where the upstream gradient is a constant:
+    there torch's lets a penalty on the gradient vanish without a word.
+    """
+
+    @functools.wraps(backward)
+    def run(ctx: Any, *upstream: Any) -> Any:
+        with torch.no_grad():
+            found = backward(ctx, *upstream)
+        if not torch.is_grad_enabled():  # no create_graph=True
+            return found
+        gradients = [x.detach().requires_grad_() for x in found if x is not None]
+        sources = [x for x in (*upstream, *ctx.saved_tensors) if x is not None and x.requires_grad]
+        marked = iter(_Once.apply(len(gradients), *gradients, *sources))
+        return tuple(None if x is None else next(marked) for x in found)
+
+    return run
 
 
 def register(
