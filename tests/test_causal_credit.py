@@ -43,6 +43,22 @@ CASES = {
         REINFORCE(),
         {"credit": "causal", "credit_actions": "turn", "credit_by": "token", "credit_every": 2, "steps": 5},
     ),
+    "causal, tokens that fade": (
+        GRPO(),
+        {"credit": "causal", "credit_by": "token", "credit_half_life": 1.5, "credit_interventions": 6},
+    ),
+    "causal, words at positions that fade, every other step": (
+        GRPO(),
+        {
+            "credit": "causal",
+            "credit_actions": "word",
+            "credit_by": "token_at_position",
+            "credit_half_life": 0.5,
+            "credit_every": 2,
+            "credit_interventions": 7,
+            "steps": 4,
+        },
+    ),
     "causal, lines, a truncated sampler": (
         GRPO(),
         {"credit": "causal", "credit_actions": "line", "top_k": 4, "temperature": 0.9},
@@ -89,15 +105,24 @@ def test_parity_with_the_reference(case):
     assert float((weights(plain) - weights(fast)).abs().max()) > 1e-3, "credit must change the update"
 
 
-@pytest.mark.parametrize("credit", ["causal", "monte_carlo", "shapley"])
-def test_resume_gives_bitwise_the_same_weights(tmp_path, credit):
+RESUMED = {
+    "causal": {},
+    "causal, fading": {"credit_by": "token", "credit_half_life": 2.5, "credit_every": 2},
+    "monte_carlo": {},
+    "shapley": {},
+}
+
+
+@pytest.mark.parametrize("case", RESUMED)
+def test_resume_gives_bitwise_the_same_weights(tmp_path, case):
     """What was accumulated goes into the checkpoint, the count of environment steps too."""
     changes = {
-        "credit": credit,
+        "credit": case.split(",")[0],
         "credit_actions": "word",
         "credit_samples": 2,
         "credit_interventions": 64,
         "steps": 4,
+        **RESUMED[case],
     }
     whole, first, second = policy(), policy(), policy(seed=9)
     logs = [_Log(), _Log()]
@@ -131,6 +156,47 @@ def test_the_table_learns_the_known_causes():
         found = trainer.replays.table.effects(tokens, torch.arange(6))
         expected = torch.tensor(truth.weights).double() * (2 * on - 1)
         assert torch.equal(found.sign(), expected.sign())
+
+
+def test_a_half_life_weighs_effects_by_their_age():
+    """Two effects 3 steps apart under a half-life of 3 weigh 1/2 and 1; the table equals the weighted sums."""
+    table = EffectTable("token", half_life=3.0)
+    rng = np.random.default_rng(0)
+    seen: dict[int, list[tuple[int, float]]] = {}
+    for step in range(0, 12, 3):
+        effects, tokens = rng.normal(size=40) + 9.0, rng.integers(7, size=40)
+        table.advance(step)
+        table.add(torch.tensor(effects), torch.tensor(tokens), torch.zeros(40).long())
+        for effect, token in zip(effects, tokens, strict=True):
+            seen.setdefault(int(token), []).append((step, effect))
+    mean, weight, free, squares = np.zeros((4, 7))
+    for token, measured in seen.items():
+        w, x = np.array([0.5 ** ((9 - step) / 3) for step, _ in measured]), np.array([x for _, x in measured])
+        weight[token], mean[token] = w.sum(), (w * x).sum() / w.sum()
+        free[token] = w.sum() - (w * w).sum() / w.sum()
+        squares[token] = (w * (x - mean[token]) ** 2).sum()
+    expected = mean - np.sqrt(2 * np.log(7) * squares.sum() / free.sum() / weight)
+    found = table.effects(torch.arange(7), torch.zeros(7).long()).numpy()
+    np.testing.assert_allclose(found, expected, rtol=1e-12)
+
+
+def test_an_effect_that_is_no_longer_measured_fades():
+    """To 0, while one that is measured on stays; without a half-life both stay. Long after, everything is 0."""
+    first, second, nowhere = torch.tensor([3]), torch.tensor([4]), torch.tensor([0])
+    for half_life, stays in ((4.0, False), (None, True)):
+        table = EffectTable("token", half_life=half_life)
+        for step in range(40):
+            table.advance(step)
+            noise = (-1.0) ** step
+            table.add(torch.tensor([5.0 + noise]).double(), second, nowhere)
+            if step < 10:
+                table.add(torch.tensor([5.0 + noise]).double(), first, nowhere)
+        old, new = (float(table.effects(token, nowhere)) for token in (first, second))
+        assert new > 3
+        assert (old > 3) == stays
+        assert stays or old == 0
+        table.advance(10**6)
+        assert (float(table.effects(second, nowhere)) == new) == stays
 
 
 def test_monte_carlo_advantages_telescope_and_are_unbiased():
@@ -262,7 +328,12 @@ def test_replays_in_slices_are_the_same_draws():
 
 
 @pytest.mark.parametrize(
-    "before", [{"credit": "uniform"}, {"credit": "causal", "credit_by": "token_at_position"}]
+    "before",
+    [
+        {"credit": "uniform"},
+        {"credit": "causal", "credit_by": "token_at_position"},
+        {"credit": "causal", "credit_by": "token", "credit_half_life": 5.0},
+    ],
 )
 def test_effects_of_another_setting_start_anew(tmp_path, before):
     shared = {"checkpoint_dir": str(tmp_path), "steps": 1}
@@ -314,6 +385,8 @@ def test_a_replay_that_rewrites_the_text_is_refused():
 def test_a_table_by_another_name_is_refused():
     with pytest.raises(ValueError, match="by must be"):
         EffectTable("position")
+    with pytest.raises(ValueError, match=r"half_life must be in \[0.01, inf\], got 0"):
+        EffectTable("token", half_life=0)
 
 
 @pytest.mark.parametrize("actions", ["token", "word", "sentence", "line", "step", "turn"])
