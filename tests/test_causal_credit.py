@@ -1,5 +1,7 @@
 """Credit that plays episodes again: equal to the loops, resumable, exact where the causes are known."""
 
+import re
+
 import numpy as np
 import pytest
 import torch
@@ -9,6 +11,7 @@ from react_fast.envs.slot_models import Writer
 from react_fast.envs.slots import GroundTruth, ground_truth
 from react_fast.reference.credit import units_of as reference_units
 from react_fast.reference.trainer import Trainer as ReferenceTrainer
+from react_fast.tracker import CausalityTracker
 from react_fast.tracker.effect_table import EffectTable
 from react_fast.trainer.algorithms import GRPO, REINFORCE
 from react_fast.trainer.checkpoint import CheckpointError
@@ -197,6 +200,49 @@ def test_an_effect_that_is_no_longer_measured_fades():
         assert stays or old == 0
         table.advance(10**6)
         assert (float(table.effects(second, nowhere)) == new) == stays
+
+
+@pytest.mark.parametrize("case", ["causal", "shapley"])
+def test_the_report_shows_the_measured_effects(tmp_path, case):
+    """By token they are what the table holds; the tokens that a reward counts are found; all survives a checkpoint
+    and stands in the page, escaped, as an intervention beside attribution."""
+    tokenizer, model = Characters(ALPHABET.replace("?", "<").replace(" ", ">")), policy()
+    env = TextEnv([Record("<"), Record("<<")], reward=counts)
+    config = settings(
+        steps=12, credit=case, credit_by="token", credit_actions={"causal": "token", "shapley": "step"}[case],
+        credit_interventions=40, max_new_tokens=6, checkpoint_dir=str(tmp_path), credit_samples=2,
+    )  # fmt: skip
+    tracker = CausalityTracker(model, tokenizer)
+    trainer = Trainer(model, tokenizer, env, algorithm=GRPO(), tracker=tracker, config=config)
+    trainer.train()
+    found = {
+        one.name: one
+        for one in tracker.key_features(99, kind="return_effect", families=("token",), min_count=2)
+    }
+    assert found["a"].direction == "raises"
+    assert found["a"].low > 0
+    assert len(found["a"].windows) > 4
+    if case == "causal":
+        moments = trainer.replays.table.moments
+        for name, one in found.items():
+            i = tokenizer.alphabet.index(name)
+            assert one.count == int(moments.count[i])
+            np.testing.assert_allclose(one.mean, float(moments.mean[i]), rtol=1e-12, atol=1e-15)
+            np.testing.assert_allclose(one.standard_error, float(moments.standard_error[i]), rtol=1e-12)
+    places = tracker.key_features(99, kind="return_effect", families=("token_at_position",), min_count=2)
+    by_token = {name: sum(one.count for one in places if one.name == name) for name in found}
+    assert all(one.count - by_token[name] <= 6 for name, one in found.items()), "but for those seen once"
+    again = CausalityTracker(policy(), tokenizer)
+    fresh = Trainer(again.policy.model, tokenizer, env, algorithm=GRPO(), tracker=again, config=config)
+    fresh.train(resume="auto")
+    assert repr(again.report().features) == repr(tracker.report().features)
+    page = tracker.report().to_html(tmp_path / "report.html").read_text(encoding="utf-8")
+    assert page.index("<h3>Causal effect on the return</h3>") < page.index("<h3>Attribution</h3>")
+    assert re.search(r'<span class="chip" dir="auto" title="&lt;">&lt;</span>', page)
+    assert re.search(r"&lt; at \d", page)
+    assert "<h3>Causal effect on the return</h3>" not in CausalityTracker(model).report().to_html(
+        tmp_path / "none.html"
+    ).read_text(encoding="utf-8")
 
 
 def test_monte_carlo_advantages_telescope_and_are_unbiased():

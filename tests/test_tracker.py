@@ -174,7 +174,7 @@ REFUSED = [
     (
         lambda t: t.key_features(kind="cause"),
         ValueError,
-        "kind must be one of 'attribution', 'effect', got 'cause'",
+        "kind must be one of 'attribution', 'effect', 'return_effect', got 'cause'",
     ),
     (lambda t: t.key_features(min_count=1), ValueError, "min_count must be at least 2, got 1"),
     (

@@ -69,6 +69,7 @@ def _outcome(trainer: Trainer) -> dict[str, Any]:
         },
         "weights": {name: x.detach().clone() for name, x in weights.items()},
         "observed": float(tracker.observed.by_position.count.sum()),
+        "credited": int(tracker.credited.by_kind.count.sum()),
         "effects": trainer.replays.state_dict().get("effects", {}).get("moments"),
     }
 
@@ -89,7 +90,7 @@ def _as_torchrun_does(rank: int, world: int) -> None:
 def _equals(rank: int, world: int, case: str, sharded: bool, expected: dict[str, Any]) -> None:
     _as_torchrun_does(rank, world)
     found = _outcome(_trainer(case, sharded))
-    assert found["observed"] == expected["observed"]
+    assert (found["observed"], found["credited"]) == (expected["observed"], expected["credited"])
     # float64 sums in another order, through three updates.
     torch.testing.assert_close(found["weights"], expected["weights"], rtol=1e-7, atol=1e-9)
     assert found["metrics"] == pytest.approx(expected["metrics"], rel=1e-7, abs=1e-9)

@@ -91,7 +91,8 @@ class CausalReplays(Replays):
     def _measure(
         self, trajectories: Sequence[Trajectory], batch: Batch, count: Count, own: torch.Tensor
     ) -> None:
-        """Fill rows of `own` [B, T-1] with the effects of all their actions, and add them to the table."""
+        """Fill rows of `own` [B, T-1] with the effects of all their actions, and add them to the table: an effect
+        counts for its action's tokens, and turned around for the first that was drawn otherwise."""
         config, step = self.trainer.config, self.trainer.step
         left = config.credit_interventions
         for row in by_surprise(batch, config.seed, step)[:left]:
@@ -121,18 +122,18 @@ class CausalReplays(Replays):
             own[row, batch.mask[row].cpu()] = 0.0
             for effect, unit in zip(found, last_first, strict=True):
                 own[row, torch.tensor(unit) - 1] = effect
+            measured, places = [], (one.action_mask.cumsum(0) - 1).tolist()
+            for effect, unit in zip(found, last_first, strict=True):
+                measured += [(effect, ids[t], places[t]) for t in unit]
+                other = next(t for t in unit if redrawn[t] != ids[t])
+                measured.append((-effect, redrawn[other], places[other]))
+            self.tell(one, last_first, found, measured)
             if self.table is not None:
-                self._add(one, last_first, found, redrawn)
+                self._add(measured)
 
-    def _add(self, one: Trajectory, units: list[list[int]], found: list[float], redrawn: list[int]) -> None:
-        """An effect counts for its action's tokens, and turned around for the first that was drawn otherwise."""
+    def _add(self, measured: list[tuple[float, int, int]]) -> None:
+        """Add (effect, token, position) to the table."""
         assert self.table is not None
-        places, ids = (one.action_mask.cumsum(0) - 1).tolist(), one.token_ids.tolist()
-        measured = []
-        for effect, unit in zip(found, units, strict=True):
-            measured += [(effect, ids[t], places[t]) for t in unit]
-            other = next(t for t in unit if redrawn[t] != ids[t])
-            measured.append((-effect, redrawn[other], places[other]))
         effects, tokens, positions = zip(*measured, strict=True)
         device = self.trainer.accelerator.device
         self.table.add(
