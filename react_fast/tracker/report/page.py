@@ -56,8 +56,7 @@ def render(report: Any) -> str:
     environment.filters |= {f.__name__: f for f in (number, tick, visible, interval, probability)}
     key = {kind: _of(report, kind, _KEY) for kind in KINDS}
     wide = [row for kind in KINDS for row in _of(report, kind, ("kind", "group"))]
-    # Positions cause nothing by themselves.
-    acted = {kind: [one for one in features if one.family != "position"] for kind, features in key.items()}
+    acted = {kind: _acted(features) for kind, features in key.items()}
     causes = next((features for features in acted.values() if features), [])
     return environment.get_template("page.html.j2").render(
         facts=[
@@ -93,6 +92,18 @@ def named(feature: KeyFeature) -> str:
 
 def _of(report: Any, kind: str, families: Sequence[str]) -> list[KeyFeature]:
     return [one for one in report.features if one.kind == kind and one.family in families]
+
+
+def _acted(features: Sequence[KeyFeature]) -> list[KeyFeature]:
+    """Without positions, which cause nothing by themselves, and without places of a token that acts like it does
+    everywhere."""
+    known = {(one.ids, one.direction) for one in features if one.family == "token"}
+    return [
+        one
+        for one in features
+        if one.family != "position"
+        and (one.family != "token_at_position" or (one.ids[:1], one.direction) not in known)
+    ]
 
 
 def _fact(value: Any) -> str:
