@@ -26,7 +26,7 @@ from .findings import key_features, position_means
 from .intervention import Effects
 from .policy import Policy
 from .records import EffectRow, HeatMap, KeyFeature, PositionMean
-from .text import check_count
+from .text import check_count, token_name, token_texts
 
 # Where the features of a kind are kept.
 KINDS = {"attribution": "observed", "effect": "tested", "return_effect": "credited"}
@@ -273,10 +273,10 @@ class Accumulation:
     # ---- inside ------------------------------------------------------------------------------------------
 
     def texts(self, ids: Sequence[int]) -> list[str]:
-        """Text of every token on its own; its number without a tokenizer."""
+        """Text of every token, as `token_texts` tells them; its number without a tokenizer."""
         if self.tokenizer is None:
             return [str(i) for i in ids]
-        return [self.tokenizer.decode([i]) for i in ids]
+        return token_texts(self.tokenizer, ids)
 
     def _clear(self) -> None:
         self.calls = self.step = 0
@@ -360,9 +360,9 @@ class Accumulation:
 
     def _name(self, family: str, ids: Sequence[int]) -> str:
         """A feature's name: the text of its tokens, or what its number stands for."""
-        if family == "token_at_position":
-            ids = ids[:1]
-        if family in ("token", "span", "token_at_position"):
+        if family in ("token", "token_at_position"):
+            return str(ids[0]) if self.tokenizer is None else token_name(self.tokenizer, ids[0])
+        if family == "span":
             return " ".join(map(str, ids)) if self.tokenizer is None else self.tokenizer.decode(list(ids))
         if family == "kind":
             return kind_name(ids[0])

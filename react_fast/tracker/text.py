@@ -1,5 +1,6 @@
 """One prompt and response as token ids."""
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -10,6 +11,11 @@ from ..ops import _check
 
 Ids = Sequence[int] | torch.Tensor
 Span = tuple[int, int]
+
+
+# What a tokenizer writes for bytes that are no character, and how many bytes one character has at most.
+_BROKEN, _LONGEST = "\ufffd", 4
+_BYTE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 
 
 @dataclass(frozen=True)
@@ -58,3 +64,46 @@ def before_last(actions: torch.Tensor) -> torch.Tensor:
 def check_rectangle(name: str, value: torch.Tensor) -> None:
     if value.dim() != 2:
         raise ValueError(f"{name} must be [B, T], got {list(value.shape)}")
+
+
+def token_texts(tokenizer: Any, ids: Sequence[int]) -> list[str]:
+    """Text of every token, which joined are readable: a character that several tokens make belongs to the last of
+    them, and the others have none of it. Bytes that never become a character stay U+FFFD.
+    """
+    alone = [tokenizer.decode([i]) for i in ids]
+    texts, first, told = list(alone), 0, ""
+    for i, text in enumerate(alone):
+        if text and _BROKEN not in text:
+            first, told = i + 1, ""
+            continue
+        whole = tokenizer.decode(list(ids[first : i + 1]))
+        more = i + 1 < len(ids) and i + 1 - first < _LONGEST and (not alone[i + 1] or _BROKEN in alone[i + 1])
+        known = whole.rstrip(_BROKEN) if more else whole
+        texts[i], told = known.removeprefix(told), known
+        if whole == known:
+            first, told = i + 1, ""
+    return texts
+
+
+def token_name(tokenizer: Any, token: int) -> str:
+    """Text of a token of the vocabulary; of one that holds a part of a character its bytes, as ⟨E3 81⟩."""
+    text = str(tokenizer.decode([token]))
+    written = getattr(tokenizer, "convert_ids_to_tokens", lambda _: None)(token) if _BROKEN in text else None
+    if not isinstance(written, str):
+        return text
+    lone, byte_of = _BYTE.fullmatch(written), _byte_of()
+    if lone:
+        return f"⟨{lone[1].upper()}⟩"
+    known = all(letter in byte_of for letter in written)
+    return "⟨" + " ".join(f"{byte_of[letter]:02X}" for letter in written) + "⟩" if known else text
+
+
+def _byte_of() -> dict[str, int]:
+    """The byte that each letter of a byte-level vocabulary stands for: printable Latin-1 for itself, the others in
+    order from U+0100.
+
+    Source: Radford et al. 2019, GPT-2.
+    """
+    plain = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(0x100) if byte not in plain]
+    return {chr(byte): byte for byte in plain} | {chr(0x100 + i): byte for i, byte in enumerate(others)}
