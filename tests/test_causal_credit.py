@@ -20,6 +20,7 @@ from react_fast.trainer.replays import REDRAWN, play_again, turns_of, units_of
 from react_fast.trainer.rollout import Trajectory
 from react_fast.trainer.trainer import Trainer
 
+from .byte_tokenizers import byte_level
 from .dialogues import ALPHABET, Characters, Ending, counts, dialogues, policy, settings, weights
 
 
@@ -449,6 +450,30 @@ def test_units_are_the_references(actions):
         )
         tokenizer = Characters(ALPHABET)
         assert units_of(one, actions, tokenizer) == reference_units(one, actions, tokenizer)
+
+
+@pytest.mark.parametrize("actions", ["word", "sentence", "line", "step"])
+def test_units_end_behind_characters_of_several_tokens(actions):
+    """Sentences of CJK text end behind their full stop, whose bytes are three tokens."""
+    text = "日本。 é a。日\n本 b\n\nc"
+    tokenizer = byte_level()
+    ids = torch.tensor(tokenizer(text)["input_ids"])
+    one = Trajectory(
+        token_ids=ids,
+        action_mask=torch.ones(len(ids), dtype=torch.bool),
+        turn_index=torch.zeros(len(ids), dtype=torch.long),
+        sampler_logprobs=torch.zeros(len(ids)),
+        rewards=[0.0],
+    )
+    found = units_of(one, actions, tokenizer)
+    assert found == reference_units(one, actions, tokenizer)
+    expected = {
+        "word": ["日本。", " é", " a。日", "\n本", " b", "\n", "\nc"],
+        "sentence": ["日本。", " é a。", "日\n", "本 b\n\n", "c"],
+        "line": ["日本。 é a。日\n", "本 b\n\n", "c"],
+        "step": ["日本。 é a。日\n本 b\n\n", "c"],
+    }
+    assert [tokenizer.decode(ids[unit]) for unit in found] == expected[actions]
 
 
 def test_units_cut_each_turns_action():

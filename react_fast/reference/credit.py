@@ -292,7 +292,7 @@ def units_of(one: Any, actions: str, tokenizer: Any) -> list[list[int]]:
     units: list[list[int]] = []
     for turn in range(len(one.rewards)):
         places = [t for t in range(len(one.token_ids)) if one.action_mask[t] and one.turn_index[t] == turn]
-        texts = [tokenizer.decode([int(one.token_ids[t])]) for t in places]
+        texts = _texts(tokenizer, [int(one.token_ids[t]) for t in places])
         cuts, last, start = _cuts("".join(texts), actions), -1, 0
         for t, text in zip(places, texts, strict=True):
             starts = t == places[0] or actions == "token" or (actions == "word" and text[:1].isspace())
@@ -301,6 +301,18 @@ def units_of(one: Any, actions: str, tokenizer: Any) -> list[list[int]]:
             units[-1].append(t)
             last, start = start, start + len(text)
     return units
+
+
+def _texts(tokenizer: Any, ids: list[int]) -> list[str]:
+    """What each token adds to the text before it; a character belongs to the last of its tokens."""
+    texts, known = [], ""
+    for n in range(1, len(ids) + 1):
+        whole = tokenizer.decode(ids[:n])
+        if n < len(ids):
+            whole = whole.rstrip("\ufffd")
+        texts.append(whole[len(known) :])
+        known = whole
+    return texts
 
 
 def _cuts(text: str, actions: str) -> list[int]:

@@ -67,21 +67,28 @@ def check_rectangle(name: str, value: torch.Tensor) -> None:
 
 
 def token_texts(tokenizer: Any, ids: Sequence[int]) -> list[str]:
-    """Text of every token, which joined are readable: a character that several tokens make belongs to the last of
-    them, and the others have none of it. Bytes that never become a character stay U+FFFD.
+    """Text of every token behind those before it, which joined can be read: a character that several tokens make
+    belongs to the last of them, and the others have none of it. A token whose bytes never become one has U+FFFD.
+
+    Source: the incremental detokenisation of text-generation-inference and vLLM, which decode a token behind the
+        last piece of text, as some tokenizers take the blank off a text's first token.
     """
-    alone = [tokenizer.decode([i]) for i in ids]
-    texts, first, told = list(alone), 0, ""
-    for i, text in enumerate(alone):
-        if text and _BROKEN not in text:
-            first, told = i + 1, ""
-            continue
-        whole = tokenizer.decode(list(ids[first : i + 1]))
-        more = i + 1 < len(ids) and i + 1 - first < _LONGEST and (not alone[i + 1] or _BROKEN in alone[i + 1])
-        known = whole.rstrip(_BROKEN) if more else whole
-        texts[i], told = known.removeprefix(told), known
-        if whole == known:
-            first, told = i + 1, ""
+    ids, before = list(ids), 0
+    texts: list[str] = []
+    while len(texts) < len(ids):
+        first = len(texts)
+        known = tokenizer.decode(ids[before:first])
+        pieces: list[str] = []
+        for end in range(first + 1, min(first + _LONGEST, len(ids)) + 1):
+            whole = tokenizer.decode(ids[before:end])
+            pieces.append(whole.rstrip(_BROKEN).removeprefix(known))
+            known += pieces[-1]
+            if known == whole and pieces[-1] and _BROKEN not in "".join(pieces):
+                before = first
+                break
+        else:
+            pieces, before = [tokenizer.decode(ids[first : first + 1])], first + 1
+        texts += pieces
     return texts
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from ..tracker.actions import find_actions
-from ..tracker.text import Text
+from ..tracker.text import Text, token_texts
 from .batch import Batch
 from .ranks import gathered
 from .replay import Count, Replay, replay
@@ -90,7 +90,7 @@ def units_of(one: Trajectory, actions: str, tokenizer: Any) -> list[list[int]]:
             units.append(run)
             continue
         ids = one.token_ids[run].tolist()
-        texts = None if actions == "token" else [tokenizer.decode([i]) for i in ids]
+        texts = None if actions == "token" else token_texts(tokenizer, ids)
         units += [run[start:end] for start, end in find_actions(actions, Text(tuple(ids), 0), texts, None)]
     return units
 
