@@ -225,6 +225,16 @@ REFUSED = [
         ValueError,
         r"group_index must be \[2\] like input_ids",
     ),
+    (
+        lambda t: t.add_return_effects([], [], [], [], unit="letter", step=0),
+        ValueError,
+        "unit must be one of 'token', .*, got 'letter'",
+    ),
+    (
+        lambda t: t.add_return_effects([], [], [], [], unit="word", step=0, group=0),
+        IndexError,
+        r"group must be in \[0, 0\), got 0",
+    ),
     (lambda t: t.intervene([1], [2], group=1), IndexError, r"group must be in \[0, 0\), got 1"),
     (
         lambda t: t.key_features(families=("word",)),

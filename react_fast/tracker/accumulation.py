@@ -15,6 +15,7 @@ from .features import (
     FAMILIES,
     LONGEST,
     SIDES,
+    UNITS,
     Features,
     Labels,
     action_kind,
@@ -126,8 +127,11 @@ class Accumulation:
             by_token: (effect, token, position) of everything that is told of single tokens.
             unit: what the actions are, one of `actions` of `intervene`.
             step: of the training. group: number of the response's group.
+        Raises: TypeError or ValueError in one line, IndexError for another group.
         """
-        self._at(step)
+        _check.choice("unit", unit, UNITS)
+        self._check_group(group)
+        self._at(check_count("step", step, 0))
         if not effects:
             return
         special = [bool(self._special[self._numbers(span)].all()) for span in spans]
@@ -303,6 +307,10 @@ class Accumulation:
             if value != own[what]:
                 wanted = f"{own[what]} tokens" if what == "tokens" else f"{what} {own[what]}"
                 raise ValueError(f"{name} must have {wanted} like this tracker, got {value}")
+
+    def _check_group(self, group: int | None) -> None:
+        if group is not None and check_count("group", group, 0) >= len(self.groups):
+            raise IndexError(f"group must be in [0, {len(self.groups)}), got {group}")
 
     def _at(self, step: int) -> None:
         """Training is at this step."""
