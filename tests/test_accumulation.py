@@ -254,3 +254,48 @@ def _gathered(rank, world):
 
 def test_ranks_gather_what_all_found(ranks):
     ranks.run(_gathered)
+
+
+@pytest.mark.parametrize("decay", [1.0, 0.8])
+def test_effects_on_the_return_merge_as_if_one_had_seen_all(decay):
+    """Two trackers that each got every other response; the numbers of one that got all, and of the formulas."""
+    model = Recurrent()
+    whole, *parts = (CausalityTracker(model, groups=("a", "b"), decay=decay) for _ in range(3))
+    rng, seen = np.random.default_rng(0), []
+    for step in range(12):
+        effects, tokens = rng.normal(size=4).tolist(), rng.integers(6, size=8).tolist()
+        spans, places = [tokens[i : i + 2] for i in range(0, 8, 2)], list(range(0, 8, 2))
+        by_token = [
+            (effect, token, place + i)
+            for effect, span, place in zip(effects, spans, places, strict=True)
+            for i, token in enumerate(span)
+        ]
+        seen += [(step, *row) for row in by_token]
+        for one in (whole, parts[step % 2]):
+            one.add_return_effects(
+                effects, spans, places, by_token, unit="word", step=step, group=step % 3 % 2
+            )
+    for one in parts:
+        one.add_return_effects([], [], [], [], unit="word", step=11)
+    parts[0].merge(parts[1])
+    expected, found = (
+        {
+            (row.family, row.ids): row
+            for row in one.key_features(999, kind="return_effect", families=FAMILIES, min_count=2)
+        }
+        for one in (whole, parts[0])
+    )
+    assert found.keys() == expected.keys()
+    assert {family for family, _ in found} == set(FAMILIES)
+    for key, row in expected.items():
+        other = found[key]
+        assert (other.name, other.count) == (row.name, row.count)
+        numbers = [(one.mean, one.standard_error, one.low, one.high, one.drift) for one in (other, row)]
+        np.testing.assert_allclose(*numbers, rtol=1e-12, atol=1e-12)
+    for (family, ids), row in found.items():
+        if family in ("token", "token_at_position"):
+            chosen = [x for x in seen if x[2:] == ids or (family == "token" and x[2] == ids[0])]
+            weights = [decay ** (11 - step) for step, *_ in chosen]
+            mean = sum(w * x[1] for w, x in zip(weights, chosen, strict=True)) / sum(weights)
+            assert row.count == len(chosen)
+            np.testing.assert_allclose(row.mean, mean, rtol=1e-11)

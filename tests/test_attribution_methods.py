@@ -180,6 +180,30 @@ def test_rows_of_the_matrix_form_sum_to_the_sequence_form():
         assert bool((rows.scores[place >= torch.arange(3, 7)[:, None]] == 0).all())
 
 
+@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"method": "integrated_gradients", "steps": 3, "baseline": 5}, {"layer": "lm_head"}],
+    ids=["embedding", "path", "behind it"],
+)
+def test_one_backward_through_the_output_layer_serves_all_rows(monkeypatch, name, attention, options):
+    """The rows of a backward each, as they are where the layer asked for lies behind the output layer's input."""
+    model = _model(name, attention)
+    found = CausalityTracker(model).attribute(PROMPT, RESPONSE, "token", **options).scores
+    passes, backward = [], torch.autograd.grad
+    monkeypatch.setattr(
+        torch.autograd, "grad", lambda *args, **kw: passes.append(args) or backward(*args, **kw)
+    )
+    CausalityTracker(model).attribute(PROMPT, RESPONSE, "token", **options)
+    assert len(passes) == 1 + len(RESPONSE)
+    monkeypatch.setattr(model, "get_output_embeddings", lambda: None)
+    passes.clear()
+    expected = CausalityTracker(model).attribute(PROMPT, RESPONSE, "token", **options).scores
+    assert len(passes) == len(RESPONSE)
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-9)
+
+
 def test_a_linear_function_needs_one_step():
     """For the first token's table row, gradient x input and integrated gradients from zero are the same."""
     tracker = CausalityTracker(FirstToken().double())

@@ -1,5 +1,7 @@
 """Credit that plays episodes again: equal to the loops, resumable, exact where the causes are known."""
 
+import re
+
 import numpy as np
 import pytest
 import torch
@@ -9,6 +11,7 @@ from react_fast.envs.slot_models import Writer
 from react_fast.envs.slots import GroundTruth, ground_truth
 from react_fast.reference.credit import units_of as reference_units
 from react_fast.reference.trainer import Trainer as ReferenceTrainer
+from react_fast.tracker import CausalityTracker
 from react_fast.tracker.effect_table import EffectTable
 from react_fast.trainer.algorithms import GRPO, REINFORCE
 from react_fast.trainer.checkpoint import CheckpointError
@@ -17,6 +20,7 @@ from react_fast.trainer.replays import REDRAWN, play_again, turns_of, units_of
 from react_fast.trainer.rollout import Trajectory
 from react_fast.trainer.trainer import Trainer
 
+from .byte_tokenizers import byte_level
 from .dialogues import ALPHABET, Characters, Ending, counts, dialogues, policy, settings, weights
 
 
@@ -42,6 +46,22 @@ CASES = {
     "causal, turns, every other step": (
         REINFORCE(),
         {"credit": "causal", "credit_actions": "turn", "credit_by": "token", "credit_every": 2, "steps": 5},
+    ),
+    "causal, tokens that fade": (
+        GRPO(),
+        {"credit": "causal", "credit_by": "token", "credit_half_life": 1.5, "credit_interventions": 6},
+    ),
+    "causal, words at positions that fade, every other step": (
+        GRPO(),
+        {
+            "credit": "causal",
+            "credit_actions": "word",
+            "credit_by": "token_at_position",
+            "credit_half_life": 0.5,
+            "credit_every": 2,
+            "credit_interventions": 7,
+            "steps": 4,
+        },
     ),
     "causal, lines, a truncated sampler": (
         GRPO(),
@@ -89,15 +109,24 @@ def test_parity_with_the_reference(case):
     assert float((weights(plain) - weights(fast)).abs().max()) > 1e-3, "credit must change the update"
 
 
-@pytest.mark.parametrize("credit", ["causal", "monte_carlo", "shapley"])
-def test_resume_gives_bitwise_the_same_weights(tmp_path, credit):
+RESUMED = {
+    "causal": {},
+    "causal, fading": {"credit_by": "token", "credit_half_life": 2.5, "credit_every": 2},
+    "monte_carlo": {},
+    "shapley": {},
+}
+
+
+@pytest.mark.parametrize("case", RESUMED)
+def test_resume_gives_bitwise_the_same_weights(tmp_path, case):
     """What was accumulated goes into the checkpoint, the count of environment steps too."""
     changes = {
-        "credit": credit,
+        "credit": case.split(",")[0],
         "credit_actions": "word",
         "credit_samples": 2,
         "credit_interventions": 64,
         "steps": 4,
+        **RESUMED[case],
     }
     whole, first, second = policy(), policy(), policy(seed=9)
     logs = [_Log(), _Log()]
@@ -131,6 +160,90 @@ def test_the_table_learns_the_known_causes():
         found = trainer.replays.table.effects(tokens, torch.arange(6))
         expected = torch.tensor(truth.weights).double() * (2 * on - 1)
         assert torch.equal(found.sign(), expected.sign())
+
+
+def test_a_half_life_weighs_effects_by_their_age():
+    """Two effects 3 steps apart under a half-life of 3 weigh 1/2 and 1; the table equals the weighted sums."""
+    table = EffectTable("token", half_life=3.0)
+    rng = np.random.default_rng(0)
+    seen: dict[int, list[tuple[int, float]]] = {}
+    for step in range(0, 12, 3):
+        effects, tokens = rng.normal(size=40) + 9.0, rng.integers(7, size=40)
+        table.advance(step)
+        table.add(torch.tensor(effects), torch.tensor(tokens), torch.zeros(40).long())
+        for effect, token in zip(effects, tokens, strict=True):
+            seen.setdefault(int(token), []).append((step, effect))
+    mean, weight, free, squares = np.zeros((4, 7))
+    for token, measured in seen.items():
+        w, x = np.array([0.5 ** ((9 - step) / 3) for step, _ in measured]), np.array([x for _, x in measured])
+        weight[token], mean[token] = w.sum(), (w * x).sum() / w.sum()
+        free[token] = w.sum() - (w * w).sum() / w.sum()
+        squares[token] = (w * (x - mean[token]) ** 2).sum()
+    expected = mean - np.sqrt(2 * np.log(7) * squares.sum() / free.sum() / weight)
+    found = table.effects(torch.arange(7), torch.zeros(7).long()).numpy()
+    np.testing.assert_allclose(found, expected, rtol=1e-12)
+
+
+def test_an_effect_that_is_no_longer_measured_fades():
+    """To 0, while one that is measured on stays; without a half-life both stay. Long after, everything is 0."""
+    first, second, nowhere = torch.tensor([3]), torch.tensor([4]), torch.tensor([0])
+    for half_life, stays in ((4.0, False), (None, True)):
+        table = EffectTable("token", half_life=half_life)
+        for step in range(40):
+            table.advance(step)
+            noise = (-1.0) ** step
+            table.add(torch.tensor([5.0 + noise]).double(), second, nowhere)
+            if step < 10:
+                table.add(torch.tensor([5.0 + noise]).double(), first, nowhere)
+        old, new = (float(table.effects(token, nowhere)) for token in (first, second))
+        assert new > 3
+        assert (old > 3) == stays
+        assert stays or old == 0
+        table.advance(10**6)
+        assert (float(table.effects(second, nowhere)) == new) == stays
+
+
+@pytest.mark.parametrize("case", ["causal", "shapley"])
+def test_the_report_shows_the_measured_effects(tmp_path, case):
+    """By token they are what the table holds; the tokens that a reward counts are found; all survives a checkpoint
+    and stands in the page, escaped, as an intervention beside attribution."""
+    tokenizer, model = Characters(ALPHABET.replace("?", "<").replace(" ", ">")), policy()
+    env = TextEnv([Record("<"), Record("<<")], reward=counts)
+    config = settings(
+        steps=12, credit=case, credit_by="token", credit_actions={"causal": "token", "shapley": "step"}[case],
+        credit_interventions=40, max_new_tokens=6, checkpoint_dir=str(tmp_path), credit_samples=2,
+    )  # fmt: skip
+    tracker = CausalityTracker(model, tokenizer)
+    trainer = Trainer(model, tokenizer, env, algorithm=GRPO(), tracker=tracker, config=config)
+    trainer.train()
+    found = {
+        one.name: one
+        for one in tracker.key_features(99, kind="return_effect", families=("token",), min_count=2)
+    }
+    assert found["a"].direction == "raises"
+    assert found["a"].low > 0
+    assert len(found["a"].windows) > 4
+    if case == "causal":
+        moments = trainer.replays.table.moments
+        for name, one in found.items():
+            i = tokenizer.alphabet.index(name)
+            assert one.count == int(moments.count[i])
+            np.testing.assert_allclose(one.mean, float(moments.mean[i]), rtol=1e-12, atol=1e-15)
+            np.testing.assert_allclose(one.standard_error, float(moments.standard_error[i]), rtol=1e-12)
+    places = tracker.key_features(99, kind="return_effect", families=("token_at_position",), min_count=2)
+    by_token = {name: sum(one.count for one in places if one.name == name) for name in found}
+    assert all(one.count - by_token[name] <= 6 for name, one in found.items()), "but for those seen once"
+    again = CausalityTracker(policy(), tokenizer)
+    fresh = Trainer(again.policy.model, tokenizer, env, algorithm=GRPO(), tracker=again, config=config)
+    fresh.train(resume="auto")
+    assert repr(again.report().features) == repr(tracker.report().features)
+    page = tracker.report().to_html(tmp_path / "report.html").read_text(encoding="utf-8")
+    assert page.index("<h3>Causal effect on the return</h3>") < page.index("<h3>Attribution</h3>")
+    assert re.search(r'<span class="chip" dir="auto" title="&lt;">&lt;</span>', page)
+    assert re.search(r"&lt; at \d", page)
+    assert "<h3>Causal effect on the return</h3>" not in CausalityTracker(model).report().to_html(
+        tmp_path / "none.html"
+    ).read_text(encoding="utf-8")
 
 
 def test_monte_carlo_advantages_telescope_and_are_unbiased():
@@ -262,7 +375,12 @@ def test_replays_in_slices_are_the_same_draws():
 
 
 @pytest.mark.parametrize(
-    "before", [{"credit": "uniform"}, {"credit": "causal", "credit_by": "token_at_position"}]
+    "before",
+    [
+        {"credit": "uniform"},
+        {"credit": "causal", "credit_by": "token_at_position"},
+        {"credit": "causal", "credit_by": "token", "credit_half_life": 5.0},
+    ],
 )
 def test_effects_of_another_setting_start_anew(tmp_path, before):
     shared = {"checkpoint_dir": str(tmp_path), "steps": 1}
@@ -314,6 +432,8 @@ def test_a_replay_that_rewrites_the_text_is_refused():
 def test_a_table_by_another_name_is_refused():
     with pytest.raises(ValueError, match="by must be"):
         EffectTable("position")
+    with pytest.raises(ValueError, match=r"half_life must be in \[0.01, inf\], got 0"):
+        EffectTable("token", half_life=0)
 
 
 @pytest.mark.parametrize("actions", ["token", "word", "sentence", "line", "step", "turn"])
@@ -330,6 +450,30 @@ def test_units_are_the_references(actions):
         )
         tokenizer = Characters(ALPHABET)
         assert units_of(one, actions, tokenizer) == reference_units(one, actions, tokenizer)
+
+
+@pytest.mark.parametrize("actions", ["word", "sentence", "line", "step"])
+def test_units_end_behind_characters_of_several_tokens(actions):
+    """Sentences of CJK text end behind their full stop, whose bytes are three tokens."""
+    text = "日本。 é a。日\n本 b\n\nc"
+    tokenizer = byte_level()
+    ids = torch.tensor(tokenizer(text)["input_ids"])
+    one = Trajectory(
+        token_ids=ids,
+        action_mask=torch.ones(len(ids), dtype=torch.bool),
+        turn_index=torch.zeros(len(ids), dtype=torch.long),
+        sampler_logprobs=torch.zeros(len(ids)),
+        rewards=[0.0],
+    )
+    found = units_of(one, actions, tokenizer)
+    assert found == reference_units(one, actions, tokenizer)
+    expected = {
+        "word": ["日本。", " é", " a。日", "\n本", " b", "\n", "\nc"],
+        "sentence": ["日本。", " é a。", "日\n", "本 b\n\n", "c"],
+        "line": ["日本。 é a。日\n", "本 b\n\n", "c"],
+        "step": ["日本。 é a。日\n本 b\n\n", "c"],
+    }
+    assert [tokenizer.decode(ids[unit]) for unit in found] == expected[actions]
 
 
 def test_units_cut_each_turns_action():

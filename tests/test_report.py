@@ -4,6 +4,7 @@ import json
 import math
 import re
 import sys
+from dataclasses import replace
 from html.parser import HTMLParser
 from io import StringIO
 from itertools import pairwise
@@ -51,6 +52,9 @@ def full_report():
         KeyFeature("effect", "span", EVIL, (8, 3), 9, -0.5, 0.1, -0.7, -0.3, 1e-5, True, **moved),
         KeyFeature("effect", "group", EVIL, (0,), 9, -0.5, 0.1, -0.7, -0.3, 1e-5, True),
         KeyFeature("effect", "position", "3", (3,), 9, -INF, NAN, NAN, NAN, NAN, False),
+        KeyFeature(
+            "return_effect", "token_at_position", EVIL, (8, 3), 9, -0.5, 0.1, -0.7, -0.3, 1e-5, True, **moved
+        ),
     ]
     positions = [PositionMean(p, 10, 0.1 * p - 0.2, 0.05, 0.1 * p - 0.3, 0.1 * p - 0.1) for p in (0, 1, 2, 5)]
     meta = {"model": EVIL, "observed_tokens": 1234567, "seed": 0, "rate": 0.5, "nothing": None}
@@ -144,11 +148,16 @@ def test_page_shows_the_numbers(tmp_path):
 
 
 def test_page_says_what_raises_and_what_lowers(tmp_path):
-    text = full_report().to_html(tmp_path / "page.html").read_text(encoding="utf-8")
-    lowers = text[text.index("Reliably lowers it") : text.index("<figure>")]
-    assert EVIL.replace("<", "&lt;").replace(">", "&gt;") in lowers
-    edges = re.findall(r'<path class="edge ([^"]*)"', text[: text.index('id="features"')])
-    assert edges == ["s-zero unsure", "s-neg"]  # the causal graph: the accumulated effects
+    report, escaped = full_report(), EVIL.replace("<", "&lt;").replace(">", "&gt;")
+    without = [one for one in report.features if one.kind != "return_effect"]
+    # The causal graph: effects on the return, or the accumulated ones where there are none.
+    for one, name, expected in (
+        (report, f"{escaped} at 3", ["s-neg"]),
+        (replace(report, features=without), escaped, ["s-zero unsure", "s-neg"]),
+    ):
+        text = one.to_html(tmp_path / "page.html").read_text(encoding="utf-8")
+        assert name in text[text.index("Reliably lowers it") : text.index("<figure>")]
+        assert re.findall(r'<path class="edge ([^"]*)"', text[: text.index('id="features"')]) == expected
 
 
 def test_page_of_an_empty_report_says_so(tmp_path):
@@ -252,7 +261,7 @@ def test_parquet_holds_every_number(tmp_path):
     rows = table.to_pylist()
     counts = {name: sum(row["record"] == name for row in rows) for name in set(table["record"].to_pylist())}
     # Two heat maps of 2 x 5 and 1 x 2; tokens 5 + 2 + 1 + 3.
-    assert counts == {"feature": 6, "window": 4, "position": 4, "token": 11, "score": 12, "effect": 4}
+    assert counts == {"feature": 7, "window": 6, "position": 4, "token": 11, "score": 12, "effect": 4}
     score = next(row for row in rows if row["record"] == "score" and row["target"] == 4 and row["start"] == 3)
     assert score["name"] == " Ilhas"
     assert score["mean"] == 2.0

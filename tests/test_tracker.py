@@ -174,7 +174,7 @@ REFUSED = [
     (
         lambda t: t.key_features(kind="cause"),
         ValueError,
-        "kind must be one of 'attribution', 'effect', got 'cause'",
+        "kind must be one of 'attribution', 'effect', 'return_effect', got 'cause'",
     ),
     (lambda t: t.key_features(min_count=1), ValueError, "min_count must be at least 2, got 1"),
     (
@@ -224,6 +224,16 @@ REFUSED = [
         lambda t: t.observe(IDS, IDS, group_index=IDS).__enter__(),
         ValueError,
         r"group_index must be \[2\] like input_ids",
+    ),
+    (
+        lambda t: t.add_return_effects([], [], [], [], unit="letter", step=0),
+        ValueError,
+        "unit must be one of 'token', .*, got 'letter'",
+    ),
+    (
+        lambda t: t.add_return_effects([], [], [], [], unit="word", step=0, group=0),
+        IndexError,
+        r"group must be in \[0, 0\), got 0",
     ),
     (lambda t: t.intervene([1], [2], group=1), IndexError, r"group must be in \[0, 0\), got 1"),
     (

@@ -25,6 +25,15 @@ CASES: dict[str, tuple[Any, dict[str, Any]]] = {
     "reinforce": (REINFORCE(whiten=True), {"minibatches": 2, "epochs": 2, "optimizer": "sgd"}),
     "monte_carlo": (GRPO(), {"credit": "monte_carlo", "credit_samples": 2, "credit_actions": "word"}),
     "attribution": (GRPO(), {"credit": "attribution"}),
+    "causal": (
+        GRPO(),
+        {
+            "credit": "causal",
+            "credit_by": "token_at_position",
+            "credit_half_life": 1.5,
+            "credit_interventions": 5,
+        },
+    ),
     "packed": (GRPO(), {"padding": "packed", "micro_tokens": 40, "kl_coef": 0.1}),
 }
 
@@ -60,6 +69,8 @@ def _outcome(trainer: Trainer) -> dict[str, Any]:
         },
         "weights": {name: x.detach().clone() for name, x in weights.items()},
         "observed": float(tracker.observed.by_position.count.sum()),
+        "credited": int(tracker.credited.by_kind.count.sum()),
+        "effects": trainer.replays.state_dict().get("effects", {}).get("moments"),
     }
 
 
@@ -79,10 +90,16 @@ def _as_torchrun_does(rank: int, world: int) -> None:
 def _equals(rank: int, world: int, case: str, sharded: bool, expected: dict[str, Any]) -> None:
     _as_torchrun_does(rank, world)
     found = _outcome(_trainer(case, sharded))
-    assert found["observed"] == expected["observed"]
+    assert (found["observed"], found["credited"]) == (expected["observed"], expected["credited"])
     # float64 sums in another order, through three updates.
     torch.testing.assert_close(found["weights"], expected["weights"], rtol=1e-7, atol=1e-9)
     assert found["metrics"] == pytest.approx(expected["metrics"], rel=1e-7, abs=1e-9)
+    # Measured effects are differences of rewards: the same bits, unless a weight's last one turns a draw.
+    tables: list[Any] = [None] * world
+    torch.distributed.all_gather_object(tables, found["effects"])
+    assert case != "causal" or int(found["effects"]["count"].sum()) > 0
+    for table in (*tables, expected["effects"]):
+        torch.testing.assert_close(table, found["effects"], rtol=0, atol=0)
 
 
 # Two processes do everything; with four, whose shares may be uneven, each kind of split is seen once.

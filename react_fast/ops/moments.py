@@ -113,6 +113,11 @@ class RunningMoments:
         return self._mean.clone()
 
     @property
+    def weight(self) -> torch.Tensor:
+        """[size] float64: sum of the weights as they are now; `count` without decay."""
+        return self.count.double() if self._aged is None else self._aged.weight.clone()
+
+    @property
     def effective_count(self) -> torch.Tensor:
         """[size] float64: as many equally weighted observations tell as much; `count` without decay."""
         return self.count.double() if self._aged is None else self._aged.effective.clone()

@@ -13,7 +13,6 @@ import numpy as np
 import torch
 
 from .rollout import draw
-from .tracker import Moments
 
 _ROWS, _REDRAWN, _VALUES, _ORDERS = 5, 7, 8, 9
 _BUCKETS, _TOKENS = 65521, 1_000_003
@@ -24,7 +23,8 @@ class Causal:
 
     def __init__(self, trainer: Any) -> None:
         self.trainer = trainer
-        self.moments: dict[int, Moments] = {}
+        # Of every key the steps at which it was measured, and its effects.
+        self.measured: dict[int, list[tuple[int, float]]] = {}
 
     def score(self, trajectories: Sequence[Any], batch: Sequence[Any]) -> int:
         """Give every trajectory its tokens' effects; returns the environment steps it took."""
@@ -85,7 +85,7 @@ class Causal:
 
     def _add(self, effect: float, token: int, one: Any, t: int) -> None:
         key = self._key(token, sum(bool(x) for x in one.action_mask[:t]))
-        self.moments.setdefault(key, Moments()).add(effect)
+        self.measured.setdefault(key, []).append((self.trainer.step, effect))
 
     def _key(self, token: int, position: int) -> int:
         by = self.trainer.config.credit_by
@@ -97,22 +97,37 @@ class Causal:
         found = torch.full((len(one.token_ids),), math.nan, dtype=torch.float64)
         if self.trainer.config.credit_by == "episode":
             return found[1:]
-        degrees = sum(m.count - 1 for m in self.moments.values())
-        spread = sum(m.m2 for m in self.moments.values()) / degrees if degrees else 0.0
-        least = 1e-9 * max((abs(m.mean) for m in self.moments.values()), default=0.0)
+        moments = {key: self._weighted(measured) for key, measured in self.measured.items()}
+        degrees = sum(free for _, _, free, _ in moments.values())
+        if degrees <= 1e-12 * sum(weight for _, weight, _, _ in moments.values()):
+            degrees = 0.0
+        spread = sum(squares for _, _, _, squares in moments.values()) / degrees if degrees else 0.0
+        least = 1e-9 * max((abs(mean) for mean, _, _, _ in moments.values()), default=0.0)
         position = 0
         for t, token in enumerate(one.token_ids):
             if one.action_mask[t]:
-                m = self.moments.get(self._key(int(token), position), Moments())
-                limit = math.sqrt(2 * math.log(max(len(self.moments), 1)) * spread / max(m.count, 1))
-                size = abs(m.mean) - limit if degrees else 0.0
-                effect = math.copysign(size, m.mean) if size > least else 0.0
+                mean, weight, _, _ = moments.get(self._key(int(token), position), (0.0, 1.0, 0.0, 0.0))
+                limit = math.sqrt(2 * math.log(max(len(moments), 1)) * spread / weight)
+                size = abs(mean) - limit if degrees else 0.0
+                effect = math.copysign(size, mean) if size > least else 0.0
                 logprob = float(one.sampler_logprobs[t])
                 if math.isnan(logprob):
                     logprob = float(self.trainer.logprobs(scored)[t - 1])
                 found[t] = effect * (1 - math.exp(logprob))
                 position += 1
         return found[1:]
+
+    def _weighted(self, measured: list[tuple[int, float]]) -> tuple[float, float, float, float]:
+        """(mean, sum of weights, degrees of freedom, sum of squared deviations) of a key's effects, the weight of
+        each halved with every half-life since."""
+        half_life = self.trainer.config.credit_half_life or math.inf
+        weights = [0.5 ** ((self.trainer.step - step) / half_life) for step, _ in measured]
+        total = sum(weights)
+        if total == 0:
+            return 0.0, 1.0, 0.0, 0.0
+        mean = sum(w * x for w, (_, x) in zip(weights, measured, strict=True)) / total
+        squares = sum(w * (x - mean) ** 2 for w, (_, x) in zip(weights, measured, strict=True))
+        return mean, total, total - sum(w * w for w in weights) / total, squares
 
     @torch.no_grad()
     def _redrawn(self, one: Any, row: int) -> list[int]:
@@ -277,7 +292,7 @@ def units_of(one: Any, actions: str, tokenizer: Any) -> list[list[int]]:
     units: list[list[int]] = []
     for turn in range(len(one.rewards)):
         places = [t for t in range(len(one.token_ids)) if one.action_mask[t] and one.turn_index[t] == turn]
-        texts = [tokenizer.decode([int(one.token_ids[t])]) for t in places]
+        texts = _texts(tokenizer, [int(one.token_ids[t]) for t in places])
         cuts, last, start = _cuts("".join(texts), actions), -1, 0
         for t, text in zip(places, texts, strict=True):
             starts = t == places[0] or actions == "token" or (actions == "word" and text[:1].isspace())
@@ -286,6 +301,18 @@ def units_of(one: Any, actions: str, tokenizer: Any) -> list[list[int]]:
             units[-1].append(t)
             last, start = start, start + len(text)
     return units
+
+
+def _texts(tokenizer: Any, ids: list[int]) -> list[str]:
+    """What each token adds to the text before it; a character belongs to the last of its tokens."""
+    texts, known = [], ""
+    for n in range(1, len(ids) + 1):
+        whole = tokenizer.decode(ids[:n])
+        if n < len(ids):
+            whole = whole.rstrip("\ufffd")
+        texts.append(whole[len(known) :])
+        known = whole
+    return texts
 
 
 def _cuts(text: str, actions: str) -> list[int]:

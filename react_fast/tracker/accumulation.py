@@ -15,6 +15,7 @@ from .features import (
     FAMILIES,
     LONGEST,
     SIDES,
+    UNITS,
     Features,
     Labels,
     action_kind,
@@ -26,9 +27,10 @@ from .findings import key_features, position_means
 from .intervention import Effects
 from .policy import Policy
 from .records import EffectRow, HeatMap, KeyFeature, PositionMean
-from .text import check_count
+from .text import check_count, token_name, token_texts
 
-KINDS = ("attribution", "effect")
+# Where the features of a kind are kept.
+KINDS = {"attribution": "observed", "effect": "tested", "return_effect": "credited"}
 # The newest examples are kept.
 EXAMPLES = 32
 # Measurements that are told from a repetition.
@@ -43,6 +45,7 @@ class Accumulation:
         observed: Features of the attribution that `observe` read.
         tested: Features of the effects that `intervene` measured, each action's mean as one observation. What
             comes again with the text, actions and numbers of one of the newest 1024 is not counted again.
+        credited: Features of the effects on the return that `add_return_effects` was given.
         calls: of `observe`. step: of the training, the last that was seen.
         heat_maps, effects: of the newest 32 examples.
     """
@@ -90,18 +93,58 @@ class Accumulation:
 
         Args:
             k: most rows.
-            kind: "attribution" (of `observe`, whose spans are two neighbouring tokens) or "effect" (of
-                `intervene`, whose spans are its actions of up to 16 tokens).
-            families: of "token", "span", "position", "kind" (such as "prompt word") and "group".
+            kind: "attribution" (of `observe`, whose spans are two neighbouring tokens), "effect" (of
+                `intervene`, whose spans are its actions of up to 16 tokens) or "return_effect" (of
+                `add_return_effects`).
+            families: of "token", "span", "position", "kind" (such as "prompt word"), "group" and, for
+                "return_effect", "token_at_position".
             min_count: observations a feature needs, at least 2; effective ones where there is decay.
         """
-        _check.choice("kind", kind, KINDS)
+        _check.choice("kind", kind, tuple(KINDS))
         for family in families:
             _check.choice("families", family, FAMILIES)
         _check_apart("families", families)
         limits = check_count("k", k, 0), check_count("min_count", min_count, 2)
-        features = self.observed if kind == "attribution" else self.tested
-        return key_features(features, kind, tuple(families), *limits, name=self._name)
+        return key_features(getattr(self, KINDS[kind]), kind, tuple(families), *limits, name=self._name)
+
+    def add_return_effects(
+        self,
+        effects: Sequence[float],
+        spans: Sequence[Sequence[int]],
+        positions: Sequence[int],
+        by_token: Sequence[tuple[float, int, int]],
+        *,
+        unit: str,
+        step: int,
+        group: int | None = None,
+    ) -> None:
+        """Accumulate what the actions of one response did to its return, as the trainer's credit measured it: by
+        span, position, kind and group, and `by_token` by token and by token at position.
+
+        Args:
+            effects: [n], of each action: the return, less that with something else in its place.
+            spans: [n] token ids of every action. positions: [n] of its first token, counted from the response's.
+            by_token: (effect, token, position) of everything that is told of single tokens.
+            unit: what the actions are, one of `actions` of `intervene`.
+            step: of the training. group: number of the response's group.
+        Raises: TypeError or ValueError in one line, IndexError for another group.
+        """
+        _check.choice("unit", unit, UNITS)
+        self._check_group(group)
+        self._at(check_count("step", step, 0))
+        if not effects:
+            return
+        special = [bool(self._special[self._numbers(span)].all()) for span in spans]
+        labels = Labels(
+            position=self._numbers(positions),
+            kind=self._numbers([action_kind(unit, SIDES.index("response") + last) for last in special]),
+            token=self._numbers([-1] * len(spans)),
+            group=None if group is None else self._numbers([group] * len(spans)),
+        )
+        self.credited.reach(max(positions) + 1)
+        self._add(self.credited, self._reals(effects), spans, labels)
+        values, tokens, places = zip(*by_token, strict=True)
+        self.credited.update_tokens(step, self._reals(values), self._numbers(tokens), self._numbers(places))
 
     def positions(self, *, min_count: int = 2) -> list[PositionMean]:
         """Mean attribution at every position of the sequence with at least `min_count` observations."""
@@ -114,13 +157,13 @@ class Accumulation:
     def findings(self, k: int = 50) -> dict[str, Any]:
         """What the report shows: the arguments of `CausalityReport`, with the k features of each kind, and beside
         them all kinds of actions and groups."""
-        wide: tuple[str, ...] = ("kind", "group")
+        narrow, wide = ("token", "span", "position", "token_at_position"), ("kind", "group")
         size = len(self.by_token.count)
         features = [
             feature
-            for kind, least in (("attribution", 5), ("effect", 2))
+            for kind, least in (("attribution", 5), ("effect", 2), ("return_effect", 5))
             for feature in (
-                *self.key_features(k, kind=kind, min_count=least),
+                *self.key_features(k, kind=kind, families=narrow, min_count=least),
                 *self.key_features(size, kind=kind, families=wide, min_count=2),
             )
         ]
@@ -135,6 +178,7 @@ class Accumulation:
                 "observed_calls": self.calls,
                 "observed_tokens": int(self.by_token.count.sum()),
                 "interventions": int(self.tested.by_kind.count.sum()),
+                "return_effects": int(self.credited.by_kind.count.sum()),
             },
         }
 
@@ -155,6 +199,7 @@ class Accumulation:
             "groups": list(self.groups),
             "observed": self.observed.state_dict(),
             "tested": self.tested.state_dict(),
+            "credited": self.credited.state_dict(),
             "heat_maps": [asdict(heat_map) for heat_map in self.heat_maps],
             "effects": [asdict(row) for row in self.effects],
             "measured": list(self._measured),
@@ -170,9 +215,9 @@ class Accumulation:
             calls, step = int(state["calls"]), int(state["step"])
             size = len(state["observed"]["by_token"]["count"])
             self._check_same("state", size, state["groups"], state["decay"])
-            observed, tested = self._features(), self._features()
-            observed.load_state_dict(state["observed"])
-            tested.load_state_dict(state["tested"])
+            features = {name: self._features() for name in KINDS.values()}
+            for name, one in features.items():
+                one.load_state_dict(state[name])
             heat_maps = [HeatMap.from_dict(values) for values in state["heat_maps"]]
             effects = [EffectRow.from_dict(values) for values in state["effects"]]
             measured = dict.fromkeys(map(int, state["measured"]))
@@ -180,7 +225,8 @@ class Accumulation:
             raise ValueError(f"state must be a tracker's state_dict, got one without {error}") from None
         except TypeError as error:
             raise ValueError(f"state must be a tracker's state_dict, got another: {error}") from None
-        self.calls, self.step, self.observed, self.tested = calls, step, observed, tested
+        self.calls, self.step = calls, step
+        self.observed, self.tested, self.credited = features.values()
         self.heat_maps, self.effects, self._measured = heat_maps, effects, measured
 
     def save(self, path: str | PathLike[str]) -> None:
@@ -203,8 +249,8 @@ class Accumulation:
         self._check_same("other", other.policy.vocab_size, other.groups, other.decay)
         latest = max(self.step, other.step)
         late, lag = latest - self.step, latest - other.step
-        self.observed.merge(other.observed, late=late, lag=lag)
-        self.tested.merge(other.tested, late=late, lag=lag)
+        for name in KINDS.values():
+            getattr(self, name).merge(getattr(other, name), late=late, lag=lag)
         self.step = latest
         self.calls += other.calls
         shift = len(self.heat_maps)
@@ -231,14 +277,14 @@ class Accumulation:
     # ---- inside ------------------------------------------------------------------------------------------
 
     def texts(self, ids: Sequence[int]) -> list[str]:
-        """Text of every token on its own; its number without a tokenizer."""
+        """Text of every token, as `token_texts` tells them; its number without a tokenizer."""
         if self.tokenizer is None:
             return [str(i) for i in ids]
-        return [self.tokenizer.decode([i]) for i in ids]
+        return token_texts(self.tokenizer, ids)
 
     def _clear(self) -> None:
         self.calls = self.step = 0
-        self.observed, self.tested = self._features(), self._features()
+        self.observed, self.tested, self.credited = (self._features() for _ in KINDS)
         self.heat_maps, self.effects = [], []
         self._measured = {}
         special = sorted(set(getattr(self.tokenizer, "all_special_ids", ())))
@@ -262,11 +308,15 @@ class Accumulation:
                 wanted = f"{own[what]} tokens" if what == "tokens" else f"{what} {own[what]}"
                 raise ValueError(f"{name} must have {wanted} like this tracker, got {value}")
 
+    def _check_group(self, group: int | None) -> None:
+        if group is not None and check_count("group", group, 0) >= len(self.groups):
+            raise IndexError(f"group must be in [0, {len(self.groups)}), got {group}")
+
     def _at(self, step: int) -> None:
         """Training is at this step."""
         if step > self.step:
-            self.observed.advance(step - self.step)
-            self.tested.advance(step - self.step)
+            for name in KINDS.values():
+                getattr(self, name).advance(step - self.step)
             self.step = step
 
     def _keep_newest(self) -> None:
@@ -289,33 +339,38 @@ class Accumulation:
         self._keep_newest()
         ids, prompt = effects.token_ids, effects.prompt_length
         spans = [ids[start:end] for start, end in effects.spans]
-        scores = effects.mean.to(self.policy.device)
-
-        def numbers(values: Sequence[int]) -> torch.Tensor:
-            return torch.tensor(values, dtype=torch.int64, device=self.policy.device)
-
-        sides = self._sides(numbers(ids), numbers(range(len(ids))) >= prompt).tolist()
-        self.tested.reach(len(ids))
-        self.tested.update(
-            self.step,
-            scores,
-            scores.isfinite(),
-            Labels(
-                position=numbers([start for start, _ in effects.spans]),
-                # A longer action is special only if it holds nothing else.
-                kind=numbers([action_kind(unit, min(sides[slice(*span)])) for span in effects.spans]),
-                token=numbers([span[0] if len(span) == 1 else -1 for span in spans]),
-                group=None if group is None else numbers([group] * len(spans)),
-            ),
+        sides = self._sides(self._numbers(ids), self._numbers(range(len(ids))) >= prompt).tolist()
+        labels = Labels(
+            position=self._numbers([start for start, _ in effects.spans]),
+            # A longer action is special only if it holds nothing else.
+            kind=self._numbers([action_kind(unit, min(sides[slice(*span)])) for span in effects.spans]),
+            token=self._numbers([span[0] if len(span) == 1 else -1 for span in spans]),
+            group=None if group is None else self._numbers([group] * len(spans)),
         )
-        told = numbers([1 < len(span) <= LONGEST for span in spans]).bool()
+        self.tested.reach(len(ids))
+        self._add(self.tested, effects.mean.to(self.policy.device), spans, labels)
+
+    def _add(
+        self, features: Features, scores: torch.Tensor, spans: Sequence[Sequence[int]], labels: Labels
+    ) -> None:
+        """Add effects [n] of actions with these tokens to features."""
+        features.update(self.step, scores, scores.isfinite(), labels)
+        told = self._numbers([1 < len(span) <= LONGEST for span in spans]).bool()
         keys = [span_key(span) for span in spans]
-        self.tested.update_spans(self.step, scores, numbers(keys), told & scores.isfinite())
-        self.tested.keep_names(dict(zip(keys, map(tuple, spans), strict=True)))
+        features.update_spans(self.step, scores, self._numbers(keys), told & scores.isfinite())
+        features.keep_names(dict(zip(keys, map(tuple, spans), strict=True)))
+
+    def _numbers(self, values: Sequence[int]) -> torch.Tensor:
+        return torch.tensor(values, dtype=torch.int64, device=self.policy.device)
+
+    def _reals(self, values: Sequence[float]) -> torch.Tensor:
+        return torch.tensor(values, dtype=torch.float64, device=self.policy.device)
 
     def _name(self, family: str, ids: Sequence[int]) -> str:
         """A feature's name: the text of its tokens, or what its number stands for."""
-        if family in ("token", "span"):
+        if family in ("token", "token_at_position"):
+            return str(ids[0]) if self.tokenizer is None else token_name(self.tokenizer, ids[0])
+        if family == "span":
             return " ".join(map(str, ids)) if self.tokenizer is None else self.tokenizer.decode(list(ids))
         if family == "kind":
             return kind_name(ids[0])

@@ -81,8 +81,11 @@ def _matches(pattern: re.Pattern[str], texts: Sequence[str]) -> Iterator[Span]:
             if i >= free and start < match.end() and end > match.start()
         ]
         if touched:
+            first = touched[0]
+            while first > free and not texts[first - 1]:  # the other tokens of its first character
+                first -= 1
             free = touched[-1] + 1
-            yield touched[0], free
+            yield first, free
 
 
 def _turns(text: Text, turn_index: Sequence[int] | None) -> list[Span]:

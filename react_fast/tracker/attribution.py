@@ -79,10 +79,10 @@ def attribute(policy: Policy, text: Text, target: Target, method: Method) -> Att
     layer = method.place(policy)
     if method.name == "integrated_gradients":
         return _integrated(policy, text, target, method, layer)
-    with policy.evaluation(), policy.cut(layer) as leaves:
+    with policy.evaluation(), policy.cut(layer) as leaves, policy.head_inputs() as heads:
         outcome = _outcomes(policy, text, target, 1)[0]
         activation = leaves[0].detach()[0]
-        rows = [_score(method.name, grad[0], activation) for grad in _gradients(outcome, leaves[0])]
+        rows = [_score(method.name, grad[0], activation) for grad in _gradients(outcome, leaves[0], heads)]
     return Attribution(text.ids, text.prompt_length, _shaped(rows, outcome), outcome.detach())
 
 
@@ -125,9 +125,9 @@ def _integrated(policy: Policy, text: Text, target: Target, method: Method, laye
         rows: list[torch.Tensor] = []
         for part, share in zip(alphas.tensor_split(parts), shares.tensor_split(parts), strict=True):
             points = ends[0] + part[:, None, None] * way
-            with policy.cut(layer, points) as leaves:
+            with policy.cut(layer, points) as leaves, policy.head_inputs() as heads:
                 outcome = _outcomes(policy, text, target, len(part)).sum(0)
-                grads = _gradients(outcome, leaves[0])
+                grads = _gradients(outcome, leaves[0], heads)
                 found = [attribution_scores(torch.tensordot(share, grad, 1), way) for grad in grads]
             rows = [a + b for a, b in zip(rows, found, strict=True)] if rows else found
         scores = _shaped(rows, outcomes[1])
@@ -178,14 +178,30 @@ def _scalar(value: Any) -> torch.Tensor:
     return value
 
 
-def _gradients(outcome: torch.Tensor, leaf: torch.Tensor) -> Iterator[torch.Tensor]:
-    """The gradient [n, T, D] of a scalar outcome, or of each of [R] of them in turn, from one forward.
+def _gradients(
+    outcome: torch.Tensor, leaf: torch.Tensor, heads: Sequence[torch.Tensor]
+) -> Iterator[torch.Tensor]:
+    """The gradient [n, T, D] of a scalar outcome, or of each of [R] of them, the log-probabilities of the last R
+    tokens, in turn, from one forward.
 
-    One backward after the other took three quarters of the time of a batch of them, and holds one gradient.
+    One backward after the other took three quarters of the time of a batch of them, and holds one gradient. The
+    output layer keeps positions apart, so that one backward through it serves all rows: behind it, each row's
+    gradient is that of its own position.
+
+    Args:
+        heads: inputs of the output layer; where there is not just one, every backward goes through the layer.
     """
-    parts = outcome.reshape(-1)
+    parts, slope = outcome.reshape(-1), None
+    if outcome.dim() and len(heads) == 1:
+        (slope,) = torch.autograd.grad(outcome.sum(), heads, allow_unused=True)
     for i, part in enumerate(parts):
-        yield torch.autograd.grad(part, leaf, retain_graph=i + 1 < len(parts))[0]
+        last = i + 1 == len(parts)
+        if slope is None:
+            yield torch.autograd.grad(part, leaf, retain_graph=not last)[0]
+        else:
+            place, own = slope.shape[1] - len(parts) - 1 + i, torch.zeros_like(slope)
+            own[:, place] = slope[:, place]
+            yield torch.autograd.grad(heads[0], leaf, own, retain_graph=not last)[0]
 
 
 def _middle(modules: dict[str, nn.Module]) -> str:

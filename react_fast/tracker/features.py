@@ -18,7 +18,10 @@ SIDES = ("prompt", "response", "special")
 # Longest span that is told by its tokens, and how many spans, tokens and positions are followed over training.
 LONGEST = 16
 SPANS, TOKENS, POSITIONS = 512, 1024, 128
-FAMILIES = ("token", "position", "kind", "group", "span")
+# How many tokens are told apart by their position.
+PLACES = 1024
+FAMILIES = ("token", "position", "kind", "group", "span", "token_at_position")
+_FOLLOWED = ("tokens", "spans", "places", "drift")
 
 
 def action_kind(unit: str, side: int | torch.Tensor) -> Any:
@@ -66,6 +69,7 @@ class Features:
     Attributes:
         by_token [V], by_position [at least the longest sequence], by_kind [24], by_group [G]: RunningMoments.
         by_span [512]: of the spans that `spans` holds, each since it holds its slot. names: their tokens, by key.
+        by_token_at_position [1024]: of what `places` holds, as by_span.
         drift: the same over training, without decay, of kinds, groups, 128 positions, 1024 tokens and the spans.
     """
 
@@ -77,11 +81,17 @@ class Features:
         self.first = {family: ends[family] - size for family, size in sizes.items()}
         self.drift = Drift(ends["span"], device)
         self.tokens, self.spans = CommonKeys(TOKENS, device), CommonKeys(SPANS, device)
+        self.places = CommonKeys(PLACES, device)
         self.names: dict[int, tuple[int, ...]] = {}
-        own = {"token": vocab_size, "position": 1}
-        self.by_token, self.by_position, self.by_kind, self.by_group, self.by_span = (
-            RunningMoments(own.get(family, sizes[family]), device, decay=decay) for family in FAMILIES
-        )
+        sizes |= {"token": vocab_size, "position": 1, "token_at_position": PLACES}
+        (
+            self.by_token,
+            self.by_position,
+            self.by_kind,
+            self.by_group,
+            self.by_span,
+            self.by_token_at_position,
+        ) = (RunningMoments(sizes[family], device, decay=decay) for family in FAMILIES)
 
     def reach(self, length: int) -> None:
         """Room for sequences of this length, doubled so that it is seldom needed."""
@@ -118,6 +128,19 @@ class Features:
         self.by_span.update(scores, slot, held)
         self.drift.update(step, scores, self.first["span"] + slot, held)
 
+    def update_tokens(
+        self, step: int, scores: torch.Tensor, tokens: torch.Tensor, positions: torch.Tensor
+    ) -> None:
+        """Add scores [N] of tokens [N] at positions [N], by token and by token and position alone."""
+        every = torch.ones_like(tokens, dtype=torch.bool)
+        self.by_token.update(scores, tokens)
+        slot, held, lost = self.tokens.vote(tokens, every)
+        self._forget("token", lost)
+        self.drift.update(step, scores, self.first["token"] + slot, held)
+        slot, held, lost = self.places.vote(positions * len(self.by_token.count) + tokens, every)
+        self._forget("token_at_position", lost)
+        self.by_token_at_position.update(scores, slot, held)
+
     def merge(self, other: "Features", *, late: int = 0, lag: int = 0) -> None:
         """Add what another one has, which is left as it was; they ended `late` and `lag` steps ago."""
         copy = Features(len(self.by_token.count), len(self.by_group.count), self._device, self.by_token.decay)
@@ -126,7 +149,7 @@ class Features:
         self.by_position, copy.by_position = (_resized(one.by_position, length) for one in (self, copy))
         self.advance(late)
         copy.advance(lag)
-        for family, table in (("token", "tokens"), ("span", "spans")):
+        for family, table in (("token", "tokens"), ("span", "spans"), ("token_at_position", "places")):
             ours, theirs = getattr(self, table).merge(getattr(copy, table))
             for one, void in ((self, ours), (copy, theirs)):
                 one._forget(family, void)
@@ -140,6 +163,11 @@ class Features:
         key = int(self.spans.keys[slot])
         return self.names.get(key) or divmod(key, len(self.by_token.count))
 
+    def place_ids(self, slot: int) -> tuple[int, int]:
+        """(token, position) in a slot."""
+        position, token = divmod(int(self.places.keys[slot]), len(self.by_token.count))
+        return token, position
+
     def pair_keys(self, input_ids: torch.Tensor) -> torch.Tensor:
         """[B, T] -> [B, T - 1]: keys of neighbouring tokens."""
         return input_ids[:, :-1].long() * len(self.by_token.count) + input_ids[:, 1:]
@@ -150,26 +178,26 @@ class Features:
         self.names = {key: ids for key, ids in sorted((self.names | names).items()) if key in held}
 
     def state_dict(self) -> dict[str, Any]:
-        parts: dict[str, Any] = {**self._moments(), "tokens": self.tokens, "spans": self.spans}
-        parts["drift"] = self.drift
+        parts = {**self._moments(), **{name: getattr(self, name) for name in _FOLLOWED}}
         names = [[key, list(ids)] for key, ids in self.names.items()]
         return {name: part.state_dict() for name, part in parts.items()} | {"names": names}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.by_position = _resized(self.by_position, len(state["by_position"]["count"]))
-        for name in (*self._moments(), "tokens", "spans", "drift"):
+        for name in (*self._moments(), *_FOLLOWED):
             getattr(self, name).load_state_dict(state[name])
         self.names = {int(key): tuple(ids) for key, ids in state["names"]}
 
     def _forget(self, family: str, slots: torch.Tensor) -> None:
-        """Forget what held these slots, [slots] bool, of tokens or spans."""
+        """Forget what held these slots, [slots] bool, of a family."""
         lost = slots.nonzero()[:, 0]
         if len(lost):
-            self.drift.forget(self.first[family] + lost)
-            if family == "span":
-                self.by_span.forget(lost)
+            if family in self.first:
+                self.drift.forget(self.first[family] + lost)
+            if family != "token":
+                getattr(self, f"by_{family}").forget(lost)
 
-    def _moments(self) -> dict[str, RunningMoments]:
+    def _moments(self) -> dict[str, Any]:
         return {name: getattr(self, name) for name in (f"by_{family}" for family in FAMILIES)}
 
 

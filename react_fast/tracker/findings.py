@@ -91,9 +91,11 @@ def _with_drift(features: Features, family: str, min_count: int, halves: Sequenc
     "column" is a feature's place in `features.drift`, -1 if it is not followed there.
     """
     table = _table(getattr(features, f"by_{family}"), min_count)
-    ids, first = table["id"], features.first[family]
+    ids, first = table["id"], features.first.get(family, 0)
     table["column"] = first + ids
-    if family == "position":
+    if family == "token_at_position":
+        table["column"] = np.full(len(ids), -1)
+    elif family == "position":
         table["column"] = np.where(ids < POSITIONS, first + ids, -1)
     elif family == "token":
         keys = features.tokens.keys.cpu().numpy()
@@ -137,6 +139,8 @@ def _windows(windows: Sequence[tuple[int, int, RunningMoments]], column: int) ->
 
 def _ids(features: Features, family: str, number: int) -> tuple[int, ...]:
     """Ids of the tokens, or the feature's own number."""
+    if family == "token_at_position":
+        return features.place_ids(number)
     return features.span_ids(number) if family == "span" else (number,)
 
 

@@ -93,6 +93,22 @@ class Policy:
             handle.remove()
 
     @contextmanager
+    def head_inputs(self) -> Iterator[list[torch.Tensor]]:
+        """Inputs [B, T, D] of the output layer in the forwards inside; none for a model that does not name one."""
+        found: list[torch.Tensor] = []
+
+        def keep(module: nn.Module, args: Any) -> None:
+            found.extend(x for x in args[:1] if isinstance(x, torch.Tensor) and x.dim() == 3)
+
+        named: Any = getattr(self.model, "get_output_embeddings", lambda: None)()
+        handle = named.register_forward_pre_hook(keep) if isinstance(named, nn.Module) else None
+        try:
+            yield found
+        finally:
+            if handle is not None:
+                handle.remove()
+
+    @contextmanager
     def watched(
         self,
         input_ids: torch.Tensor,

@@ -23,10 +23,11 @@ class KeyFeature:
     """Mean attribution or effect of what actions have in common, over everything the tracker saw.
 
     Attributes:
-        kind: "attribution" (observational, gradient x input) or "effect" (interventional).
-        family: "token", "span", "position", "kind" (of action) or "group".
+        kind: "attribution" (observational, gradient x input), "effect" (interventional, of `intervene`) or
+            "return_effect" (interventional, on the return, which the trainer's credit measured).
+        family: "token", "span", "position", "kind" (of action), "group" or "token_at_position".
         name: text of the token or span; number of the position; name of the kind or group.
-        ids: of the tokens; else the number.
+        ids: of the tokens; token and position; else the number.
         count: observations, the feature's support. effective_count: of equally weighted ones; less under decay.
         mean, standard_error: of them; the unit is the outcome's (nats for log-probabilities and losses).
         low, high: 95% interval of the mean. p_value: two-sided, of the mean being 0. All three are NaN where the

@@ -170,8 +170,7 @@ class CausalityTracker(Observation):
                 tracker's own counterfactual, as means over different quantities say nothing.
         Raises: TypeError, ValueError or IndexError in one line.
         """
-        if group is not None and check_count("group", group, 0) >= len(self.groups):
-            raise IndexError(f"group must be in [0, {len(self.groups)}), got {group}")
+        self._check_group(group)
         text = self._experiment(
             self._text(prompt_ids, response_ids),
             counterfactual,

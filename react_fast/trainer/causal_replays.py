@@ -35,7 +35,8 @@ class CausalReplays(Replays):
     seen. With `credit_by` "token" or "token_at_position" the other trajectories get what a table has learned: an
     action's effect against another action, times the probability of another (the sampler's, or where it does not
     tell the policy's); what a token does must then hardly
-    hang on its context.
+    hang on its context. `credit_half_life` lets old effects count less, as the policy that they were measured
+    against has moved.
 
     The policy itself redraws (`PolicyEngine`), whatever engine plays the rollouts: other engines' draws cannot be
     named, so that two values would differ by chance, and an action get what its neighbours did.
@@ -43,30 +44,34 @@ class CausalReplays(Replays):
 
     def __init__(self, trainer: Any) -> None:
         super().__init__(trainer)
-        by = trainer.config.credit_by
-        self.table = None if by == "episode" else EffectTable(by, trainer.accelerator.device)
+        by, half_life = trainer.config.credit_by, trainer.config.credit_half_life
+        self.table = (
+            None if by == "episode" else EffectTable(by, trainer.accelerator.device, half_life=half_life)
+        )
 
     def play(self, trajectories: Sequence[Trajectory], batch: Batch, count: Count) -> None:
         own = torch.full(batch.mask.shape, torch.nan, dtype=torch.float64)
+        if self.table is not None:
+            self.table.advance(self.trainer.step)
         if self.trainer.step % self.trainer.config.credit_every == 0:
             self._measure(trajectories, batch, count, own)
         own = own.to(batch.mask.device)
         batch.effects = torch.where(own.isnan(), self._known(batch), own)
 
     def state_dict(self) -> dict[str, Any]:
-        table = {} if self.table is None else {"effects": self.table.moments.state_dict()}
-        return super().state_dict() | {"by": self.trainer.config.credit_by} | table
+        return super().state_dict() | ({} if self.table is None else {"effects": self.table.state_dict()})
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         super().load_state_dict(state)
         if self.table is None:
             return
-        if state.get("by") == self.table.by:
-            self.table.moments.load_state_dict(state["effects"])
+        kept = state.get("effects") or {}
+        if kept.get("setting") == self.table.setting:
+            self.table.load_state_dict(kept)
         else:
-            kept = state.get("by", "nothing")
             warnings.warn(
-                f"the checkpoint keeps effects by {kept}, not by {self.table.by}: they start anew",
+                f"the checkpoint keeps effects by {kept.get('setting', 'nothing')}, not by {self.table.setting}:"
+                " they start anew",
                 stacklevel=2,
             )
 
@@ -86,7 +91,8 @@ class CausalReplays(Replays):
     def _measure(
         self, trajectories: Sequence[Trajectory], batch: Batch, count: Count, own: torch.Tensor
     ) -> None:
-        """Fill rows of `own` [B, T-1] with the effects of all their actions, and add them to the table."""
+        """Fill rows of `own` [B, T-1] with the effects of all their actions, and add them to the table: an effect
+        counts for its action's tokens, and turned around for the first that was drawn otherwise."""
         config, step = self.trainer.config, self.trainer.step
         left = config.credit_interventions
         for row in by_surprise(batch, config.seed, step)[:left]:
@@ -116,18 +122,18 @@ class CausalReplays(Replays):
             own[row, batch.mask[row].cpu()] = 0.0
             for effect, unit in zip(found, last_first, strict=True):
                 own[row, torch.tensor(unit) - 1] = effect
+            measured, places = [], (one.action_mask.cumsum(0) - 1).tolist()
+            for effect, unit in zip(found, last_first, strict=True):
+                measured += [(effect, ids[t], places[t]) for t in unit]
+                other = next(t for t in unit if redrawn[t] != ids[t])
+                measured.append((-effect, redrawn[other], places[other]))
+            self.tell(one, last_first, found, measured)
             if self.table is not None:
-                self._add(one, last_first, found, redrawn)
+                self._add(measured)
 
-    def _add(self, one: Trajectory, units: list[list[int]], found: list[float], redrawn: list[int]) -> None:
-        """An effect counts for its action's tokens, and turned around for the first that was drawn otherwise."""
+    def _add(self, measured: list[tuple[float, int, int]]) -> None:
+        """Add (effect, token, position) to the table."""
         assert self.table is not None
-        places, ids = (one.action_mask.cumsum(0) - 1).tolist(), one.token_ids.tolist()
-        measured = []
-        for effect, unit in zip(found, units, strict=True):
-            measured += [(effect, ids[t], places[t]) for t in unit]
-            other = next(t for t in unit if redrawn[t] != ids[t])
-            measured.append((-effect, redrawn[other], places[other]))
         effects, tokens, positions = zip(*measured, strict=True)
         device = self.trainer.accelerator.device
         self.table.add(
@@ -138,7 +144,8 @@ class CausalReplays(Replays):
 
     @torch.no_grad()
     def _redrawn(self, batch: Batch, trajectories: Sequence[Trajectory], row: int) -> list[int]:
-        """Token ids of a row with, at every action, what the policy draws there under the other noise."""
+        """Token ids of a row with, at every action, what the policy draws there under the other noise; all ranks
+        take the first one's, so that they measure the same and their tables stay equal."""
         trainer, one = self.trainer, trajectories[row]
         params = sampling_params(trainer.config, seed=key(trainer.config.seed, REDRAWN), step=trainer.step)
         part = batch.select(torch.tensor([row]))
@@ -155,4 +162,4 @@ class CausalReplays(Replays):
                 drawn = choose(logits[(places - 1).to(logits.device)], draws, params)[0]
                 for t, token in zip(places.tolist(), drawn.tolist(), strict=True):
                     ids[t] = token
-        return ids
+        return trainer.ranks.joined([ids], trainer.ranks.world)[0]

@@ -164,6 +164,9 @@ class TrainerConfig(Section):
     """Causal and shapley credit: training steps between interventions."""
     credit_by: Literal["episode", "token", "token_at_position"] = "episode"
     """Causal credit: effects count in the episode they were measured in, or in all by token (and place)."""
+    credit_half_life: Annotated[float, Field(ge=0.01)] | None = None
+    """Causal credit by token (and place): training steps after which a measured effect counts half, as the policy
+    has moved; none: all count alike."""
     credit_samples: Count = 4
     """monte_carlo credit: episodes played on from each state; shapley: pairs of orders above 10 actions."""
     eval_every: Natural = 0

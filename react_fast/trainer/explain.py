@@ -14,7 +14,7 @@ from ..tracker import CausalityTracker
 from ..tracker.attribution import METHODS
 from ..tracker.records import EffectRow
 from ..tracker.report.terminal import heat_map_text
-from ..tracker.report.text import printed
+from ..tracker.report.text import printed, running
 from ..tracker.text import check_count
 from .checkpoint import load_checkpoint
 from .config import RunConfig, TrackerConfig
@@ -144,7 +144,7 @@ def _rows(
     return [
         [
             str(start) if end == start + 1 else f"{start}-{end - 1}",
-            repr("".join(tokens[start:end]))[1:-1],
+            repr("".join(tokens[start:end]))[1:-1] or running(""),
             f"{sum(attribution[start:end]):+.3f}",
             _effect(spans.get((start, end))),
         ]

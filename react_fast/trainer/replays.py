@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from ..tracker.actions import find_actions
-from ..tracker.text import Text
+from ..tracker.text import Text, token_texts
 from .batch import Batch
 from .ranks import gathered
 from .replay import Count, Replay, replay
@@ -45,6 +45,34 @@ class Replays:
     def play(self, trajectories: Sequence[Trajectory], batch: Batch, count: Count) -> None:
         return None
 
+    def tell(
+        self,
+        one: Trajectory,
+        units: list[list[int]],
+        effects: list[float],
+        measured: list[tuple[float, int, int]] | None = None,
+    ) -> None:
+        """Show the tracker what an episode's units did to its return; once, as all ranks measure the same.
+
+        Args:
+            measured: (effect, token, position among the actions) of what counts by token; None: the effect of a
+                unit for each of its tokens.
+        """
+        trainer = self.trainer
+        if trainer.tracker is None or not trainer.ranks.first:
+            return
+        ids, places = one.token_ids.tolist(), (one.action_mask.cumsum(0) - 1).tolist()
+        trainer.tracker.add_return_effects(
+            effects,
+            [[ids[t] for t in unit] for unit in units],
+            [places[unit[0]] for unit in units],
+            measured
+            or [(e, ids[t], places[t]) for e, unit in zip(effects, units, strict=True) for t in unit],
+            unit=trainer.config.credit_actions,
+            step=trainer.step,
+            group=None if trainer.updater.groups is None else int(trainer.updater.groups[one.record]),
+        )
+
     def state_dict(self) -> dict[str, Any]:
         return {"environment_steps": self.environment_steps}
 
@@ -62,7 +90,7 @@ def units_of(one: Trajectory, actions: str, tokenizer: Any) -> list[list[int]]:
             units.append(run)
             continue
         ids = one.token_ids[run].tolist()
-        texts = None if actions == "token" else [tokenizer.decode([i]) for i in ids]
+        texts = None if actions == "token" else token_texts(tokenizer, ids)
         units += [run[start:end] for start, end in find_actions(actions, Text(tuple(ids), 0), texts, None)]
     return units
 

@@ -55,6 +55,7 @@ class ShapleyReplays(Replays):
             seed = key(config.seed, ORDERS, trainer.step, row)
             found = divided(values, len(units), samples=config.credit_samples, seed=seed).mean
             if bool(found.isfinite().all()):
+                self.tell(one, units, found.tolist())
                 for effect, unit in zip(found, units, strict=True):
                     own[row, torch.tensor(unit) - 1] = effect
         if rows and left == config.credit_interventions and dearest > 1:

@@ -6,7 +6,7 @@ from typing import Any
 
 from ..records import EffectRow, HeatMap
 from .figures import graph, scale_of, sign, whisker
-from .text import interval, visible
+from .text import interval, running, visible
 
 # Numbers of all matrices that a page holds; later examples show their totals alone.
 NUMBERS = 300_000
@@ -47,7 +47,7 @@ def _map(heat_map: HeatMap, effects: Sequence[EffectRow], *, matrix: bool) -> di
     top = max((abs(value) for value in totals if math.isfinite(value)), default=0.0)
     chips = [
         {
-            "text": visible(token),
+            "text": running(token),
             "sign": sign(total),
             "strength": _strength(total, top),
             "breaks": "\n" in token,

@@ -13,6 +13,12 @@ from .figures import Scale, curve, graph, scale_of, spark, trend, whisker
 from .text import interval, number, probability, tick, visible
 
 KINDS = {
+    "return_effect": (
+        "Causal effect on the return",
+        "Interventional, measured by the credit while training: an episode’s return, less that with an action"
+        " replaced (credit “causal”: by what the policy draws anew there; “shapley”: by nothing). Over the"
+        " episodes whose rewards were the most surprising; positions count the response’s tokens from 0.",
+    ),
     "effect": ("Effect", "Interventional: means over the interventions that were carried out."),
     "attribution": (
         "Attribution",
@@ -25,8 +31,15 @@ _LABELS = {
     "observed_calls": "micro-batches seen",
     "observed_tokens": "tokens observed",
     "interventions": "interventions",
+    "return_effects": "effects on the return",
 }
-_KEY = ("token", "span", "position")
+_KEY = ("token", "span", "position", "token_at_position")
+# Of the graph.
+_CAPTIONS = {
+    "return_effect": "Effects on the return, measured by interventions while training",
+    "effect": "Measured effects over all interventions",
+    "attribution": "Attribution over all of training; no intervention was accumulated",
+}
 # Rows of a table, edges of a graph, panels of the drift, features in the summary.
 ROWS, EDGES, PANELS, NAMED = 100, 14, 12, 8
 
@@ -43,9 +56,8 @@ def render(report: Any) -> str:
     environment.filters |= {f.__name__: f for f in (number, tick, visible, interval, probability)}
     key = {kind: _of(report, kind, _KEY) for kind in KINDS}
     wide = [row for kind in KINDS for row in _of(report, kind, ("kind", "group"))]
-    # Positions cause nothing by themselves.
-    acted = {kind: [one for one in features if one.family != "position"] for kind, features in key.items()}
-    causes = acted["effect"] or acted["attribution"]
+    acted = {kind: _acted(features) for kind, features in key.items()}
+    causes = next((features for features in acted.values() if features), [])
     return environment.get_template("page.html.j2").render(
         facts=[
             (_LABELS.get(name, str(name).replace("_", " ")), _fact(value))
@@ -53,11 +65,16 @@ def render(report: Any) -> str:
         ],
         summary=_summary(causes),
         graph=graph([_cause(feature) for feature in causes[:EDGES]]),
-        tables=[_table(*KINDS[kind], features) for kind, features in key.items()],
+        caption=_CAPTIONS[causes[0].kind] if causes else "",
+        tables=[
+            _table(*KINDS[kind], features)
+            for kind, features in key.items()
+            if features or kind != "return_effect"
+        ],
         wide=[
             _table(title, "", [row for row in wide if row.kind == kind]) for kind, (title, _) in KINDS.items()
         ],
-        panels=_panels([*acted["effect"], *acted["attribution"], *key["effect"], *key["attribution"]]),
+        panels=_panels([one for part in (acted, key) for features in part.values() for one in features]),
         examples=examples(report),
         curve=curve(report.by_position),
         positions=report.by_position,
@@ -68,11 +85,25 @@ def named(feature: KeyFeature) -> str:
     """A feature's name as a reader sees it."""
     if feature.family in ("token", "span"):
         return visible(feature.name)
+    if feature.family == "token_at_position":
+        return f"{visible(feature.name)} at {feature.ids[1]}"
     return f"position {feature.name}" if feature.family == "position" else feature.name
 
 
 def _of(report: Any, kind: str, families: Sequence[str]) -> list[KeyFeature]:
     return [one for one in report.features if one.kind == kind and one.family in families]
+
+
+def _acted(features: Sequence[KeyFeature]) -> list[KeyFeature]:
+    """Without positions, which cause nothing by themselves, and without places of a token that acts like it does
+    everywhere."""
+    known = {(one.ids, one.direction) for one in features if one.family == "token"}
+    return [
+        one
+        for one in features
+        if one.family != "position"
+        and (one.family != "token_at_position" or (one.ids[:1], one.direction) not in known)
+    ]
 
 
 def _fact(value: Any) -> str:

@@ -7,7 +7,7 @@ from typing import Any
 from ..records import HeatMap, KeyFeature
 from .examples import reliability
 from .page import KINDS, named
-from .text import interval, number, printed, probability, visible
+from .text import interval, number, printed, probability, running, visible
 
 # Red, green, blue at full strength; what is 0 keeps the terminal's own colours.
 _RAISES, _LOWERS = (224, 112, 16), (38, 110, 220)
@@ -59,7 +59,7 @@ def heat_map_text(heat_map: HeatMap) -> Any:
     for i, (token, style) in enumerate(zip(tokens, _styles(scores[:_TOKENS]), strict=True)):
         if i == len(heat_map.prompt_tokens):
             text.append(" ▸ ", style="bold")
-        text.append(printed(token), style=style)
+        text.append(printed(token) if token else running(token), style=style)
     left = len(scores) - len(tokens)
     if left:
         text.append(f" … {left} more", style="dim")

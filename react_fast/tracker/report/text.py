@@ -21,6 +21,11 @@ def visible(token: str) -> str:
     return "◌" + shown if unicodedata.combining(shown[0]) else shown
 
 
+def running(token: str) -> str:
+    """`visible` within a text: a dot for a token whose character a later one completes."""
+    return visible(token) if token else "·"
+
+
 def printed(token: str) -> str:
     """`visible` where lines may break and spaces are spaces."""
     return visible(token).replace("␣", " ").replace("⏎", "⏎\n")
