@@ -1,8 +1,10 @@
 """The committed table of compiled kernels is that of the kernels as they are."""
 
+import json
 import os
 import subprocess
 import sys
+from contextlib import nullcontext
 
 import pytest
 
@@ -46,6 +48,28 @@ def test_every_variant_is_in_the_table_and_none_spills():
 
 def test_what_the_compiler_reads_is_in_the_hash():
     assert _printed(HASH) == ["5"]
+
+
+def test_a_spill_fails_the_build(monkeypatch, capsys):
+    """Of the committed table with one spill made up, nothing is compiled: exit code 1, and the row says so."""
+    rows = [{**row, "spilled": 0} for row in json.loads(aot.TABLE.read_text()) if row["path"] == "moments"]
+    for spilled, code in ((0, 0), (8, 1)):
+        rows[0]["spilled"] = spilled
+        table = [aot.Resources(**row) for row in rows]
+        monkeypatch.setattr(aot, "_known", lambda table=table: {r.key: r for r in table})
+        monkeypatch.setattr(Given, "found", [table], raising=False)
+        monkeypatch.setattr(aot, "ProcessPoolExecutor", lambda *_, **__: nullcontext(Given()))
+        monkeypatch.setattr(sys, "argv", ["aot", "--only", "moments"])
+        monkeypatch.setenv("TRITON_INTERPRET", "0")
+        assert aot.main() == code
+        assert f"{min(spilled, 1)} spill" in capsys.readouterr().out
+
+
+class Given:
+    """In place of the processes that compile."""
+
+    def map(self, *_):
+        return self.found
 
 
 def test_the_worst_of_every_kernel():

@@ -53,7 +53,9 @@ class Suite:
         out.mkdir(parents=True, exist_ok=True)
         self.out, self.tree = out.resolve(), ROOT
         self.scratch = Path(tempfile.mkdtemp(prefix="react_fast_gpu_"))
-        self.libraries = self.scratch / "libraries"  # what the wheels add
+        self.libraries = (
+            self.scratch / "site-packages"
+        )  # the wheels': dill pickles other folders' modules whole
         self.events, self._seen, self._written = self.out / "events.jsonl", -1, 0.0
         for name in ("events.jsonl", "log.txt"):
             (self.out / name).unlink(missing_ok=True)
