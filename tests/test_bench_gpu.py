@@ -117,6 +117,8 @@ def test_the_search_writes_a_table(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert table["logprob.forward"] == {"default": {"BLOCK": 64, "num_warps": 4}}
     assert {**table, "logprob.forward": None} == {**present, "logprob.forward": None}
     assert tuned.table() == present
+    monkeypatch.setattr(tuned, "_TABLE", table)  # in place of kernels/tuned.json
+    assert {k: tuned.of_capability(k, 90) for k in table} == {k: table[k]["default"] for k in table}
 
 
 def test_a_candidate_that_computes_something_else_is_out(monkeypatch: pytest.MonkeyPatch) -> None:

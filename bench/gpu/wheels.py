@@ -15,10 +15,12 @@ from pathlib import Path
 
 # Modules of each stage that are no part of torch; a benchmark's peers are absent by themselves.
 NEEDED: dict[str, tuple[str, ...]] = {
-    "tests": ("pytest", "triton"),
+    "tests": ("hypothesis", "pytest", "scipy", "triton"),
     "measure": ("pytest", "pytest_benchmark"),
-    "training": ("accelerate", "gymnasium", "pydantic", "safetensors", "tokenizers", "transformers", "yaml"),
-}
+    "training": (
+        "accelerate", "gymnasium", "pydantic", "safetensors", "scipy", "tokenizers", "transformers", "yaml",
+    ),
+}  # fmt: skip
 WANTED = ("react-fast[train]", "trl", "hypothesis", "pytest-benchmark", "pytest-timeout", "pytest-xdist")
 OWN = ("react-fast", "torch", "triton", "nvidia-", "cuda-")  # the machine's, and this library
 
