@@ -40,10 +40,12 @@ FREE = ["length", "total", "rows", "items"]
 @triton.jit
 def _chunk_of(slot, offsets, length, total, rows, PACKED: tl.constexpr, BLOCK: tl.constexpr):
     """(row, block in the row) of a slot; a row has more slots than blocks."""
+    if not PACKED:  # row r's first slot, r length // BLOCK + r, is none behind `slot`: solved for r
+        wide = tl.full([], slot, tl.int64)
+        row = tl.minimum(((wide + 1) * BLOCK - 1) // (length + BLOCK), rows - 1)
+        return row.to(tl.int32), (wide - row * length // BLOCK - row).to(tl.int32)
     r = tl.arange(0, ROWS).to(tl.int64)
-    begin = r * length
-    if PACKED:
-        begin = tl.minimum(tl.maximum(tl.load(offsets + r, r < rows, 0), 0), tl.full([], total, tl.int64))
+    begin = tl.minimum(tl.maximum(tl.load(offsets + r, r < rows, 0), 0), tl.full([], total, tl.int64))
     base = begin // BLOCK + r
     row = tl.maximum(tl.sum(((base <= slot) & (r < rows)).to(tl.int32), 0) - 1, 0)
     return row, tl.maximum(slot - tl.sum(tl.where(r == row, base, 0), 0), 0).to(tl.int32)

@@ -186,6 +186,6 @@ _ROWS = [_row_tile(1), _row_tile(20)]
 VARIANTS = [
     *variants(chosen_kernel, _ROWS, num_warps=1),
     *variants(
-        backward_kernel, [_tile(1 << 17, 4096) | {"TOKENS": rows["TOKENS"]} for rows in _ROWS], num_warps=8
+        backward_kernel, [_tile(1 << 17, 4096) | {"TOKENS": rows["TOKENS"]} for rows in _ROWS], num_warps=16
     ),
 ]

@@ -25,6 +25,9 @@ from .advantage_rows import (
 )
 from .aot import Variant
 
+# Retrace has four inputs a step under way: 4 steps a thread fit the registers where 8 do not.
+RETRACE_WARPS = 8
+
 
 @triton.jit
 def _next(x, behind, i, BLOCK: tl.constexpr):
@@ -173,7 +176,8 @@ def retrace(
             rewards, q_values.contiguous(), next_values.contiguous(), log_rhos.contiguous(),
             _or(terminated, rewards), _or(truncated, rewards), _or(mask, rewards), places_for(mask, rewards),
             lams=_or(lams, rewards), gamma=gamma, lam=lam, targets=targets, ENDS=terminated is not None,
-            CUTS=truncated is not None, MASKED=mask is not None, PER_ROW=lams is not None, **shared,
+            CUTS=truncated is not None, MASKED=mask is not None, PER_ROW=lams is not None,
+            num_warps=RETRACE_WARPS, **shared,
         )  # fmt: skip
     return targets
 
@@ -204,7 +208,7 @@ def _variants() -> list[Variant]:
             steps = {"ENDS": every, "CUTS": every, "MASKED": True, "PER_ROW": every, **shape}
             found += [
                 Variant(vtrace_kernel, vtrace, {"LAST": every, **steps}),
-                Variant(retrace_kernel, retrace, steps),
+                Variant(retrace_kernel, retrace, steps, RETRACE_WARPS),
             ]
     return found
 

@@ -48,6 +48,8 @@ from .sequence_objectives import row_states
 
 # Partial sums that the last program loads at a time.
 FOLD = 64
+# Steps in which a float64 block is taken: whole, with every input, it does not fit the registers of its 16 warps.
+DOUBLE_STEPS = 2
 # Slots of the sums: those of `Stat` in csrc/policy_loss.h, the squares in place of the effective sample size.
 TOKENS = tl.constexpr(0)
 CLIP_LOW = tl.constexpr(1)
@@ -287,6 +289,7 @@ def policy_loss(
             logprobs, old, advantages, (row_stride, token_stride), layout, objective, parameters
         )
     programs, steps = programs_of(layout.tokens)
+    parts = DOUBLE_STEPS if logprobs.dtype == torch.float64 else 1
     partial = partials(layout, programs)
 
     def given(x: torch.Tensor | None) -> torch.Tensor:
@@ -296,14 +299,14 @@ def policy_loss(
         policy_loss_kernel[(programs,)](
             logprobs, given(old), advantages, given(ref), given(entropy), given(importance), layout.mask,
             layout.row_arguments()[0], weights.flat, given(weights.counts), given(states), given(selected),
-            given(d_logprobs), given(d_entropy), partial, layout.tokens, *layout.row_arguments()[1:], steps,
-            row_stride, token_stride, *parameters[:4], kl_coef, entropy_coef,
+            given(d_logprobs), given(d_entropy), partial, layout.tokens, *layout.row_arguments()[1:],
+            steps * parts, row_stride, token_stride, *parameters[:4], kl_coef, entropy_coef,
             OBJECTIVE=objective, ESTIMATOR=kl_estimator, GRADIENT=kl_gradient,
             OLD=old is not None, REF=ref is not None, HAS_ENTROPY=entropy is not None,
             HAS_IMPORTANCE=importance is not None, PACKED=layout.cu_seqlens is not None,
             ROW_ADVANTAGES=row_stride != 0, ROW_WEIGHTS=weights.counts is not None,
             WANT_LOGPROBS=d_logprobs is not None, WANT_ENTROPY=d_entropy is not None,
-            WIDE=wide(logprobs.dtype), BLOCK=BLOCK, num_warps=warps(logprobs.dtype),
+            WIDE=wide(logprobs.dtype), BLOCK=BLOCK // parts, num_warps=warps(logprobs.dtype),
         )  # fmt: skip
     finish_kernel[(1,)](partial, loss, stats, programs, STATS=True, FOLD=FOLD)
 
@@ -356,7 +359,8 @@ def _variants() -> list[Variant]:
         for objective, full, packed in cases:
             flags = {"OBJECTIVE": objective, "ESTIMATOR": 2, "GRADIENT": 2, "OLD": objective != 0}
             flags |= dict.fromkeys(choices, full) | {"PACKED": packed, "WANT_LOGPROBS": True}
-            flags |= tile | ({} if full else {"token_stride": 1})
+            flags |= tile | {"BLOCK": BLOCK // DOUBLE_STEPS if double else BLOCK}
+            flags |= {} if full else {"token_stride": 1}
             found.append(Variant(policy_loss_kernel, signature, flags, num_warps, even))
         value = dict.fromkeys(("values", "old_values", "returns"), dtype) | layout | outputs
         value |= {"tokens": "i32", "steps": "i32", "clip": "fp64", "partial": "*fp64"}

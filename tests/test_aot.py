@@ -29,6 +29,23 @@ changed = dataclasses.replace(variant, constants={**variant.constants, name: (va
 wider = dataclasses.replace(variant, num_warps=2 * variant.num_warps)
 print(len({aot._key(one, 90) for one in (variant, other, changed, wider)} | {aot._key(variant, 80)}))
 """
+SPILL = """
+import dataclasses, json, sys
+from contextlib import nullcontext
+from react_fast.kernels import aot
+
+class Given:
+    def map(self, *_):
+        return [table]
+
+rows = [aot.Resources(**row) for row in json.loads(aot.TABLE.read_text()) if row["path"] == "moments"]
+aot.ProcessPoolExecutor = lambda *_, **__: nullcontext(Given())
+aot._known = lambda: {row.key: row for row in table}
+sys.argv = ["aot", "--only", "moments"]
+for spilled in (0, 8):
+    table = [dataclasses.replace(rows[0], spilled=spilled), *rows[1:]]
+    print("exit", aot.main())
+"""
 
 
 def _printed(script: str) -> list[str]:
@@ -46,6 +63,11 @@ def test_every_variant_is_in_the_table_and_none_spills():
 
 def test_what_the_compiler_reads_is_in_the_hash():
     assert _printed(HASH) == ["5"]
+
+
+def test_a_spill_fails_the_build():
+    """Of the committed rows, with one spill made up and without; nothing is compiled."""
+    assert [line for line in _printed(SPILL) if line.startswith("exit")] == ["exit 0", "exit 1"]
 
 
 def test_the_worst_of_every_kernel():

@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from importlib.metadata import version
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -16,7 +17,8 @@ import react_fast as rf
 pytest.importorskip("triton")
 pytest.importorskip("pytest_benchmark")
 
-from bench.gpu import events, launches, process, record, sessions, summary, watch
+from bench.gpu import events, launches, process, record, sessions, summary, watch, wheels
+from bench.gpu.__main__ import Stage, Suite
 from react_fast.kernels import tuned
 
 with pytest.MonkeyPatch.context() as _patch:
@@ -115,6 +117,8 @@ def test_the_search_writes_a_table(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert table["logprob.forward"] == {"default": {"BLOCK": 64, "num_warps": 4}}
     assert {**table, "logprob.forward": None} == {**present, "logprob.forward": None}
     assert tuned.table() == present
+    monkeypatch.setattr(tuned, "_TABLE", table)  # in place of kernels/tuned.json
+    assert {k: tuned.of_capability(k, 90) for k in table} == {k: table[k]["default"] for k in table}
 
 
 def test_a_candidate_that_computes_something_else_is_out(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -185,6 +189,63 @@ def test_a_failing_stage_is_told(tmp_path: Path) -> None:
         [sys.executable, "-c", "exit(3)"], 20, cwd=tmp_path, environment={}, log=tmp_path / "log"
     )
     assert state == "failed with code 3"
+
+
+class Script(Stage):
+    @property
+    def command(self) -> list[str]:
+        return [sys.executable, "-c", SCRIPTS[self.name]]
+
+
+SCRIPTS = {
+    "crash": "import os; os.abort()",
+    "hang": "import signal, time; signal.signal(15, signal.SIG_IGN); time.sleep(60)",
+    "last": "from bench.gpu.events import tell; tell('ceilings', kind='rate', what='a', rate=1.0)",
+}
+
+
+def test_a_run_never_exceeds_its_minutes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A stage that crashes costs itself, one that hangs its share; those behind them still run."""
+    monkeypatch.setattr(process, "GRACE", 0.5)
+    monkeypatch.setattr("bench.gpu.__main__.LEAST", 1.0)
+    monkeypatch.setattr("bench.gpu.__main__.RESERVE", 1.0)
+    monkeypatch.setattr(Suite, "build", lambda self: True)
+    start = time.time()
+    suite = Suite(tmp_path, 12 / 60, True, [])
+    suite.stages = [Script(name, share) for name, share in (("crash", 1), ("hang", 1), ("last", 4))]
+    suite.run()
+    assert time.time() - start < 12
+    found = json.loads((tmp_path / "run.json").read_text())
+    assert {name: stage["state"] for name, stage in found["stages"].items()} == {
+        "crash": f"failed with code {-signal.SIGABRT}", "hang": "ended by its time", "last": "done",
+    }  # fmt: skip
+    assert found["ceilings"] == {"a": 1.0}
+    assert "| hang | ended by its time |" in (tmp_path / "summary.md").read_text()
+    assert not summary.good(tmp_path)
+
+
+def test_what_a_stage_lacks_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(wheels.NEEDED, "training", ("torch", "a_library_that_is_not_installed"))
+    suite = Suite(tmp_path, 1, True, ["training"])
+    suite.carry()
+    summary.write(tmp_path)
+    found = json.loads((tmp_path / "run.json").read_text())
+    assert found["missing"] == {"training": ["a_library_that_is_not_installed"]}
+    text = (tmp_path / "summary.md").read_text()
+    assert "Not installed: training lacks a_library_that_is_not_installed" in text
+
+
+def test_wheels_are_what_the_machine_lacks(tmp_path: Path) -> None:
+    """All that the trainer requires, but torch's own, in the versions installed here."""
+    pytest.importorskip("pydantic")
+    names = {pin.partition("==")[0]: pin.partition("==")[2] for pin in wheels.pinned(["react-fast[train]"])}
+    assert {"pydantic", "pydantic-core", "gymnasium", "transformers", "tokenizers"} <= names.keys()
+    assert names["pydantic"] == version("pydantic")
+    assert not names.keys() & {"torch", "triton", "react-fast"}
+    assert "pytest" not in names
+    for name in ("torch-2.0.0-py3-none-any.whl", "unheard_of-1.0-py3-none-any.whl"):
+        (tmp_path / name).touch()
+    assert [wheel.name for wheel in wheels.lacking(tmp_path)] == ["unheard_of-1.0-py3-none-any.whl"]
 
 
 CRASHING = """
@@ -262,6 +323,17 @@ def test_the_limit_is_the_larger_of_bytes_and_flops() -> None:
     assert "| 50%: gae [8] | torch 4x |" in line
     assert "advantage.gae_kernel" not in summary.never([run])
     assert "advantage.scan_kernel" in summary.never([run])
+
+
+def test_peak_memory_is_in_the_summary() -> None:
+    case = {
+        "case": "memory of x", "peak_bytes": {"react_fast": 50 << 20, "Liger": 100 << 20},
+        "absent": {"QuACK": "not installed"},
+    }  # fmt: skip
+    run = _run(case, {})
+    line = "| memory of x | 50 | Liger 100 (2x), QuACK absent: not installed |"
+    assert line in summary.text_of({**run, "device": None, "commit": None, "versions": {}})
+    assert line in summary.section([run])
 
 
 def test_a_rehearsal_takes_one_of_every_function() -> None:

@@ -2,7 +2,8 @@
 
 Stages, each a process of its own with a share of the minutes: build (where react_fast cannot be imported),
 ceilings (copy bandwidth, GEMM rate), tests (every op against the float64 reference), sanitizer (memory and race
-checks), measure (the benchmarks, with the peers that are installed), training, autotune. No network.
+checks), measure (the benchmarks, with the peers that are installed), training, autotune. No network;
+`--wheels DIR` adds what this Python lacks (bench/gpu/wheels.py), and the record names what is lacking still.
 DIR gets `run.json`, `summary.md`, `tuned.json`, `events.jsonl` and `log.txt`; a kill loses the case that was
 running. The commit is git's, or REACT_FAST_COMMIT where there is no git.
 

@@ -39,17 +39,23 @@ STAGES = (
     Stage("training", 18),
     Stage("autotune", 12),
 )
+WHEELS = 60.0  # seconds of installing them
 BUILD, BUILD_LEAST = 25, 240.0  # share of the build, where one is needed, and its seconds at least
 
 
 class Suite:
     """One run into a folder; `minutes` are counted from here on."""
 
-    def __init__(self, out: Path, minutes: float, rehearse: bool, only: list[str]) -> None:
+    def __init__(
+        self, out: Path, minutes: float, rehearse: bool, only: list[str], carried: Path | None = None
+    ) -> None:
         self.end = time.time() + 60 * minutes
         out.mkdir(parents=True, exist_ok=True)
         self.out, self.tree = out.resolve(), ROOT
         self.scratch = Path(tempfile.mkdtemp(prefix="react_fast_gpu_"))
+        self.libraries = (
+            self.scratch / "site-packages"
+        )  # the wheels': dill pickles other folders' modules whole
         self.events, self._seen, self._written = self.out / "events.jsonl", -1, 0.0
         for name in ("events.jsonl", "log.txt"):
             (self.out / name).unlink(missing_ok=True)
@@ -60,6 +66,7 @@ class Suite:
         self.stages = [s for s in STAGES if s.name in named] or list(STAGES)
         self.kernels = [name for name in only if name in launches.kernels()]
         self.rehearse = rehearse or record.device() is None
+        self.carried = carried
         self.head = record.header(ROOT, minutes, self.rehearse)
         self.write()
 
@@ -95,6 +102,8 @@ class Suite:
             "HF_HUB_OFFLINE": "1",
             "TOKENIZERS_PARALLELISM": "false",
         }
+        beside = [str(self.libraries), *filter(None, [os.environ.get("PYTHONPATH")])]
+        given["PYTHONPATH"] = os.pathsep.join(beside)
         for name in ("TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR"):  # the home may be read-only
             given.setdefault(name, os.environ.get(name, str(self.scratch / name.lower())))
         return given
@@ -117,6 +126,23 @@ class Suite:
         print(f"{name}: {state} after {time.time() - began:.0f} s", flush=True)
         return state
 
+    def carry(self) -> None:
+        """Install what the wheels have and this Python lacks; the record says what is lacking still."""
+        if self.carried is not None:
+            command = [
+                sys.executable,
+                "-m",
+                "bench.gpu.wheels",
+                str(self.carried),
+                "--into",
+                str(self.libraries),
+            ]
+            self.stage("wheels", command, min(self.left(), WHEELS))
+            sys.path.append(str(self.libraries))
+        self.head |= record.libraries()
+        self._seen = -1
+        self.write()
+
     def build(self) -> bool:
         """True if react_fast can be imported, from here or from a copy that is built now."""
         try:
@@ -136,6 +162,7 @@ class Suite:
         return True
 
     def run(self) -> None:
+        self.carry()
         if self.build():
             for i, stage in enumerate(self.stages):
                 share = stage.share / sum(s.share for s in self.stages[i:])
@@ -162,6 +189,9 @@ def main() -> int:
     parser.add_argument("--minutes", type=float, default=9.0, help="never more than these (default: 9)")
     parser.add_argument("--rehearse", action="store_true", help="tiny shapes in the interpreter, on the CPU")
     parser.add_argument(
+        "--wheels", type=Path, help="folder of what this Python lacks: see bench/gpu/wheels.py"
+    )
+    parser.add_argument(
         "--readme", nargs="*", type=Path, help="take runs into bench/results, renew its table"
     )
     arguments = parser.parse_args()
@@ -170,7 +200,8 @@ def main() -> int:
         return 0
     if arguments.out is None:
         parser.error("--out is needed")
-    suite = Suite(arguments.out, arguments.minutes, arguments.rehearse, arguments.only)
+    carried = arguments.wheels and arguments.wheels.resolve()
+    suite = Suite(arguments.out, arguments.minutes, arguments.rehearse, arguments.only, carried)
     suite.run()
     print((suite.out / "summary.md").read_text())
     return 0 if summary.good(suite.out) else 1

@@ -10,7 +10,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from . import launches
+from . import launches, wheels
 from .events import brief
 
 SCHEMA = 1
@@ -67,6 +67,11 @@ def device() -> dict[str, Any] | None:
     }
 
 
+def libraries() -> dict[str, Any]:
+    """Versions of what is installed, and what each stage lacks."""
+    return {"versions": _versions(), "missing": wheels.missing()}
+
+
 def header(root: Path, minutes: float, rehearsed: bool) -> dict[str, Any]:
     commit, dirty = _commit(root)
     return {
@@ -76,7 +81,7 @@ def header(root: Path, minutes: float, rehearsed: bool) -> dict[str, Any]:
         "uncommitted_changes": dirty,
         "rehearsed": rehearsed,
         "device": None if rehearsed else device(),
-        "versions": _versions(),
+        **libraries(),
         "minutes": minutes,
     }
 

@@ -114,6 +114,20 @@ def _cases(record: Record) -> str:
     return rows(["case", "ours", "of the limit", "peers' time / ours"], lines) if lines else UNKNOWN
 
 
+def _memory(record: Record) -> str:
+    """Bytes at the peak of a call beyond its inputs and gradients, everyone in a process of its own."""
+    lines = []
+    for case in record["cases"]:
+        peak = dict(case.get("peak_bytes") or {})
+        ours = peak.pop(OURS, None)
+        if ours is None:
+            continue
+        others = [f"{name} {b / 2**20:,.0f} ({b / max(ours, 1):.2g}x)" for name, b in peak.items()]
+        others += [f"{name} absent: {why}" for name, why in case.get("absent", {}).items()]
+        lines.append([case["case"], f"{ours / 2**20:,.0f}", ", ".join(others) or "no peer"])
+    return rows(["case", "ours, MiB", "peers, MiB (over ours)"], lines) if lines else f"{UNKNOWN}."
+
+
 def _tests(record: Record) -> str:
     found = record["tests"]
     text = [
@@ -174,6 +188,7 @@ PARTS: dict[str, Callable[[Record], str]] = {
     "Kernels": lambda record: kernel_table([record]),
     "Sanitizer": _sanitizer,
     "Cases": _cases,
+    "Peak memory": _memory,
     "Training": _training,
     "Launch options": _tuned,
 }
@@ -191,7 +206,9 @@ def text_of(record: Record) -> str:
         ["stage", "state", "seconds"],
         [[n, s["state"], str(s["seconds"])] for n, s in record["stages"].items()],
     )
-    parts = [f"# A run of bench.gpu\n\n{head}\n\nCeilings: {ceilings or UNKNOWN}.\n\n{stages}"]
+    lacking = "; ".join(f"{stage} lacks {', '.join(m)}" for stage, m in record.get("missing", {}).items())
+    noted = f"Not installed: {lacking} (bench/gpu/wheels.py).\n\n" if lacking else ""
+    parts = [f"# A run of bench.gpu\n\n{head}\n\n{noted}Ceilings: {ceilings or UNKNOWN}.\n\n{stages}"]
     parts += [f"## {name}\n\n{make(record)}" for name, make in PARTS.items()]
     return "\n\n".join(parts) + "\n"
 
@@ -239,12 +256,15 @@ def section(runs: Sequence[Record]) -> str:
         if len(idle) == len(launches.names())
         else ", ".join(f"`{n}`" for n in idle)
     )
+    weighed = next((run for run in runs if any(case.get("peak_bytes") for case in run["cases"])), None)
+    memory = f"{_where(weighed)}.\n\n{_memory(weighed)}" if weighed else f"{UNKNOWN}."
     trained = next((run for run in runs if run["training"]), None)
     training = f"{_where(trained)}.\n\n{_training(trained)}" if trained else f"{UNKNOWN}."
     parts = [
         BEGIN,
         kernel_table(runs),
         f"Never run on a GPU: {listed or 'none'}.",
+        f"Peak memory: {memory}",
         f"Training: {training}",
         END,
     ]
