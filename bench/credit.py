@@ -199,10 +199,11 @@ def ratios(curves: dict[str, np.ndarray], contestant: str, *, resamples: int = 2
 def table(name: str, curves: dict[str, np.ndarray], rates: dict[str, float]) -> str:
     """Markdown."""
     level, task = float(np.median(curves["uniform"][:, -1, 1])), TASKS[name](0)
+    about = " ".join((TASKS[name].__doc__ or "").split())
     lines = [
         f"## {name}",
         "",
-        f"{(TASKS[name].__doc__ or '').strip()} {len(curves['uniform'])} seeds. Uniform GRPO ends at "
+        f"{about} {len(curves['uniform'])} seeds. Uniform GRPO ends at "
         f"{level:.2f} of the best reward. credit_interventions={task.interventions}, "
         f'credit_by="{task.by}".',
         "",
