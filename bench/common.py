@@ -147,7 +147,7 @@ def race(
         rounds: rounds to run.
         check: called once with the name and the first result of every contestant but the limit.
         absent: contestants that are not here -> the reason, for the table.
-        known: contestants that another case of this run has timed -> seconds of their one call.
+        known: contestants of one call that was timed apart, in this run -> its seconds.
         unit: what the limit is one of, "GEMM", where everyone's time is worth counting in it.
     Returns: median seconds of each contestant.
     """
