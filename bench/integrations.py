@@ -238,16 +238,18 @@ def heading(title: str, packages: Sequence[str]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("parts", nargs="*", choices=[*PARTS, []], default=list(PARTS))
+    parser.add_argument("parts", nargs="*", metavar="PART", help=f"of {', '.join(PARTS)}; by default all")
     parser.add_argument("--vocab", type=int, default=32_000)
     parser.add_argument("--out", action="store_true", help="write bench/results/integrations.md")
     arguments = parser.parse_args()
+    if unknown := set(arguments.parts) - set(PARTS):
+        parser.error(f"PART must be of {', '.join(PARTS)}, got {', '.join(sorted(unknown))}")
     torch.set_num_threads(1)
     peers = ("trl", "torchrl", "stable-baselines3", "tianshou", "verl")
     text = heading("Calls with and without the patch", peers)
     text += "| what | without, ms | with, ms | ratio |\n| --- | ---: | ---: | ---: |\n"
     print(text, end="")
-    for name in arguments.parts:
+    for name in arguments.parts or PARTS:
         part, turns = PARTS[name]
         for label, theirs, ours in part(arguments.vocab, turns):
             row = f"| {label} | {theirs * 1e3:.3g} | {ours * 1e3:.3g} | {theirs / ours:.1f}x |\n"
