@@ -123,6 +123,21 @@ def test_calls_of_a_class_are_those_of_apply(plugin):
     assert _counts(plugin) == (2, 1)
 
 
+def test_calls_of_a_class_method_are_counted(plugin):
+    class Theirs:
+        @classmethod
+        def f(cls, x):
+            return cls, -x
+
+    def ours(original):
+        return classmethod(lambda cls, x: (cls, x) if x > 0 else original.__func__(cls, x))
+
+    point = Point("peer.f", "", ours, lambda device: [], "f", called="__func__")
+    Theirs.f = plugin.counted(point).replacement(vars(Theirs)["f"])
+    assert [Theirs.f(x) for x in (1, -2, 3)] == [(Theirs, 1), (Theirs, 2), (Theirs, 3)]
+    assert _counts(plugin) == (3, 1)
+
+
 def test_rows_in_the_place_of_the_hub():
     standard, talk = (suite_hub._row(3, "preference", conversational) for conversational in (False, True))
     assert list(standard) == list(talk) == ["prompt", "chosen", "rejected"]

@@ -25,7 +25,9 @@ HANDED_ON: Counter[str] = Counter()
 
 
 def _counting(counter: Counter[str], target: str, called: Any, wrapped: Any) -> Any:
-    """A function, or a class with `apply`, whose calls are counted; outwards it is a wrapper of `wrapped`."""
+    """A function, class method or class with `apply`, its calls counted; outwards a wrapper of `wrapped`."""
+    if isinstance(called, classmethod):
+        return classmethod(_counting(counter, target, called.__func__, wrapped.__func__))
     function = getattr(called, "apply", called)
 
     @functools.wraps(function)
