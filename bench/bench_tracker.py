@@ -138,10 +138,7 @@ def test_gradient_x_input(benchmark, tmp_path, vocab):
 
 
 def test_token_ablation(benchmark):
-    """Every prompt token replaced by token 0: the change of the response's log-probability.
-
-    Captum's default, token by token behind its cache, is one call of minutes and gives other numbers, by 0.05.
-    """
+    """Every prompt token replaced by token 0: the change of the response's log-probability."""
     from captum.attr import FeatureAblation, LLMAttribution, TextTokenInput
 
     model, tokenizer, prompt, response = _text()
@@ -164,11 +161,6 @@ def test_token_ablation(benchmark):
         ablation = FeatureAblation(total)
         return lambda: ablation.attribute(torch.tensor([ids]), perturbations_per_eval=size)[0].float()
 
-    begin = now()
-    default = method.attribute(text, target=response).seq_attr.float()
-    known = {"captum default": now() - begin}
-    assert torch.allclose(default, ours(), rtol=0, atol=0.1)
-
     race(
         benchmark,
         {
@@ -182,6 +174,6 @@ def test_token_ablation(benchmark):
         # Differences of two float32 log-probabilities of about -300, whose last bit is 3e-5.
         case=f"ablation of {len(ids)} tokens [{len(ids)} + {len(response)}]",
         check=_checked(ours(), atol=1.2e-4),
-        known=known,
+        absent={"captum default": "other numbers, by up to 0.05: token by token behind its cache"},
         rounds=3,
     )

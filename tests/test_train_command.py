@@ -116,6 +116,17 @@ def test_report_draws_curves_and_page_again(whole, capsys):
     assert "report.html" in capsys.readouterr().out
 
 
+def test_a_trackers_state_of_another_version_is_told_in_one_line(whole, capsys, monkeypatch):
+    def older(tracker, state):
+        raise ValueError("state must be a tracker's state_dict, got one without 'credited'")
+
+    monkeypatch.setattr(react_fast.tracker.CausalityTracker, "load_state_dict", older)
+    assert cli.main(["report", str(whole)]) == 2
+    error = capsys.readouterr().err
+    assert re.search(r"checkpoint \S+ is of another version: its tracker's state .* without 'credited'", error)
+    assert error.count("\n") == 1
+
+
 def test_explain_shows_tokens_and_writes_a_page(whole, capsys, tmp_path):
     page = tmp_path / "why.html"
     assert cli.main(["explain", str(whole), "--text", "say 1:", "--html", str(page)]) == 0

@@ -66,11 +66,18 @@ def make_tracker(config: TrackerConfig, model: Any, tokenizer: Any) -> Causality
 
 
 def restore(tracker: CausalityTracker, checkpoint: Path) -> None:
-    """What the tracker had seen when a checkpoint was written; nothing for a checkpoint of the warm start."""
+    """What the tracker had seen when a checkpoint was written; nothing for a checkpoint of the warm start.
+
+    Raises: UserError for a checkpoint of another version.
+    """
     saved = load_checkpoint(checkpoint)
     state = join(saved.state["trainer"], saved.tensors)["tracker"]
-    if state is not None:
+    if state is None:
+        return
+    try:
         tracker.load_state_dict(state)
+    except ValueError as error:
+        raise UserError(f"checkpoint {checkpoint} is of another version: its tracker's {error}") from error
 
 
 def write_report(tracker: CausalityTracker, env: TextEnv, config: RunConfig, path: Path) -> None:
