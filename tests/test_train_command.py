@@ -123,7 +123,9 @@ def test_a_trackers_state_of_another_version_is_told_in_one_line(whole, capsys, 
     monkeypatch.setattr(react_fast.tracker.CausalityTracker, "load_state_dict", older)
     assert cli.main(["report", str(whole)]) == 2
     error = capsys.readouterr().err
-    assert re.search(r"checkpoint \S+ is of another version: its tracker's state .* without 'credited'", error)
+    assert re.search(
+        r"checkpoint \S+ is of another version: its tracker's state .* without 'credited'", error
+    )
     assert error.count("\n") == 1
 
 
